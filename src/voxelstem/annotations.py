@@ -1,0 +1,238 @@
+"""What experts said about scans in files of their own: masks and reports, matched by place or by subject."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from voxelstem import geometry
+from voxelstem.errors import ConfigError, IngestError
+from voxelstem.sources import MASKS, iterate, read_labels, stem
+from voxelstem.store.labels import read_table
+from voxelstem.store.subjects import pseudonym
+from voxelstem.study import LabelMap, Study, Volume
+
+LABELS_FILE = "labels.json"
+SAME_PLACE_MM = 1e-3
+"""How far a corner of a mask may lie from the scan's: formats keep affines as float32 or as rounded text."""
+_SHAPE = '{"classes": {"1": "liver"}, "masks": {"scan path": "mask path"}}'
+
+
+@dataclass(kw_only=True, slots=True)
+class Masks:
+    """The masks of a folder, and which of them found their scan."""
+
+    root: Path = Path()
+    classes: dict[int, str] = field(default_factory=dict)
+    """Names of the values; empty without a `labels.json`: every value is then called by its number."""
+    by_scan: dict[str, Path] = field(default_factory=dict)
+    files: set[Path] = field(default_factory=set)
+    taken: set[Path] = field(default_factory=set)
+
+    def take(self, relative: str) -> Path | None:
+        """Return the mask of a scan, by its path below SRC."""
+        mask = self.by_scan.get(relative) or self.by_scan.get(stem(relative))
+        if mask is not None:
+            self.taken.add(mask)
+        return mask
+
+    def unused(self) -> list[Path]:
+        """Return the masks whose scan did not come by."""
+        return sorted(self.files - self.taken)
+
+    def relative(self, path: Path) -> str:
+        """Where a mask lies below the folder of masks."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+
+
+def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:
+    """Find the masks of a folder; no voxel is read yet.
+
+    A mask belongs to the scan with the same relative path (another ending is fine; a DICOM folder's mask has the
+    folder's path and an ending), or to the one that the folder's `labels.json` names:
+    `{"classes": {"1": "liver"}, "masks": {"scan path": "mask path"}}`. Where masks lie among the scans of `sources`,
+    only the named ones count.
+
+    Raises:
+        ConfigError: no such folder, no mask in it, or a `labels.json` of another shape.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder of masks '{folder.name}'", hint="check the path after --labels")
+    root = folder.resolve()
+    classes, named = _read_labels_file(root / LABELS_FILE)
+    masks = Masks(root=root, classes=classes)
+    among_scans = any(Path(source).resolve() == root or root in Path(source).resolve().parents for source in sources)
+    for relative, path in [] if among_scans else _find(root):
+        masks.files.add(path)
+        masks.by_scan[relative] = path
+        masks.by_scan.setdefault(stem(relative), path)
+    for number, (scan, mask) in enumerate(named.items(), start=1):
+        path = (root / mask).resolve()
+        if not path.is_file():
+            raise ConfigError(
+                f"{LABELS_FILE}: the mask of entry {number} of 'masks' is not there",
+                hint=f"write mask paths as they lie below the folder of {LABELS_FILE}",
+            )
+        masks.files.add(path)
+        masks.by_scan[scan] = path
+    if not masks.files:
+        raise ConfigError(
+            f"the folder '{folder.name}' holds no masks" + (" apart from the scans" if among_scans else ""),
+            hint=f"put masks where the scans lie, in a folder of their own, or name them in its {LABELS_FILE}",
+        )
+    return masks
+
+
+def _find(root: Path) -> Iterator[tuple[str, Path]]:
+    try:
+        for source in iterate(root):
+            if source.kind in MASKS:
+                yield source.relative, source.path.resolve()
+    except IngestError as error:
+        if error.code != "empty":
+            raise
+
+
+def _read_labels_file(path: Path) -> tuple[dict[int, str], dict[str, str]]:
+    if not path.is_file():
+        return {}, {}
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.name} cannot be read as JSON", hint=f"write {_SHAPE}") from error
+    classes: Any = content.get("classes", {}) if isinstance(content, dict) else None
+    named: Any = content.get("masks", {}) if isinstance(content, dict) else None
+    if not (_is_words(classes) and all(value.isdecimal() for value in classes)):
+        raise ConfigError(f"{path.name}: 'classes' must give each number a name", hint=f"write {_SHAPE}")
+    if not _is_words(named):
+        raise ConfigError(f"{path.name}: 'masks' must give scan paths their mask's path", hint=f"write {_SHAPE}")
+    return {int(value): name for value, name in classes.items()}, named
+
+
+def _is_words(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(word, str) for word in content.values())
+
+
+def lay_mask(study: Study, path: Path, classes: Mapping[int, str]) -> Study:
+    """Lay a mask on the volume whose grid it shares.
+
+    Raises:
+        IngestError: `label-grid`, `label-values` (`classes` does not name one), or why the mask cannot be read.
+    """
+    grid = read_labels(path)
+    apart_mm = [_apart_mm(volume, grid.array.shape, grid.affine_ras) for volume in study.volumes]
+    nearest = int(np.argmin(apart_mm))
+    if not apart_mm[nearest] <= SAME_PLACE_MM:
+        shape = study.volumes[nearest].shape_ijk
+        seen = f"{apart_mm[nearest]:.3g} mm from it" if shape == grid.array.shape else f"of shape {shape}"
+        raise IngestError(
+            f"the mask of shape {grid.array.shape} does not lie on the grid of its scan, which is {seen}",
+            code="label-grid",
+            hint="resample the mask to the scan",
+        )
+    values = [int(value) for value in np.unique(grid.array) if value]
+    unnamed = [value for value in values if classes and value not in classes]
+    if unnamed:
+        raise IngestError(
+            f"the mask holds the value {unnamed[0]} and {len(unnamed) - 1} others that {LABELS_FILE} does not name",
+            code="label-values",
+            hint=f"name every value in {LABELS_FILE}",
+        )
+    names = {value: name for value, name in classes.items() if value} or {value: str(value) for value in values}
+    volumes = list(study.volumes)
+    volumes[nearest] = replace(volumes[nearest], labels=LabelMap(array=grid.array, classes=names))
+    return replace(study, volumes=tuple(volumes))
+
+
+def _apart_mm(volume: Volume, shape: tuple[int, ...], affine_ras: Float[np.ndarray, "4 4"]) -> float:
+    """How far the farthest corner of a mask lies from the volume's; infinite for another shape."""
+    if shape != volume.shape_ijk:
+        return float("inf")
+    corners = np.stack(np.meshgrid(*([0, edge - 1] for edge in shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    apart = geometry.voxel_to_patient(corners, affine_ras) - geometry.voxel_to_patient(corners, volume.affine_ras)
+    return float(np.linalg.norm(apart, axis=1).max())
+
+
+@dataclass(kw_only=True, slots=True)
+class Reports:
+    """Report texts, and which of them found a scan."""
+
+    by_scan: dict[str, str] = field(default_factory=dict)
+    by_subject: dict[str, str] = field(default_factory=dict)
+    used: set[tuple[str, str]] = field(default_factory=set)
+
+    def find(self, relative: str, subject: str) -> str | None:
+        """Return the report of a scan, by its path below SRC, else by its subject's pseudonym."""
+        for kind, texts, name in (
+            ("scan", self.by_scan, relative),
+            ("scan", self.by_scan, stem(relative)),
+            ("subject", self.by_subject, subject),
+        ):
+            if name in texts:
+                self.used.add((kind, name))
+                return texts[name]
+        return None
+
+    def unused(self) -> int:
+        """Count the reports whose scan did not come by."""
+        return len(self.by_scan) + len(self.by_subject) - len(self.used)
+
+
+def read_reports(path: Path, key: bytes) -> Reports:
+    """Read reports, one a line: a `.jsonl` file or a `.csv` file with these names.
+
+    `scan` (path below SRC) or `subject` says whose report it is; the text stands in `report`, or in `findings` and
+    `impression`. The text is kept as it is: it must not name the patient.
+
+    Raises:
+        ConfigError: no such file, or a row cannot be read; the message names the row.
+    """
+    rows = read_table(path, ()) if path.suffix.lower() == ".csv" else _read_lines(path)
+    reports = Reports()
+    for row, cells in rows:
+        text = cells.get("report") or _join(cells)
+        if not text:
+            raise ConfigError(f"{path.name}: row {row} has no text in 'report', 'findings' or 'impression'", hint=_ROW)
+        if cells.get("scan"):
+            reports.by_scan[cells["scan"]] = text
+        elif cells.get("subject"):
+            reports.by_subject[pseudonym(cells["subject"], key)] = text
+        else:
+            raise ConfigError(f"{path.name}: row {row} does not say whose report it is", hint=_ROW)
+    return reports
+
+
+_ROW = 'a row is {"scan" or "subject": …, "report": …} as JSON, or the same names as columns of a CSV file'
+
+
+def _join(cells: Mapping[str, str]) -> str:
+    sections = [(name, cells.get(name, "").strip()) for name in ("findings", "impression")]
+    return "\n".join(f"{name.capitalize()}: {text}" for name, text in sections if text)
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file '{path.name}'", hint="check the path after --reports") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} cannot be read as UTF-8 text", hint=_ROW) from error
+    rows: list[tuple[int, dict[str, str]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            cells: Any = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path.name}: row {number} is not JSON", hint=_ROW) from error
+        if not isinstance(cells, dict):
+            raise ConfigError(f"{path.name}: row {number} is not a JSON object", hint=_ROW)
+        # Numbers as ids are common: 7 and "7" are one subject.
+        rows.append((number, {name: str(cell) for name, cell in cells.items() if isinstance(cell, str | int)}))
+    return rows

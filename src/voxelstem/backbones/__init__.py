@@ -1,0 +1,7 @@
+"""Networks that give embeddings. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from voxelstem.table import Table
+
+BACKBONES = Table("backbone", {"scan_vit": "voxelstem.backbones.scan_vit:ScanVit"})

@@ -1,0 +1,149 @@
+"""The two-level transformer: patches within a block, then the blocks of the whole scan.
+
+After SPECTRE (arXiv 2511.17209): a 3D ViT looks at each block; a second transformer looks at all block
+embeddings concat(cls, mean of patch tokens). Both are the same `Encoder`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from voxelstem.backbones.encoder import Encoder, EncoderConfig, init_linear
+from voxelstem.backbones.layers import grid_positions
+from voxelstem.protocols import Tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScanVitConfig:
+    """Sizes of both levels. `scan.depth = 0` leaves the scan level out."""
+
+    name: str = "scan_vit"
+    channels: int = 1
+    patch_ijk: tuple[int, int, int] = (4, 4, 4)
+    block_ijk: tuple[int, int, int] = (32, 32, 32)
+    block: EncoderConfig = field(default_factory=EncoderConfig)
+    scan: EncoderConfig = field(default_factory=lambda: EncoderConfig(depth=2, rope_base=100.0))
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: patches do not fill the block.
+        """
+        if any(block % patch for block, patch in zip(self.block_ijk, self.patch_ijk, strict=True)):
+            raise ValueError(f"patch_ijk {self.patch_ijk} must divide block_ijk {self.block_ijk}")
+
+
+def patchify(
+    blocks: Float[Tensor, "row channel i j k"], patch_ijk: tuple[int, int, int]
+) -> Float[Tensor, "row patch voxel"]:
+    """Cut blocks into patches, each a flat vector (channel, i, j, k); patch order is C-order, k fastest."""
+    row, channel, i, j, k = blocks.shape
+    pi, pj, pk = patch_ijk
+    parts = blocks.reshape(row, channel, i // pi, pi, j // pj, pj, k // pk, pk)
+    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(row, -1, channel * pi * pj * pk)
+
+
+class ScanVit(nn.Module):
+    """See the module's docstring. Any block size that the patch divides can be encoded."""
+
+    Config = ScanVitConfig
+
+    def __init__(self, config: ScanVitConfig) -> None:
+        """Make an untrained network; draw it under a fixed torch seed to be able to draw it again."""
+        super().__init__()
+        self.config = config
+        self.patch_ijk = config.patch_ijk
+        self.dim = config.block.dim
+        self.embed = nn.Linear(config.channels * math.prod(config.patch_ijk), self.dim)
+        self.mask_token = nn.Parameter(torch.zeros(self.dim))
+        self.block_encoder = Encoder(config.block)
+        self.scan_project = nn.Linear(2 * self.dim, config.scan.dim) if config.scan.depth else None
+        self.scan_encoder = Encoder(config.scan) if config.scan.depth else None
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_linear(self.embed)
+        if self.scan_project is not None:
+            init_linear(self.scan_project)
+
+    def encode(
+        self,
+        blocks: Float[Tensor, "batch n channel i j k"],
+        grid: tuple[int, int, int],
+        *,
+        masked: Bool[Tensor, "batch n patch"] | None = None,
+        keep: Int[Tensor, "batch n kept"] | None = None,
+    ) -> Tokens:
+        """Embed the blocks of scans (windowed to [0, 1]; n = grid i * j * k).
+
+        `masked` patches are replaced by the mask token (iBOT); with `keep` only those patches enter the
+        network at all, and only those come back (MAE).
+        """
+        batch, n = blocks.shape[:2]
+        cls, tokens = self.encode_blocks(
+            blocks.flatten(0, 1),
+            masked=None if masked is None else masked.flatten(0, 1),
+            keep=None if keep is None else keep.flatten(0, 1),
+        )
+        cls, tokens = cls.unflatten(0, (batch, n)), tokens.unflatten(0, (batch, n))
+        if not self.has_scan_level:
+            return Tokens(cls=cls, patches=tokens)
+        scan, scan_blocks = self.look_at_scan(cls, tokens, grid)
+        return Tokens(cls=cls, patches=tokens, blocks=scan_blocks, scan=scan)
+
+    def encode_blocks(
+        self,
+        blocks: Float[Tensor, "row channel i j k"],
+        *,
+        masked: Bool[Tensor, "row patch"] | None = None,
+        keep: Int[Tensor, "row kept"] | None = None,
+    ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
+        """First level: cls and patch tokens of each block by itself; `masked` and `keep` as in `encode`."""
+        patches = patchify(blocks, self.patch_ijk)
+        i, j, k = (size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True))
+        positions = grid_positions((i, j, k)).to(blocks.device)[None]
+        if keep is not None:
+            index = keep[..., None]
+            patches = patches.gather(1, index.expand(-1, -1, patches.shape[-1]))
+            positions = positions.expand(len(patches), -1, -1).gather(1, index.expand(-1, -1, 3))
+        # Windowed voxels lie in [0, 1]; centred ones keep the embedding's first outputs small.
+        x = self.embed(2 * patches - 1)
+        if masked is not None:
+            x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
+        return self.block_encoder(x, positions)
+
+    @property
+    def has_scan_level(self) -> bool:
+        """Whether there is a transformer over the blocks."""
+        return self.scan_encoder is not None
+
+    def look_at_scan(
+        self, cls: Float[Tensor, "batch n dim"], tokens: Float[Tensor, "batch n patch dim"], grid: tuple[int, int, int]
+    ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
+        """Second level: describe each block by concat(cls, mean of its patches) and let all look at all.
+
+        Raises:
+            ValueError: the architecture has no scan level.
+        """
+        if self.scan_encoder is None or self.scan_project is None:
+            raise ValueError("this backbone has no scan level: scan.depth is 0")
+        described = torch.cat([cls, tokens.mean(dim=2)], dim=-1)
+        return self.scan_encoder(self.scan_project(described), grid_positions(grid).to(cls.device)[None])
+
+    def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
+        """Depth 0 is the patch embedding, then one for each transformer block, the scan level last."""
+        deepest = len(self.block_encoder.blocks) + 1
+        depths: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("block_encoder.blocks."):
+                depth = 1 + int(name.split(".")[2])
+            elif name.startswith(("scan_", "block_encoder.norm")):
+                depth = deepest
+            else:
+                depth = 0
+            depths.setdefault(depth, []).append((name, parameter))
+        return sorted(depths.items())

@@ -1,0 +1,1 @@
+"""Machinery of training: samples, the loop, the optimiser, checkpoints, the journal, health signs."""

@@ -1,0 +1,91 @@
+"""The training loop: it knows `step` and `after_step` of an objective, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from voxelstem.engine.checkpoint import CheckpointConfig, write_checkpoint
+from voxelstem.engine.journal import Journal
+from voxelstem.engine.optim import OptimConfig, set_rate
+from voxelstem.errors import CheckpointError
+from voxelstem.protocols import Batch
+
+
+def bf16_pays() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware. Elsewhere it is emulated and many times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(precision: str) -> AbstractContextManager[object]:
+    """bf16 autocast for `bf16`, and for `auto` where it pays."""
+    use = precision == "bf16" or (precision == "auto" and bf16_pays())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, torch.bfloat16) if use else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long, how often something is written down, and in which precision."""
+
+    steps: int
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    precision: str = "auto"
+    monitor_every: int = 100
+
+
+def train(
+    objective: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    *,
+    run: Path,
+    start: int,
+    config: LoopConfig,
+    monitor: Callable[[], dict[str, float]],
+    advance: Callable[[int, str], None],
+) -> None:
+    """Run the steps from `start` to `config.steps`, writing the journal and checkpoints into `run`.
+
+    Raises:
+        CheckpointError: the loss is not a number.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    began = time.monotonic()
+    with Journal(run, resume_at=start) as journal:
+        for step, batch in zip(range(start, config.steps), batches, strict=True):
+            progress = step / config.steps
+            rate = set_rate(optimizer, config.optim, progress=progress)
+            health = monitor() if step % config.monitor_every == 0 else {}
+            with autocast(config.precision):
+                output = objective.step(batch, progress=progress)
+            loss = float(output.loss.detach())
+            if not math.isfinite(loss):
+                raise CheckpointError(
+                    f"the loss of step {step} is not a number",
+                    hint="lower optim.lr; the checkpoints written so far are whole",
+                )
+            output.loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            objective.after_step(progress=progress)
+            seconds = time.monotonic() - began
+            journal.append(
+                {"step": step, "loss": loss, "lr": rate, "grad_norm": float(norm), "seconds": seconds}
+                | output.scalars
+                | health
+            )
+            advance(1, f"loss {loss:.3f}")
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
+                write_checkpoint(run / "checkpoints", step + 1, objective, optimizer, keep=config.checkpoint.keep)
+        journal.append({"step": config.steps} | monitor())

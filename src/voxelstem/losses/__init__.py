@@ -1,0 +1,1 @@
+"""Formulas only: tensors in, a scalar out. Each is tested against its slow, obvious twin."""

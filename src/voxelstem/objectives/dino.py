@@ -1,0 +1,156 @@
+"""DINO with iBOT and KoLeo: a student agrees with its own moving average.
+
+Caron et al. 2021 (DINO), Zhou et al. 2021 (iBOT), Oquab et al. 2023 (DINOv2: separate heads, KoLeo on the cls
+token of global views). Teacher outputs are centred by a running mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from voxelstem import schedules
+from voxelstem.backbones.heads import Projector, ProjectorConfig
+from voxelstem.backbones.teacher import Teacher
+from voxelstem.losses.dino import centred_softmax, dino
+from voxelstem.losses.ibot import ibot
+from voxelstem.losses.koleo import koleo
+from voxelstem.protocols import Batch, StepOutput
+from voxelstem.views.mask import draw_cuboids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DinoConfig:
+    """Weights of the three terms, temperatures, and how fast the teacher follows."""
+
+    name: str = "dino"
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    mask_ratio: float = 0.45
+    """Share of patches hidden in the student's global views."""
+    student_temperature: float = 0.1
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_end: float = 0.07
+    teacher_temperature_share: float = 0.3
+    """Share of the run over which the teacher's temperature rises."""
+    momentum_start: float = 0.99
+    momentum_end: float = 1.0
+    centre_momentum: float = 0.9
+
+
+class Projected(nn.Module):
+    """A backbone with one projector for cls tokens and one for patch tokens."""
+
+    def __init__(self, backbone: Any, config: ProjectorConfig) -> None:
+        """`backbone` satisfies `protocols.Backbone`."""
+        super().__init__()
+        self.backbone = backbone
+        self.cls_head = Projector(backbone.dim, config)
+        self.patch_head = Projector(backbone.dim, config)
+
+    def forward(
+        self,
+        views: Float[Tensor, "row channel i j k"],
+        masked: Bool[Tensor, "row patch"] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cls embeddings, cls logits and patch embeddings; each view is one block."""
+        hidden = None if masked is None else masked[:, None]
+        tokens = self.backbone.encode(views[:, None], (1, 1, 1), masked=hidden)
+        return tokens.cls[:, 0], self.cls_head(tokens.cls[:, 0]), tokens.patches[:, 0]
+
+
+class Dino(nn.Module):
+    """Student, teacher and the three terms."""
+
+    Config = DinoConfig
+    cls_centre: Tensor
+    patch_centre: Tensor
+
+    def __init__(self, config: DinoConfig, backbone: Any) -> None:
+        """The teacher equals the student at step 0, by construction."""
+        super().__init__()
+        self.config = config
+        self.student = Projected(backbone, config.projector)
+        self.teacher = Teacher(self.student)
+        self.register_buffer("cls_centre", torch.zeros(config.projector.prototypes))
+        self.register_buffer("patch_centre", torch.zeros(config.projector.prototypes))
+
+    @property
+    def learner(self) -> Any:
+        """The backbone that gradients train: the student's."""
+        return self.student.backbone
+
+    @property
+    def trains_scan_level(self) -> bool:
+        """No: every view is one block."""
+        return False
+
+    @property
+    def backbone(self) -> Any:
+        """What is kept after pretraining: the teacher's, which is the steadier of the two."""
+        return self.teacher.network.backbone
+
+    def step(self, batch: Batch, *, progress: float) -> StepOutput:
+        """Compare the student's views with what the teacher makes of the two global ones."""
+        config = self.config
+        globals_ = batch.views["global"].transpose(0, 1)
+        count, samples = globals_.shape[:2]
+        flat = globals_.flatten(0, 1)
+        masked = self._draw_mask(flat, batch.seed)
+        temperature = schedules.linear(
+            progress,
+            start=config.teacher_temperature_start,
+            end=config.teacher_temperature_end,
+            share=config.teacher_temperature_share,
+        )
+        with torch.no_grad():
+            _, teacher_cls, teacher_patches = self.teacher.network(flat)
+            teacher_patch = self.teacher.network.patch_head(teacher_patches)
+            cls_target = centred_softmax(teacher_cls, self.cls_centre, temperature=temperature)
+            patch_target = centred_softmax(teacher_patch, self.patch_centre, temperature=temperature)
+            self._move_centres(teacher_cls, teacher_patch)
+        cls, cls_logits, patches = self.student(flat, masked)
+        student = [cls_logits.unflatten(0, (count, samples))]
+        if "local" in batch.views:
+            local = batch.views["local"].transpose(0, 1)
+            student.append(self.student(local.flatten(0, 1))[1].unflatten(0, local.shape[:2]))
+        terms = {
+            "dino": dino(
+                torch.cat(student),
+                cls_target.unflatten(0, (count, samples)),
+                temperature=config.student_temperature,
+            ),
+            "ibot": ibot(
+                self.student.patch_head(patches), patch_target, masked, temperature=config.student_temperature
+            ),
+            "koleo": torch.stack([koleo(view) for view in cls.unflatten(0, (count, samples))]).mean(),
+        }
+        loss = terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
+        scalars = {name: float(term.detach()) for name, term in terms.items()}
+        scalars["teacher_entropy"] = float(-(cls_target * (cls_target + 1e-12).log()).sum(-1).mean())
+        return StepOutput(loss=loss, scalars=scalars)
+
+    def _draw_mask(self, views: Float[Tensor, "row channel i j k"], seed: int) -> Bool[Tensor, "row patch"]:
+        sizes = zip(views.shape[-3:], self.student.backbone.patch_ijk, strict=True)
+        i, j, k = (size // patch for size, patch in sizes)
+        generator = torch.Generator().manual_seed(seed)
+        masked = draw_cuboids(len(views), (i, j, k), ratio=self.config.mask_ratio, generator=generator)
+        return masked.to(views.device)
+
+    def _move_centres(
+        self, cls_logits: Float[Tensor, "row prototype"], patch_logits: Float[Tensor, "row patch prototype"]
+    ) -> None:
+        share = 1 - self.config.centre_momentum
+        self.cls_centre.lerp_(cls_logits.float().mean(dim=0), share)
+        self.patch_centre.lerp_(patch_logits.float().mean(dim=(0, 1)), share)
+
+    def after_step(self, *, progress: float) -> None:
+        """The teacher follows the student, ever more slowly."""
+        config = self.config
+        momentum = schedules.cosine(progress, start=config.momentum_start, end=config.momentum_end)
+        self.teacher.follow(self.student, momentum=momentum)

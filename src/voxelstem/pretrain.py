@@ -1,0 +1,198 @@
+"""Pretrain: store -> views -> objective -> checkpoints -> weights. Started again on the same run, it resumes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxelstem.backbones import BACKBONES
+from voxelstem.backbones.scan_vit import ScanVitConfig
+from voxelstem.card import Card, write_weights
+from voxelstem.config import flatten, overlay, read_toml, to_toml
+from voxelstem.engine import checkpoint, monitor, optim
+from voxelstem.engine.checkpoint import CheckpointConfig
+from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
+from voxelstem.engine.loop import LoopConfig, bf16_pays, train
+from voxelstem.engine.optim import OptimConfig
+from voxelstem.errors import CheckpointError, ConfigError, StoreError
+from voxelstem.objectives import OBJECTIVES
+from voxelstem.objectives.mae import MaeConfig
+from voxelstem.progress import progress
+from voxelstem.store import Store
+from voxelstem.store.catalogue import Record
+from voxelstem.study import InputSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """A complete recipe. `recipes/` holds them; differences come from TOML or the command line."""
+
+    recipe: str
+    seed: int = 0
+    steps: int = 1000
+    precision: str = "auto"
+    """`fp32`, `bf16`, or `auto`: bf16 where the processor or GPU multiplies it in hardware."""
+    spec: InputSpec = field(default_factory=InputSpec)
+    backbone: Any = field(default_factory=ScanVitConfig)
+    objective: Any = field(default_factory=MaeConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor_every: int = 100
+    """Steps between two looks of the online probe and the effective rank."""
+    probe_blocks: int = 48
+
+    def __post_init__(self) -> None:
+        """Guard what no part can see alone.
+
+        Raises:
+            ValueError: no steps, an unknown precision, or a spec and a backbone that disagree about the block.
+        """
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision is auto, fp32 or bf16, got '{self.precision}'")
+        if self.backbone.block_ijk != self.spec.block_ijk:
+            raise ValueError(
+                f"backbone.block_ijk {self.backbone.block_ijk} and spec.block_ijk {self.spec.block_ijk} differ"
+            )
+
+
+def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
+    """Train by `config` on the store's training subjects and write `out`/weights.
+
+    Raises:
+        StoreError: the store has no scan of the recipe's modality to train on.
+        CheckpointError: the run is finished, belongs to other settings, or the disk is full.
+    """
+    opened = Store.open(store)
+    records = trainable(opened, config.spec)
+    if (out / "weights").exists():
+        raise CheckpointError(f"run '{out.name}' is finished: it has weights", hint="choose a new --out to train again")
+    _claim(out, config)
+    objective = make_objective(config)
+    optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
+    start = checkpoint.resume(out / "checkpoints", objective, optimizer)
+    loader = Loader(opened, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
+    probe = monitor.draw_probe_set(
+        opened, records, config.spec, patch_ijk=config.backbone.patch_ijk, blocks=config.probe_blocks, seed=config.seed
+    )
+
+    def look() -> dict[str, float]:
+        if probe is None:
+            return {}
+        accuracy, rank = monitor.probe_patches(objective.backbone, probe)
+        return {"probe/patch_balanced_accuracy": accuracy, "effective_rank": rank}
+
+    settings = LoopConfig(
+        steps=config.steps,
+        optim=config.optim,
+        checkpoint=config.checkpoint,
+        precision=config.precision,
+        monitor_every=config.monitor_every,
+    )
+    with progress("pretrain", config.steps - start) as advance:
+        batches = loader.batches(start, config.steps)
+        train(objective, optimizer, batches, run=out, start=start, config=settings, monitor=look, advance=advance)
+    return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, records))
+
+
+def trainable(store: Store, spec: InputSpec) -> list[Record]:
+    """Scans of the training subjects in the recipe's modality; test subjects are never shown to a model.
+
+    Raises:
+        StoreError: there are none.
+    """
+    records = [record for record in store if record.split == "train" and record.modality == spec.modality]
+    if not records:
+        have = sorted({record.modality for record in store}) or ["nothing"]
+        raise StoreError(
+            f"the store has no {spec.modality} scan in its training split (it holds {', '.join(have)}, {len(store)} in all)",
+            hint=f"ingest {spec.modality} scans, or choose a recipe for what the store holds",
+        )
+    return records
+
+
+def make_objective(config: PretrainConfig) -> Any:
+    """Backbone and objective, drawn under the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = BACKBONES[config.backbone.name](config.backbone)
+        return OBJECTIVES[config.objective.name](config.objective, backbone)
+
+
+def make_card(config: PretrainConfig, objective: Any, records: list[Record]) -> Card:
+    """What the weights' folder says of itself."""
+    formats = sorted({record.provenance.source_format for record in records})
+    counts = [
+        f"{sum(record.provenance.source_format == name for record in records)} {config.spec.modality} scans from {name} sources"
+        for name in formats
+    ]
+    levels = ("block", "scan") if objective.trains_scan_level else ("block",)
+    return Card(
+        architecture=flatten(config.backbone),
+        spec=config.spec,
+        licence="other",
+        data=tuple(counts),
+        recipe=config.recipe,
+        trained=levels,
+    )
+
+
+def _claim(out: Path, config: PretrainConfig) -> None:
+    """Write the resolved config, or see that the run was started with the same one."""
+    path = out / "config.toml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(to_toml(config), encoding="utf-8")
+            return
+    except OSError as error:
+        raise ConfigError(f"the run folder '{out.name}' cannot be written: {error.strerror}") from error
+    before = read_toml(path)
+    if overlay(config, before) != config:
+        now = flatten(config)
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        raise CheckpointError(
+            f"run '{out.name}' was started with other settings: {', '.join(changed[:4])}",
+            hint="use the same settings to resume, or choose a new --out",
+        )
+
+
+def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
+    """What a run will cost, before the first step: scans, parameters, bytes on disk and in memory."""
+    opened = Store.open(store)
+    records = trainable(opened, config.spec)
+    objective = make_objective(config)
+    learned = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    held = sum(p.numel() for p in objective.state_dict().values())
+    per_checkpoint = 4 * (held + 2 * learned)
+    return {
+        "recipe": config.recipe,
+        "scans": len(records),
+        "subjects": len({record.subject for record in records}),
+        "steps": config.steps,
+        "samples": config.steps * config.loader.batch,
+        "backbone_parameters": sum(p.numel() for p in objective.backbone.parameters()),
+        "trained_parameters": learned,
+        "state_bytes": 4 * (held + 3 * learned),
+        "checkpoint_bytes": (config.checkpoint.keep + 1) * per_checkpoint,
+        "precision": "bf16" if config.precision == "bf16" or (config.precision == "auto" and bf16_pays()) else "fp32",
+        "step_seconds": _time_a_step(config, opened, records, objective),
+    }
+
+
+def _time_a_step(config: PretrainConfig, store: Store, records: list[Record], objective: Any) -> float:
+    """Seconds of one real step here (the second of two, so that nothing is measured cold)."""
+    loader = Loader(store, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
+    seconds = 0.0
+    for step in range(2):
+        began = time.monotonic()
+        objective.step(loader.batch(step), progress=0.0).loss.backward()
+        seconds = time.monotonic() - began
+    return seconds

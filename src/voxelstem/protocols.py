@@ -1,0 +1,197 @@
+"""The shapes that plug-ins agree on. A backbone, objective or task satisfies these; it inherits nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from voxelstem.study import LabelMap
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Views of one training step, already windowed to [0, 1].
+
+    `views` maps the name of a kind of view (`global`, `local`) to a tensor
+    (sample, view, channel, i, j, k), and `places_mm` says where each lies in its scan: its low corner and its
+    extent in millimetres along R, A and S. `seed` makes whatever else the objective draws replayable.
+    """
+
+    views: Mapping[str, Float[Tensor, "sample view channel i j k"]]
+    places_mm: Mapping[str, Float[Tensor, "sample view 2 3"]]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What one step of an objective gives back: the loss with its graph, and named numbers for the journal."""
+
+    loss: Tensor
+    scalars: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What a backbone makes of the blocks of a scan (n = grid i * j * k, C-order, k fastest)."""
+
+    cls: Float[Tensor, "batch n dim"]
+    """One vector for each block."""
+    patches: Float[Tensor, "batch n patch dim"]
+    """One vector for each (kept) patch of each block."""
+    blocks: Float[Tensor, "batch n scan_dim"] | None = None
+    """Block tokens after the scan-level transformer looked at all of them, if there is one."""
+    scan: Float[Tensor, "batch scan_dim"] | None = None
+    """The scan-level cls token, if there is a scan-level transformer."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A network that turns the blocks of a scan into embeddings: each block by itself, then all together."""
+
+    config: Any
+    dim: int
+    patch_ijk: tuple[int, int, int]
+
+    @property
+    def has_scan_level(self) -> bool:
+        """Whether there is a second level that looks at all blocks of a scan."""
+        ...
+
+    def encode(
+        self,
+        blocks: Float[Tensor, "batch n channel i j k"],
+        grid: tuple[int, int, int],
+        *,
+        masked: Bool[Tensor, "batch n patch"] | None = None,
+        keep: Int[Tensor, "batch n kept"] | None = None,
+    ) -> Tokens:
+        """Both levels. `masked` patches are hidden behind a token, patches outside `keep` never enter."""
+        ...
+
+    def encode_blocks(
+        self,
+        blocks: Float[Tensor, "row channel i j k"],
+        *,
+        masked: Bool[Tensor, "row patch"] | None = None,
+        keep: Int[Tensor, "row kept"] | None = None,
+    ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
+        """First level only: cls and patch tokens of each block."""
+        ...
+
+    def look_at_scan(
+        self, cls: Float[Tensor, "batch n dim"], tokens: Float[Tensor, "batch n patch dim"], grid: tuple[int, int, int]
+    ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
+        """Second level only: the scan's token and the blocks' tokens."""
+        ...
+
+    def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
+        """Parameters by depth, 0 the nearest to the input, for layer-wise decay of the learning rate."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A self-supervised objective: the loop knows `step` and `after_step`, and nothing else."""
+
+    @property
+    def learner(self) -> Backbone:
+        """The backbone that gradients train."""
+        ...
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that is kept; another one than `learner` where there is a teacher."""
+        ...
+
+    @property
+    def trains_scan_level(self) -> bool:
+        """Whether the second level learns too."""
+        ...
+
+    def step(self, batch: Batch, *, progress: float) -> StepOutput:
+        """Compute the loss of one batch; `progress` runs from 0 to 1 over the whole run."""
+        ...
+
+    def after_step(self, *, progress: float) -> None:
+        """Do what must follow the optimiser's step: a teacher follows its student."""
+        ...
+
+
+@runtime_checkable
+class Features(Protocol):
+    """What a task sees of a scan: `model.Embedding` has it, and so has every baseline."""
+
+    @property
+    def scan(self) -> Float[np.ndarray, "dim"]:
+        """One vector for the whole scan."""
+        ...
+
+    @property
+    def tokens(self) -> Float[np.ndarray, "ti tj tk dim"] | None:
+        """One vector for each patch, if they were asked for."""
+        ...
+
+    @property
+    def tokens_affine_ras(self) -> Float[np.ndarray, "4 4"] | None:
+        """Places token index (the centre of its patch) in the patient, in millimetres."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One scan of a subject with its frozen features and, where an expert gave it, the truth."""
+
+    subject: str
+    key: str
+    features: Features
+    affine_ras: Float[np.ndarray, "4 4"]
+    label: str | None = None
+    """For scan-level tasks."""
+    labels: LabelMap | None = None
+    """For voxel-level tasks, on the scan's own grid."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """A fitted task head as plain arrays and facts, so that it rests on disk without a pickle."""
+
+    mode: str
+    classes: tuple[str, ...]
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is predicted from frozen features, how its head is fitted and how it is scored.
+
+    A task is a frozen dataclass whose fields are its settings.
+    """
+
+    modes: ClassVar[tuple[str, ...]]
+    """The ways to adapt that this task knows; the first is the usual one."""
+    metrics: ClassVar[tuple[str, ...]]
+    """Names that `statistic` knows; the first is the headline."""
+    voxels: ClassVar[bool]
+    """True if truth and prediction are voxel labels, False if they are one label per scan."""
+
+    def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
+        """Fit a head to labelled examples."""
+        ...
+
+    def outcome(self, head: Head, example: Example) -> Any:
+        """Predict one example and compare with its truth."""
+        ...
+
+    def combine(self, outcomes: Sequence[Any]) -> Any:
+        """Make one outcome of the outcomes of several scans of one subject."""
+        ...
+
+    def statistic(self, metric: str) -> Callable[[Sequence[Any]], float]:
+        """Turn outcomes, one for each subject, into a figure."""
+        ...

@@ -1,0 +1,108 @@
+"""The frozen records that everything passes around: Volume, Study, InputSpec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, Int16
+
+from voxelstem import geometry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where a volume came from. Holds no path and no name: both can identify a person."""
+
+    source_format: str
+    """`nifti`, `dicom`, `nrrd`, `mha` or `phantom`."""
+    sha256: str
+    """Digest of the source's bytes (of the sorted slices for DICOM)."""
+    orientation: str
+    """How the source's array axes ran before they were turned to RAS+."""
+    notes: tuple[str, ...] = ()
+    """What was changed on the way, in plain words: rounding, repair."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelMap:
+    """An expert's voxel labels on the grid of the volume that carries them.
+
+    `array` is (i, j, k); 0 means background. `classes` names every other value that may occur.
+    """
+
+    array: Int16[np.ndarray, "i j k"]
+    classes: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Volume:
+    """One acquisition: (channel, i, j, k) float32 in RAS+, CT in HU, anything else in raw intensity."""
+
+    array: Float[np.ndarray, "channel i j k"]
+    affine_ras: Float[np.ndarray, "4 4"]
+    modality: str
+    """DICOM's word: `CT` or `MR`."""
+    provenance: Provenance
+    labels: LabelMap | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no later step could handle.
+
+        Raises:
+            ValueError: wrong number of axes, a bad affine, or labels on another grid.
+        """
+        if self.array.ndim != 4:  # noqa: PLR2004 - (channel, i, j, k)
+            raise ValueError(f"a volume has 4 axes (channel, i, j, k), got shape {self.array.shape}")
+        geometry.check_affine(self.affine_ras)
+        if self.labels is not None and self.labels.array.shape != self.shape_ijk:
+            raise ValueError(f"labels {self.labels.array.shape} do not lie on the volume's grid {self.shape_ijk}")
+
+    @property
+    def shape_ijk(self) -> tuple[int, int, int]:
+        """Voxels along R, A and S."""
+        _, i, j, k = self.array.shape
+        return i, j, k
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Edge lengths of a voxel in millimetres."""
+        return geometry.spacing_mm(self.affine_ras)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """One examination of one subject. `subject` is the source's own id until `ingest` replaces it by a keyed hash."""
+
+    subject: str
+    volumes: tuple[Volume, ...]
+    report: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    """Scan-level facts that the source itself knows (the phantom does), such as `lesion: yes`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputSpec:
+    """What a model was trained to see. Written once, stored with the weights, obeyed at every door.
+
+    `views/intensity.py` and `views/resample.py` apply it; nothing else may re-type these numbers.
+    """
+
+    modality: str = "CT"
+    spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)
+    low_hu: float = -1000.0
+    high_hu: float = 1000.0
+    block_ijk: tuple[int, int, int] = (32, 32, 32)
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: empty window, or a spacing or block without extent.
+        """
+        if not self.low_hu < self.high_hu:
+            raise ValueError(f"window is empty: low_hu={self.low_hu} must be below high_hu={self.high_hu}")
+        if min(self.spacing_mm) <= 0:
+            raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
+        if min(self.block_ijk) < 1:
+            raise ValueError(f"block_ijk must be at least one voxel, got {self.block_ijk}")

@@ -1,0 +1,13 @@
+"""What can be predicted from frozen features: one file and one line for each task."""
+
+from __future__ import annotations
+
+from voxelstem.table import Table
+
+TASKS = Table(
+    "task",
+    {
+        "classify": "voxelstem.tasks.classify:Classify",
+        "segment": "voxelstem.tasks.segment:Segment",
+    },
+)

@@ -1,0 +1,180 @@
+"""One label for a scan: nearest neighbours or a logistic regression on its frozen embedding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import log_softmax, softmax
+
+from voxelstem import metrics
+from voxelstem.protocols import Example, Head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guess:
+    """The truth about a subject and what was predicted for it. Both count in the head's order of classes."""
+
+    truth: int
+    scores: tuple[float, ...]
+    """Probability of each class."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classify:
+    """Settings of the scan-level heads, and the heads themselves."""
+
+    modes: ClassVar[tuple[str, ...]] = ("probe", "knn")
+    metrics: ClassVar[tuple[str, ...]] = ("auroc", "balanced_accuracy")
+    voxels: ClassVar[bool] = False
+
+    neighbours: int = 5
+    """How many labelled scans vote in `knn` (fewer if there are fewer)."""
+    temperature: float = 0.07
+    """A neighbour of cosine c has exp(c / temperature) votes (Wu et al. 2018, section 3.4)."""
+    strength: float = 0.1
+    """scikit-learn's C of the probe when there are too few labels to choose it."""
+    strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
+    """Candidates for C when there are enough."""
+    prior: float = 10.0
+    """The spread of a feature is estimated as if this many more scans had shown the average spread of all features."""
+    folds: int = 5
+    """Folds of the choice of C; it is made only if every class has this many labelled subjects."""
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: a count, a temperature or a strength without sense.
+        """
+        if self.neighbours < 1 or self.folds < 2:  # noqa: PLR2004
+            raise ValueError(f"neighbours must be >= 1 and folds >= 2, got {self.neighbours} and {self.folds}")
+        if min(self.temperature, self.strength, *self.strengths) <= 0 or self.prior < 0:
+            raise ValueError("temperature, strength and strengths must be positive, and prior not negative")
+
+    def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
+        """Fit `knn` or `probe` to labelled scans.
+
+        Raises:
+            ValueError: fewer than two classes among the examples, or an unknown mode.
+        """
+        rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
+        truth = np.array([classes.index(example.label or "") for example in examples])
+        if len(np.unique(truth)) < 2:  # noqa: PLR2004
+            raise ValueError("the labelled scans are all of one class")
+        if mode == "knn":
+            return Head(mode=mode, classes=classes, arrays={"rows": _unit(rows), "truth": truth})
+        if mode != "probe":
+            raise ValueError(f"classify has no mode '{mode}'")
+        middle, scale = rows.mean(axis=0), _spread(rows, self.prior)
+        standard = (rows - middle) / scale
+        subjects = np.array([example.subject for example in examples])
+        strength = self._choose(standard, truth, subjects, seed)
+        weight, bias = _regress(standard, truth, len(classes), strength)
+        arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": bias}
+        return Head(mode=mode, classes=classes, arrays=arrays, facts={"strength": strength})
+
+    def predict(self, head: Head, scan: Float[np.ndarray, "dim"]) -> Float[np.ndarray, "classes"]:
+        """Probability of each class of the head for one scan embedding."""
+        row = scan.astype(np.float64)
+        if head.mode == "knn":
+            cosines = head.arrays["rows"] @ _unit(row[None])[0]
+            nearest = np.argsort(-cosines, kind="stable")[: self.neighbours]
+            votes = np.zeros(len(head.classes))
+            strengths = np.exp((cosines[nearest] - cosines[nearest[0]]) / self.temperature)
+            np.add.at(votes, head.arrays["truth"][nearest], strengths)
+            return votes / votes.sum()
+        logits = head.arrays["weight"] @ ((row - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
+        return softmax(logits)
+
+    def outcome(self, head: Head, example: Example) -> Guess:
+        """Predict one scan and keep its truth beside.
+
+        Raises:
+            ValueError: the truth is a class that the head was never shown.
+        """
+        scores = self.predict(head, example.features.scan)
+        return Guess(truth=head.classes.index(example.label or ""), scores=tuple(scores.tolist()))
+
+    def combine(self, outcomes: Sequence[Guess]) -> Guess:
+        """Average the probabilities over a subject's scans."""
+        scores = np.mean([outcome.scores for outcome in outcomes], axis=0)
+        return Guess(truth=outcomes[0].truth, scores=tuple(scores.tolist()))
+
+    def statistic(self, metric: str) -> Callable[[Sequence[Guess]], float]:
+        """`auroc` (macro over classes, one against the rest) or `balanced_accuracy`, over subjects."""
+
+        def measure(sample: Sequence[Guess]) -> float:
+            truth = np.array([guess.truth for guess in sample])
+            scores = np.array([guess.scores for guess in sample])
+            if metric == "auroc":
+                return metrics.macro_auroc(truth, scores)
+            return metrics.balanced_accuracy(truth, scores.argmax(axis=1))
+
+        return measure
+
+    def _choose(
+        self,
+        rows: Float[np.ndarray, "scan dim"],
+        truth: Int[np.ndarray, "scan"],
+        subjects: np.ndarray,
+        seed: int,
+    ) -> float:
+        """Take C by cross-validated log loss within the labelled subjects, if they are enough; else the default."""
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        kinds = np.unique(truth)
+        if min(len(np.unique(subjects[truth == kind])) for kind in kinds) < self.folds:
+            return self.strength
+        loss = dict.fromkeys(self.strengths, 0.0)
+        folds = StratifiedGroupKFold(self.folds, shuffle=True, random_state=seed)
+        for kept, held in folds.split(rows, truth, subjects):
+            if len(np.unique(truth[kept])) < len(kinds):
+                continue
+            for strength in self.strengths:
+                weight, bias = _regress(rows[kept], truth[kept], int(truth.max()) + 1, strength)
+                chances = log_softmax(rows[held] @ weight.T + bias, axis=1)
+                loss[strength] -= float(chances[np.arange(len(held)), truth[held]].sum())
+        return min(self.strengths, key=lambda strength: loss[strength])
+
+
+def majority(truth: Sequence[str], classes: tuple[str, ...]) -> tuple[float, ...]:
+    """Share of each class among the labelled scans: what one can say about a scan without seeing it."""
+    return tuple(truth.count(label) / len(truth) for label in classes)
+
+
+def _unit(rows: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row dim"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _spread(rows: Float[np.ndarray, "row dim"], prior: float) -> Float[np.ndarray, "dim"]:
+    """Standard deviation of each column, shrunk towards their average; 1 if nothing varies at all.
+
+    Two labelled scans make every feature look equally telling (+1 and -1 after plain standardising).
+    """
+    variance = rows.var(axis=0)
+    shrunk = np.sqrt((len(rows) * variance + prior * variance.mean()) / (len(rows) + prior))
+    floor = 1e-6 * np.maximum(np.abs(rows).max(axis=0), 1e-6)
+    return np.where(shrunk > floor, shrunk, 1.0)
+
+
+def _regress(
+    rows: Float[np.ndarray, "row dim"], truth: Int[np.ndarray, "row"], classes: int, strength: float
+) -> tuple[Float[np.ndarray, "classes dim"], Float[np.ndarray, "classes"]]:
+    """Balanced logistic regression. A class without examples gets a bias that rules it out."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty may use up its iterations: still a fit
+        fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=500).fit(rows, truth)
+    weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, -1e4)
+    if len(fitted.classes_) == 2:  # noqa: PLR2004 - scikit-learn keeps one row for two classes
+        weight[fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], [0.0, fitted.intercept_[0]]
+    else:
+        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
+    return weight, bias

@@ -1,0 +1,1 @@
+"""What the model sees: windowing, resampling, crops, tiles, augmentations and masks."""

@@ -1,0 +1,130 @@
+"""Crops and views as values: draw a plan, keep it, apply it. Positions are millimetres from the scan's low corner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from voxelstem.study import InputSpec
+from voxelstem.views import resample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crop:
+    """A box of whole voxels that knows where it was."""
+
+    start_ijk: tuple[int, int, int]
+    size_ijk: tuple[int, int, int]
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as array slices."""
+        i, j, k = (slice(start, start + size) for start, size in zip(self.start_ijk, self.size_ijk, strict=True))
+        return i, j, k
+
+
+def draw_crop(shape_ijk: tuple[int, int, int], size_ijk: tuple[int, int, int], rng: np.random.Generator) -> Crop:
+    """Place a box anywhere inside the volume; an axis shorter than the box is taken whole."""
+    size = [min(wanted, have) for wanted, have in zip(size_ijk, shape_ijk, strict=True)]
+    start = [int(rng.integers(0, have - taken + 1)) for have, taken in zip(shape_ijk, size, strict=True)]
+    return Crop(start_ijk=(start[0], start[1], start[2]), size_ijk=(size[0], size[1], size[2]))
+
+
+def cut(array: Float[np.ndarray, "channel i j k"], crop: Crop) -> Float[np.ndarray, "channel a b c"]:
+    """Take the box out of the array. Pure: the same crop always gives the same voxels."""
+    return array[(slice(None), *crop.slices)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewKind:
+    """One kind of view: how many, how many voxels, and how large in the patient relative to `spec.spacing_mm`."""
+
+    count: int = 1
+    size_ijk: tuple[int, int, int] = (32, 32, 32)
+    min_scale: float = 1.0
+    max_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: no view, no voxels, or an empty range of scales.
+        """
+        if self.count < 0 or min(self.size_ijk) < 1 or not 0 < self.min_scale <= self.max_scale:
+            raise ValueError(
+                f"a view needs count >= 0, voxels and 0 < min_scale <= max_scale, got "
+                f"{self.count}, {self.size_ijk}, [{self.min_scale}, {self.max_scale}]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPlan:
+    """Where one view lies in the scan. `extent_mm / size_ijk` is its voxel size."""
+
+    start_mm: tuple[float, float, float]
+    extent_mm: tuple[float, float, float]
+    size_ijk: tuple[int, int, int]
+
+
+def draw_views(
+    kind: ViewKind,
+    spec: InputSpec,
+    box_mm: tuple[tuple[float, float, float], tuple[float, float, float]],
+    rng: np.random.Generator,
+) -> list[ViewPlan]:
+    """Draw `kind.count` views inside `box_mm` = (start, extent), each axis of each with its own scale.
+
+    The box is a part of the scan (the patient's body, or the region that all views of one sample share). An
+    axis on which the view is longer than the box is centred on it.
+    """
+    plans = []
+    for _ in range(kind.count):
+        scale = np.exp(rng.uniform(np.log(kind.min_scale), np.log(kind.max_scale), size=3))
+        extent = np.asarray(kind.size_ijk) * np.asarray(spec.spacing_mm) * scale
+        free = np.asarray(box_mm[1]) - extent
+        start = np.asarray(box_mm[0]) + np.where(free > 0, rng.uniform(size=3) * free, free / 2)
+        plans.append(
+            ViewPlan(
+                start_mm=(float(start[0]), float(start[1]), float(start[2])),
+                extent_mm=(float(extent[0]), float(extent[1]), float(extent[2])),
+                size_ijk=kind.size_ijk,
+            )
+        )
+    return plans
+
+
+def covering_crop(plan: ViewPlan, spacing_mm: tuple[float, float, float], shape_ijk: tuple[int, int, int]) -> Crop:
+    """Smallest box of stored voxels that the view needs, margins for interpolation included."""
+    spacing = np.asarray(spacing_mm)
+    low = np.asarray(plan.start_mm) / spacing
+    high = low + np.asarray(plan.extent_mm) / spacing
+    step = np.asarray(plan.extent_mm) / np.asarray(plan.size_ijk) / spacing
+    margin = np.ceil(np.maximum(1.0, step)).astype(int) + 1
+    start = np.clip(np.floor(low).astype(int) - margin, 0, np.asarray(shape_ijk) - 1)
+    size = np.clip(np.ceil(high).astype(int) + margin, start + 1, np.asarray(shape_ijk)) - start
+    return Crop(
+        start_ijk=(int(start[0]), int(start[1]), int(start[2])), size_ijk=(int(size[0]), int(size[1]), int(size[2]))
+    )
+
+
+def apply_view(
+    voxels: Float[Tensor, "channel i j k"],
+    plan: ViewPlan,
+    crop: Crop,
+    *,
+    spacing_mm: tuple[float, float, float],
+    outside: float,
+) -> Float[Tensor, "channel a b c"]:
+    """Resample the view out of `voxels`, which were read at `crop` from a scan of `spacing_mm`."""
+    coordinates = [
+        resample.grid_coordinates(
+            plan.size_ijk[axis],
+            start=plan.start_mm[axis] / spacing_mm[axis] - crop.start_ijk[axis],
+            step=plan.extent_mm[axis] / plan.size_ijk[axis] / spacing_mm[axis],
+        )
+        for axis in range(3)
+    ]
+    return resample.sample(voxels, (coordinates[0], coordinates[1], coordinates[2]), outside=outside)

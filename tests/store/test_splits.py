@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxelstem.store.splits import SPLITS, Fractions, split_of
+
+
+def test_shares_are_met_on_average():
+    splits = [split_of(f"s{number:024x}") for number in range(4000)]
+    shares = [splits.count(split) / len(splits) for split in SPLITS]
+    assert shares == pytest.approx([0.6, 0.15, 0.25], abs=0.03)
+
+
+@given(st.text(), st.sampled_from([0.0, 0.1, 0.4]))
+def test_a_larger_train_share_takes_nobody_out_of_train(subject, more):
+    before = Fractions(train=0.5, validation=0.1, test=0.4)
+    after = Fractions(train=0.5 + more, validation=0.1, test=0.4 - more)
+    if split_of(subject, before) == "train":
+        assert split_of(subject, after) == "train"
+
+
+def test_a_split_of_share_zero_or_one_is_empty_or_everything():
+    everyone = [f"s{number}" for number in range(500)]
+    assert {split_of(subject, Fractions(train=0, validation=0, test=1)) for subject in everyone} == {"test"}
+    assert "validation" not in {split_of(s, Fractions(train=0.5, validation=0, test=0.5)) for s in everyone}
+
+
+def test_a_known_subject_stays_where_it_was_in_every_version():
+    subjects = ["s000000000000000000000000", "s000000000000000000000001", "s000000000000000000000002", "sabc"]
+    assert [split_of(subject) for subject in subjects] == ["train", "validation", "train", "test"]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5, 0.5), (1.2, -0.2, 0.0), (0.0, 0.0, 0.0)])
+def test_shares_that_make_no_sense_are_refused(shares):
+    with pytest.raises(ValueError, match="add up to 1"):
+        Fractions(train=shares[0], validation=shares[1], test=shares[2])

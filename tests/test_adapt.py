@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxelstem import adapt
+from voxelstem.card import Card, write_weights
+from voxelstem.errors import AuditError, ConfigError
+from voxelstem.model import make_model
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Fractions, Store, split_of, write
+from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.study import InputSpec, Study
+from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.segment import Segment
+
+SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
+ARCHITECTURE = {
+    "name": "scan_vit",
+    "block_ijk": (16, 16, 16),
+    "block.dim": 24,
+    "block.depth": 1,
+    "block.heads": 2,
+    "scan.depth": 0,
+}
+FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
+
+
+def make_store(folder: Path, count: int = 12) -> tuple[Store, Path, Path]:
+    """A store of coarse phantoms with voxel labels, the table of who has contrast, and a labels.json."""
+    store = Store.create(folder / "store", fractions=FRACTIONS)
+    key = site_key()
+    rows = [("subject", "label")]
+    for seed in range(count):
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(7.0, 7.0, 8.0), phase="portal" if seed % 2 else "none"))
+        write(store, replace(study, subject=pseudonym(study.subject, key)))
+        rows.append((study.subject, study.labels["contrast"]))
+    with (folder / "contrast.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    classes = {"1": "lung_left", "2": "lung_right", "3": "liver"}
+    (folder / "labels.json").write_text(json.dumps({"classes": classes}))
+    return store, folder / "contrast.csv", folder / "labels.json"
+
+
+def make_weights(folder: Path) -> Path:
+    model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
+    write_weights(folder / "weights", model.backbone.state_dict(), model.card)
+    return folder / "weights"
+
+
+@pytest.fixture(autouse=True)
+def one_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests here share one site key, because they share one store."""
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+        make_store(folder)
+    make_weights(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "mode", "labels"),
+    [("classify", "knn", "contrast.csv"), ("classify", "probe", "contrast.csv"), ("segment", "probe", "labels.json")],
+)
+def test_a_run_can_be_read_back_whole(place: Path, tmp_path: Path, task: str, mode: str, labels: str) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / labels,
+        task=task,
+        mode=mode,
+        out=tmp_path / "run",
+        budget=2,
+        settings={"seed": 3},
+    )
+    read = adapt.read_run(out)
+    assert (read.config.task, read.config.mode, read.config.budget, read.config.seed) == (task, mode, 2, 3)
+    assert len(read.subjects) == 2
+    assert all(split_of(subject, FRACTIONS) == "train" for subject in read.subjects)
+    assert (read.weights / "model.safetensors").is_file()
+    assert not [path for path in tmp_path.iterdir() if path != out]
+    store = Store.open(place / "store")
+    truth = adapt.read_truth(store, place / labels, read.task, SPEC)
+    features = adapt.embedder(adapt.load(read.weights), store, tmp_path / "features", tokens=read.task.voxels)
+    example = next(adapt.examples_of(store, truth.of("test"), truth, features, read.task))
+    assert read.task.outcome(read.head, example)
+
+
+def test_scratch_needs_no_weights_and_follows_its_seed(place: Path, tmp_path: Path) -> None:
+    digests = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = adapt.run(
+            weights="scratch",
+            store=place / "store",
+            labels=place / "contrast.csv",
+            task="classify",
+            mode="knn",
+            out=tmp_path / name,
+            settings={"seed": seed, "like": str(place / "weights")},
+        )
+        digests.append((out / "weights" / "model.safetensors").read_bytes())
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
+def test_the_run_holds_no_name_of_a_subject_and_no_pickle(place: Path, tmp_path: Path) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task="classify",
+        mode="probe",
+        out=tmp_path / "run",
+    )
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.toml", "head.json", "head.safetensors", "adapt.json", "weights", "features"}
+    for path in out.glob("*.*"):
+        assert b"phantom-" not in path.read_bytes()
+
+
+def test_the_draw_is_by_subject_nested_in_budget_and_balanced(place: Path) -> None:
+    store = Store.open(place / "store")
+    truth = adapt.read_truth(store, place / "contrast.csv", Classify(), SPEC)
+    two, four = (adapt.draw(truth, budget, 5, voxels=False) for budget in (2, 4))
+    assert {record.key for record in two} < {record.key for record in four}
+    assert sorted(truth.labels[record.subject] for record in four) == ["no", "no", "yes", "yes"]
+    assert all(record.split == "train" for record in four)
+    others = [{r.key for r in adapt.draw(truth, 2, seed, voxels=False)} for seed in range(8)]
+    assert len({frozenset(keys) for keys in others}) > 1
+
+
+def test_without_a_wish_the_organs_are_those_that_all_labelled_scans_name(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text("{}")
+    truth = adapt.read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
+    names = adapt.class_names(truth, truth.of("train"), voxels=True)
+    assert "liver" in names
+    assert names == tuple(sorted(names))
+    wished = adapt.read_truth(Store.open(place / "store"), place / "labels.json", Segment(), SPEC)
+    assert adapt.class_names(wished, wished.of("train"), voxels=True) == ("lung_left", "lung_right", "liver")
+
+
+def arguments(place: Path, out: Path, **changes: object) -> dict[str, object]:
+    usual = {
+        "weights": place / "weights",
+        "store": place / "store",
+        "labels": place / "contrast.csv",
+        "task": "classify",
+        "mode": "probe",
+        "out": out / "run",
+    }
+    return usual | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "clasify"}, "did you mean 'classify'"),
+        ({"mode": "prob"}, "did you mean 'probe'"),
+        ({"task": "segment", "mode": "knn"}, "no mode 'knn'"),
+        ({"budget": 99}, "more than the"),
+        ({"budget": 1}, "each of 2 classes"),
+        ({"budget": 0}, "at least 1"),
+        ({"settings": {"head.neigbours": 3}}, "neighbours"),
+        ({"settings": {"budget": 3}}, "use --budget"),
+        ({"settings": {"like": "x"}}, "scratch only"),
+    ],
+)
+def test_wrong_use_is_one_clear_sentence(place: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapt.run(**arguments(place, tmp_path, **changes))  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_strangers_are_refused_without_naming_them(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("subject,label\nmueller,yes\n")
+    with pytest.raises(ConfigError, match="none of the 1 labelled subjects") as caught:
+        adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
+    assert "mueller" not in str(caught.value)
+
+
+def test_one_class_only_is_refused(place: Path, tmp_path: Path) -> None:
+    lines = ["subject,label", *(f"phantom-{seed:04d},yes" for seed in range(12))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(AuditError, match="same label"):
+        adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
+
+
+def test_ct_weights_refuse_a_store_of_mri(place: Path, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "mr")
+    study = phantom(PhantomConfig(seed=1, spacing_mm=(10.0, 10.0, 10.0)))
+    write(
+        store,
+        Study(
+            subject=pseudonym("a", site_key()),
+            volumes=tuple(replace(volume, modality="MR") for volume in study.volumes),
+        ),
+    )
+    with pytest.raises(ConfigError, match="trained on CT, the store holds MR"):
+        adapt.run(**arguments(place, tmp_path, store=tmp_path / "mr"))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"classes": {"1": "livr"}}', "did you mean 'liver'"), ("[1]", "not a label file"), ("{", "not a label file")],
+)
+def test_a_wrong_labels_json_is_refused(place: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        adapt.read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
+    with pytest.raises(ConfigError, match="no label file"):
+        adapt.read_truth(Store.open(place / "store"), tmp_path / "absent.json", Segment(), SPEC)
+
+
+def test_a_finished_run_is_never_written_over(place: Path, tmp_path: Path) -> None:
+    adapt.run(**arguments(place, tmp_path, mode="knn"))  # pyright: ignore[reportArgumentType]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(ConfigError, match="finished run already"):
+        adapt.run(**arguments(place, tmp_path))  # pyright: ignore[reportArgumentType]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_an_interrupted_run_goes_on(place: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".run.unfinished"
+    (left / "weights").mkdir(parents=True)
+    (left / "weights" / "model.safetensors").write_bytes(b"half")
+    (left / "head.json").write_text("{")
+    out = adapt.run(**arguments(place, tmp_path))  # pyright: ignore[reportArgumentType]
+    assert not left.exists()
+    assert adapt.load(adapt.read_run(out).weights).spec == SPEC
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a finished run"):
+        adapt.read_run(tmp_path)
+
+
+def test_classes_take_turns_even_when_one_runs_out() -> None:
+    labels = {"a": "x", "b": "x", "c": "x", "d": "y"}
+    assert adapt._take_turns(["a", "b", "c", "d"], labels) == ["a", "d", "b", "c"]
+
+
+def test_arrays_of_a_head_survive_the_disk(place: Path, tmp_path: Path) -> None:
+    out = adapt.run(**arguments(place, tmp_path))  # pyright: ignore[reportArgumentType]
+    head = adapt.read_run(out).head
+    again = adapt.run(**arguments(place, tmp_path / "again"))  # pyright: ignore[reportArgumentType]
+    for name, array in adapt.read_run(again).head.arrays.items():
+        np.testing.assert_array_equal(array, head.arrays[name])

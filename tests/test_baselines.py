@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from voxelstem.baselines import carry, find_body, intensity, nearest
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.study import InputSpec, LabelMap, Provenance, Volume
+
+SPEC = InputSpec(low_hu=-1000.0, high_hu=1000.0)
+
+
+def volume(array: np.ndarray, *, modality: str = "CT", spacing: float = 4.0) -> Volume:
+    return Volume(
+        array=array[None].astype(np.float32),
+        affine_ras=np.diag([spacing, spacing, spacing, 1.0]),
+        modality=modality,
+        provenance=Provenance(source_format="nifti", sha256="0", orientation="RAS"),
+    )
+
+
+def body_with_a_lung() -> np.ndarray:
+    array = np.full((20, 18, 16), -1000.0)
+    array[4:16, 3:15, 2:14] = 40
+    array[8:12, 6:10, 4:12] = -800
+    array[18:20, :, :] = 500  # a table, apart from the body
+    array[18:20, :, 8:] = -1000
+    return array
+
+
+def test_the_body_is_the_largest_piece_with_its_lungs_and_without_the_table() -> None:
+    body = find_body(volume(body_with_a_lung()))
+    assert body.start_ijk == (4, 3, 2)
+    assert body.stop_ijk == (16, 15, 14)
+    assert body.mask.sum() == 12 * 12 * 12
+
+
+def test_the_bodys_box_is_in_voxels_of_the_whole_scan() -> None:
+    fine = np.repeat(np.repeat(np.repeat(body_with_a_lung(), 4, 0), 4, 1), 4, 2)
+    body = find_body(volume(fine, spacing=1.0))
+    assert body.stride == (4, 4, 4)
+    assert body.start_ijk == (16, 12, 8)
+    assert body.stop_ijk == (64, 60, 56)
+
+
+def test_a_scan_of_nothing_but_air_is_all_body() -> None:
+    assert find_body(volume(np.full((5, 5, 5), -1000.0))).mask.all()
+
+
+def test_the_scan_is_described_by_the_histogram_of_its_body() -> None:
+    found = intensity(volume(body_with_a_lung()), SPEC, token_mm=None, bins=20)
+    share = found.scan**2
+    assert found.tokens is None
+    assert share.sum() == pytest.approx(1)
+    assert share[2] == pytest.approx(4 * 4 * 8 / 12**3)  # lung at -800 HU
+    assert share[10] == pytest.approx(1 - 4 * 4 * 8 / 12**3)  # 40 HU
+    assert share[15] == 0  # the table is not counted
+
+
+def test_a_token_is_described_by_the_histogram_of_its_patch() -> None:
+    array = np.random.default_rng(0).uniform(-1200, 1200, (6, 4, 8))
+    found = intensity(volume(array), SPEC, token_mm=(8.0, 8.0, 16.0), bins=10)
+    assert found.tokens is not None
+    assert found.tokens.shape == (3, 2, 2, 10)
+    patch = np.clip(array[2:4, 0:2, 4:8], -1000, 999.99)
+    expected = np.histogram(patch, bins=10, range=(-1000, 1000))[0] / patch.size
+    np.testing.assert_allclose(found.tokens[1, 0, 1] ** 2, expected, atol=1e-6)
+
+
+def test_mri_has_no_unit_so_its_own_range_is_the_window() -> None:
+    array = np.random.default_rng(0).uniform(0, 1, (12, 12, 12))
+    small, large = (intensity(volume(array * k, modality="MR"), SPEC, token_mm=None).scan for k in (3.0, 3000.0))
+    np.testing.assert_allclose(small, large, atol=0.03)
+
+
+def test_the_nearest_atlas_is_the_most_similar_histogram() -> None:
+    rows = np.eye(3)
+    assert nearest(np.array([0.1, 0.2, 0.7]), list(rows)) == 2
+
+
+def test_labels_carried_to_the_same_scan_stay_where_they_are() -> None:
+    study = phantom(PhantomConfig(seed=1, spacing_mm=(5.0, 5.0, 6.0)))
+    scan = study.volumes[0]
+    assert scan.labels is not None
+    body = find_body(scan)
+    np.testing.assert_array_equal(carry(scan.labels, body, body, scan.shape_ijk).array, scan.labels.array)
+
+
+def test_labels_follow_the_box_of_the_body() -> None:
+    small, large = body_with_a_lung(), np.full((50, 40, 40), -1000.0)
+    large[10:34, 10:34, 10:34] = 40
+    labels = LabelMap(array=np.where(small == -800, 1, 0).astype(np.int16), classes={1: "lung"})
+    carried = carry(labels, find_body(volume(small)), find_body(volume(large)), (50, 40, 40))
+    where = np.argwhere(carried.array == 1)
+    # In the small body the lung runs from 4/12 to 8/12 along i; the large one is 24 voxels wide from 10.
+    assert (where.min(axis=0)[0], where.max(axis=0)[0]) == (18, 25)
+    assert carried.array[:4].sum() == 0
+    assert carried.classes == {1: "lung"}

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxelstem import adapt, evaluate
+from voxelstem.adapt import read_truth
+from voxelstem.baselines import Intensity, intensity
+from voxelstem.card import Card, write_weights
+from voxelstem.errors import AuditError, ConfigError
+from voxelstem.model import make_model
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Fractions, Store, write
+from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.study import InputSpec
+from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.segment import Segment
+
+SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
+ARCHITECTURE = {
+    "name": "scan_vit",
+    "block_ijk": (16, 16, 16),
+    "block.dim": 24,
+    "block.depth": 1,
+    "block.heads": 2,
+    "scan.depth": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests here share one site key, because they share one store."""
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of coarse phantoms, weights, and one run of each task."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+        store = Store.create(folder / "store", fractions=Fractions(train=0.6, validation=0.0, test=0.4))
+        rows = [("subject", "label")]
+        for seed in range(14):
+            study = phantom(
+                PhantomConfig(seed=seed, spacing_mm=(7.0, 7.0, 8.0), phase="portal" if seed % 2 else "none")
+            )
+            write(store, replace(study, subject=pseudonym(study.subject, site_key())))
+            rows.append((study.subject, study.labels["contrast"]))
+        with (folder / "contrast.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        (folder / "labels.json").write_text(
+            json.dumps({"classes": {"1": "lung_left", "2": "lung_right", "3": "liver"}})
+        )
+        model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
+        write_weights(folder / "weights", model.backbone.state_dict(), model.card)
+        for name, task, labels in (("contrast", "classify", "contrast.csv"), ("organs", "segment", "labels.json")):
+            adapt.run(
+                weights=folder / "weights",
+                store=folder / "store",
+                labels=folder / labels,
+                task=task,
+                mode="probe",
+                out=folder / name,
+                budget=2,
+            )
+    return folder
+
+
+def test_a_scan_level_run_stands_beside_scratch_intensity_and_majority(place: Path, tmp_path: Path) -> None:
+    found = evaluate.run(
+        [place / "contrast"], store=place / "store", labels=place / "contrast.csv", out=tmp_path / "report"
+    )
+    by_name = {score.name: score for score in found.scores if score.metric == "auroc"}
+    assert list(by_name) == ["contrast", "scratch", "intensity", "majority"]
+    assert by_name["majority"].value.estimate == 0.5
+    assert by_name["scratch"].repeats == evaluate.INITS
+    assert by_name["scratch"].over_scratch is None
+    for name in ("contrast", "majority"):
+        assert by_name[name].over_scratch is not None
+        assert by_name[name].over_intensity is not None
+    assert {score.value.subjects for score in found.scores} == {found.test_subjects}
+
+
+def test_a_voxel_level_run_stands_beside_the_nearest_atlas_and_shows_every_organ(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    found = evaluate.run([place / "organs"], store=place / "store", labels=place / "labels.json", out=out)
+    by_name = {score.name: score for score in found.scores}
+    assert list(by_name) == ["organs", "scratch", "intensity", "atlas"]
+    assert set(by_name["atlas"].parts) == {"lung_left", "lung_right", "liver"}
+    assert by_name["atlas"].value.estimate > 0.5
+    difference = by_name["organs"].over_scratch
+    assert difference is not None
+    assert difference.estimate == pytest.approx(by_name["organs"].value.estimate - by_name["scratch"].value.estimate)
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written["scores"][0]["value"]["estimate"] == pytest.approx(by_name["organs"].value.estimate)
+    html = (out / "index.html").read_text()
+    assert "What these numbers cannot show" in html
+    assert "lung_left" in html
+
+
+def test_runs_that_share_labels_share_their_baselines(place: Path, tmp_path: Path) -> None:
+    adapt.run(
+        weights="scratch",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task="classify",
+        mode="probe",
+        out=tmp_path / "untrained",
+        budget=2,
+        settings={"like": str(place / "weights")},
+    )
+    found = evaluate.run(
+        [place / "contrast", tmp_path / "untrained"],
+        store=place / "store",
+        labels=place / "contrast.csv",
+        out=tmp_path / "report",
+    )
+    names = [score.name for score in found.scores if score.metric == "auroc"]
+    assert names == ["contrast", "scratch", "intensity", "majority", "untrained"]
+
+
+def test_an_untrained_run_scores_exactly_like_the_scratch_baseline_of_its_seed(place: Path, tmp_path: Path) -> None:
+    """The baseline is fitted as a run is: the same labels, the same head, the same features."""
+    out = adapt.run(
+        weights="scratch",
+        store=place / "store",
+        labels=place / "labels.json",
+        task="segment",
+        mode="probe",
+        out=tmp_path / "untrained",
+        budget=1,
+        settings={"like": str(place / "weights"), "seed": 1},
+    )
+    run = adapt.read_run(out)
+    store = Store.open(place / "store")
+    contest = evaluate._contest(run, store, read_truth(store, place / "labels.json", run.task, SPEC))
+    model = adapt.load(run.weights)
+    mine = contest.score(run.head, adapt.embedder(model, store, tmp_path / "a", tokens=True))
+    again = contest.fit_and_score(adapt.embedder(model.scratch(seed=1), store, tmp_path / "b", tokens=True))
+    assert mine == again
+
+
+def contest_of(place: Path, task: Classify | Segment, labels: str) -> evaluate.Contest:
+    store = Store.open(place / "store")
+    truth = read_truth(store, place / labels, task, SPEC)
+    return evaluate.Contest(
+        store=store,
+        truth=truth,
+        task=task,
+        mode="probe",
+        classes=truth.classes,
+        labelled=(),
+        tested=truth.of("test"),
+        seed=0,
+    )
+
+
+def test_label_efficiency_is_shown_for_every_budget_and_contestant(place: Path) -> None:
+    contest = contest_of(place, Segment(iterations=20, tokens=800), "labels.json")
+    made: list[str] = []
+
+    def bright() -> adapt.FeaturesOf:
+        made.append("bright")
+        return evaluate.intensity_features(contest.store, SPEC, (32.0, 32.0, 32.0))
+
+    def blind() -> adapt.FeaturesOf:
+        def features(key: str) -> Intensity:
+            seen = intensity(contest.store.volume(key), SPEC, token_mm=(32.0, 32.0, 32.0))
+            assert seen.tokens is not None
+            return dataclasses.replace(seen, tokens=np.zeros_like(seen.tokens))
+
+        return features
+
+    scores = evaluate.few_label_table(
+        contest,
+        {"intensity": [bright], "scratch": [blind, blind]},
+        task="segment",
+        budgets=(1, 3),
+        draws=2,
+        atlas=SPEC,
+    )
+    assert [(score.name, score.budget, score.labelled, score.repeats) for score in scores] == [
+        ("intensity", 1, 1, 2),
+        ("scratch", 1, 1, 4),
+        ("atlas", 1, 1, 2),
+        ("intensity", 3, 3, 2),
+        ("scratch", 3, 3, 4),
+        ("atlas", 3, 3, 2),
+    ]
+    assert made == ["bright"]
+    assert scores[0].value.estimate > scores[1].value.estimate
+    assert scores[0].over_scratch is not None
+    assert scores[0].over_scratch.low is not None
+    assert scores[0].over_scratch.low > 0
+
+
+def test_two_test_subjects_get_their_own_figures_and_no_interval(place: Path) -> None:
+    contest = contest_of(place, Segment(), "labels.json")
+    subjects = sorted({record.subject for record in contest.tested})[:2]
+    own = {subjects[0]: ({"liver": 0.5},), subjects[1]: ({"liver": 0.7},)}
+    (score,) = evaluate.table_of(contest, {"run": own}, task="segment", budget=1)
+    assert score.value.note == "n=2, no interval"
+    assert score.each == (0.5, 0.7)
+    assert score.parts["liver"].low is None
+
+
+def test_leakage_is_found_by_subject_by_scan_and_by_voxels(place: Path) -> None:
+    store = Store.open(place / "store")
+    train = next(record for record in store if record.split == "train")
+    test = next(record for record in store if record.split == "test")
+    evaluate.check_leakage(store, [train], [test])
+    for changes, word in (
+        ({"subject": train.subject}, "1 of the test subjects"),
+        ({"key": train.key}, "1 of the test scans"),
+        ({"voxels": train.voxels}, "voxel for voxel"),
+    ):
+        with pytest.raises(AuditError, match=word):
+            evaluate.check_leakage(store, [train], [replace(test, **changes)])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(AuditError, match="also trained on"):
+        evaluate.check_leakage(store, [test], [test])
+
+
+def test_a_store_without_test_subjects_is_refused(place: Path, tmp_path: Path) -> None:
+    rows = (place / "contrast.csv").read_text().splitlines()
+    store = Store.open(place / "store")
+    train = set(store.subjects("train"))
+    kept = [rows[0], *(row for row in rows[1:] if pseudonym(row.split(",")[0], site_key()) in train)]
+    (tmp_path / "labels.csv").write_text("\n".join(kept) + "\n")
+    with pytest.raises(AuditError, match="no held-out test subject"):
+        evaluate.run([place / "contrast"], store=place / "store", labels=tmp_path / "labels.csv", out=tmp_path / "out")
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_another_store_is_refused(place: Path, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", fractions=Fractions(train=0.6, validation=0.0, test=0.4))
+    for seed in range(5):
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0)))
+        write(store, replace(study, subject=pseudonym(study.subject, site_key())))
+    with pytest.raises(ConfigError, match="not in this store"):
+        evaluate.run([place / "contrast"], store=store.path, labels=place / "contrast.csv", out=tmp_path / "out")
+
+
+def test_an_undefined_figure_is_null_in_the_json() -> None:
+    assert evaluate._plain({"a": (float("nan"), 1.0), "b": [None]}) == {"a": [None, 1.0], "b": [None]}
+
+
+def test_no_run_and_what_is_no_run_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run"):
+        evaluate.run([], store=place / "store", labels=place / "contrast.csv", out=tmp_path)
+    with pytest.raises(ConfigError, match="not a finished run"):
+        evaluate.run([place / "weights"], store=place / "store", labels=place / "contrast.csv", out=tmp_path)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from voxelstem.study import InputSpec, LabelMap, Provenance, Study, Volume
+
+PROVENANCE = Provenance(source_format="nifti", sha256="0" * 64, orientation="RAS")
+
+
+def a_volume(**changes) -> Volume:
+    parts = {
+        "array": np.zeros((1, 4, 5, 6), dtype=np.float32),
+        "affine_ras": np.diag([1.0, 2.0, 3.0, 1.0]),
+        "modality": "CT",
+        "provenance": PROVENANCE,
+    }
+    return Volume(**(parts | changes))
+
+
+def test_a_volume_knows_its_shape_and_spacing():
+    volume = a_volume()
+    assert volume.shape_ijk == (4, 5, 6)
+    assert volume.spacing_mm == (1.0, 2.0, 3.0)
+
+
+def test_a_volume_without_a_channel_axis_is_refused():
+    with pytest.raises(ValueError, match="4 axes"):
+        a_volume(array=np.zeros((4, 5, 6), dtype=np.float32))
+
+
+def test_a_volume_with_a_flat_voxel_is_refused():
+    with pytest.raises(ValueError, match="no extent"):
+        a_volume(affine_ras=np.diag([1.0, 0.0, 3.0, 1.0]))
+
+
+def test_labels_on_another_grid_are_refused():
+    labels = LabelMap(array=np.zeros((4, 5, 7), dtype=np.int16), classes={1: "liver"})
+    with pytest.raises(ValueError, match="do not lie on the volume's grid"):
+        a_volume(labels=labels)
+
+
+@pytest.mark.parametrize("record", [a_volume(), PROVENANCE, InputSpec(), Study(subject="1", volumes=())])
+def test_records_cannot_be_changed(record: object):
+    name = dataclasses.fields(record)[0].name  # pyright: ignore[reportArgumentType]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(record, name, None)
+
+
+def test_two_studies_do_not_share_their_labels():
+    assert Study(subject="1", volumes=()).labels is not Study(subject="2", volumes=()).labels
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low_hu": 100.0, "high_hu": 100.0}, "window is empty"),
+        ({"spacing_mm": (1.0, 0.0, 1.0)}, "spacing_mm must be positive"),
+        ({"block_ijk": (32, 0, 32)}, "at least one voxel"),
+    ],
+)
+def test_an_input_spec_guards_its_numbers(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        InputSpec(**changes)
