@@ -15,7 +15,7 @@ from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, split_of, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, Study
+from voxelstem.study import InputSpec, LabelMap, Study
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.segment import Segment
 
@@ -148,6 +148,43 @@ def test_without_a_wish_the_organs_are_those_that_all_labelled_scans_name(place:
     assert names == tuple(sorted(names))
     wished = adapt.read_truth(Store.open(place / "store"), place / "labels.json", Segment(), SPEC)
     assert adapt.class_names(wished, wished.of("train"), voxels=True) == ("lung_left", "lung_right", "liver")
+
+
+@pytest.fixture
+def partly(tmp_path: Path) -> Store:
+    """Eight subjects with organs and no lesion, eight with lesions only."""
+    store = Store.create(tmp_path / "partly", fractions=FRACTIONS)
+    for seed in range(16):
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0)))
+        volume = study.volumes[0]
+        assert volume.labels is not None
+        looked = {n: name for n, name in volume.labels.classes.items() if (name == "lesion") == (seed % 2 == 1)}
+        array = np.where(np.isin(volume.labels.array, list(looked)), volume.labels.array, 0).astype(np.int16)
+        volume = replace(volume, labels=LabelMap(array=array, classes=looked))
+        write(store, Study(subject=pseudonym(study.subject, site_key()), volumes=(volume,)))
+    return store
+
+
+def asking(tmp_path: Path, *names: str) -> Path:
+    path = tmp_path / "wanted.json"
+    path.write_text(json.dumps({"classes": {str(n): name for n, name in enumerate(names, start=1)}}))
+    return path
+
+
+@pytest.mark.parametrize("names", [("lesion",), ("liver", "spleen")])
+def test_only_scans_in_which_every_wanted_class_was_looked_for_count(
+    partly: Store, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    truth = adapt.read_truth(partly, asking(tmp_path, *names), Segment(), SPEC)
+    assert len(truth.records) == 8
+    assert all(set(names) <= set(record.classes.values()) for record in truth.records)
+
+
+def test_classes_that_were_never_looked_for_together_are_refused_with_counts(partly: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="all 16 labelled scans are left out") as caught:
+        adapt.read_truth(partly, asking(tmp_path, "liver", "lesion"), Segment(), SPEC)
+    assert "'liver' in 8, 'lesion' in 8" in caught.value.problem
+    assert "wanted.json only classes" in caught.value.hint
 
 
 def arguments(place: Path, out: Path, **changes: object) -> dict[str, object]:

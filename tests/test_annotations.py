@@ -58,6 +58,21 @@ def test_labels_json_names_classes_and_masks_elsewhere(tmp_path, ones):
     assert [masks.relative(path) for path in masks.unused()] == ["x2.nii"]
 
 
+def test_only_some_classes_were_looked_for_where_labels_json_says_so(tmp_path, ones):
+    for place in ("a/ct.nii.gz", "tumours/b.nii.gz", "tumours/c/ct.nii.gz", "tumours2/d.nii.gz"):
+        write_mask(tmp_path / place, ones)
+    content = {
+        "classes": {"1": "liver", "2": "spleen", "3": "lesion"},
+        "annotated": {"tumours/": ["lesion"], "tumours/c/ct.nrrd": ["spleen", "lesion"]},
+    }
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    masks = read_masks(tmp_path)
+    assert masks.names("a/ct.nii.gz") == {1: "liver", 2: "spleen", 3: "lesion"}
+    assert masks.names("tumours/b.nrrd") == {3: "lesion"}
+    assert masks.names("tumours/c/ct.nii.gz") == {2: "spleen", 3: "lesion"}
+    assert masks.names("tumours2/d.nii.gz") == {1: "liver", 2: "spleen", 3: "lesion"}
+
+
 def test_among_the_scans_only_named_masks_count(tmp_path, ones):
     write_mask(tmp_path / "scan.nii", ones)
     write_mask(tmp_path / "mask.nii", ones)
@@ -76,6 +91,10 @@ def test_among_the_scans_only_named_masks_count(tmp_path, ones):
         ('{"masks": ["a"]}', "'masks' must give scan paths"),
         ('{"masks": {"Miller.nii": "gone.nii"}}', "the mask of entry 1 of 'masks' is not there"),
         ("{", "cannot be read as JSON"),
+        ('{"classes": {"1": "liver"}, "annotated": {"a": "liver"}}', "a list of classes"),
+        ('{"classes": {"1": "liver"}, "annotated": {"a": []}}', "a list of classes"),
+        ('{"classes": {"1": "liver"}, "annotated": {"a": ["livr"]}}', "did you mean 'liver'"),
+        ('{"classes": {"1": "liver"}, "annotated": {"a": ["liver"], "Miller": ["liver"]}}', "entry 2 of 'annotated'"),
     ],
 )
 def test_a_labels_file_of_another_shape_is_a_clear_error(tmp_path, ones, text, said):

@@ -22,6 +22,7 @@ from voxelstem.protocols import Backbone, Batch, Objective, Task
 from voxelstem.recipes import RECIPES, named
 from voxelstem.sources import MASKS, SOURCES
 from voxelstem.tasks import TASKS
+from voxelstem.testing import check_backbone, check_objective
 
 BLOCK = (8, 8, 8)
 SMALL = {
@@ -41,6 +42,13 @@ def a_backbone(name: str) -> Any:
 
 
 def an_objective(name: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return drawn_objective(name)
+
+
+def drawn_objective(name: str) -> Any:
+    """Draw a small objective of this name from torch's global generator."""
     kind = OBJECTIVES[name]
     config = kind.Config()
     changes: dict[str, Any] = {
@@ -48,9 +56,7 @@ def an_objective(name: str) -> Any:
         for field in dataclasses.fields(config)
         if isinstance(getattr(config, field.name), ProjectorConfig)
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return kind(dataclasses.replace(config, **changes), a_backbone("scan_vit"))
+    return kind(dataclasses.replace(config, **changes), BACKBONES["scan_vit"](SMALL["scan_vit"]))
 
 
 def a_batch() -> Batch:
@@ -68,6 +74,9 @@ def a_batch() -> Batch:
 class TestBackbone:
     def test_it_satisfies_the_protocol(self, name: str):
         assert isinstance(a_backbone(name), Backbone)
+
+    def test_it_keeps_the_public_contract(self, name: str):
+        check_backbone(lambda: BACKBONES[name](SMALL[name]))
 
     def test_it_gives_one_vector_a_block_and_one_a_patch(self, name: str):
         backbone = a_backbone(name)
@@ -100,6 +109,9 @@ class TestObjective:
         objective = an_objective(name)
         assert isinstance(objective, Objective)
         assert objective.config.name == name
+
+    def test_it_keeps_the_public_contract(self, name: str):
+        check_objective(lambda: drawn_objective(name))
 
     def test_a_step_gives_a_finite_loss_that_trains_its_learner(self, name: str):
         objective = an_objective(name)

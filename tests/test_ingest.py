@@ -236,6 +236,25 @@ def test_masks_are_laid_on_their_scans_and_strange_ones_get_a_line(paths):
     assert [line.code for line in Store.open(root).refusals()] == ["label-without-scan"]
 
 
+def test_a_partly_annotated_scan_keeps_only_the_classes_that_were_looked_for(paths):
+    src, root = paths
+    labels = src.with_name("labels")
+    for number, name in enumerate("ab"):
+        scan(src / name / "ct.nii.gz", seed=number)
+        mask(labels / name / "ct.nii.gz")
+    content = {"classes": {"1": "lesion", "2": "liver"}}
+    (labels / "labels.json").write_text(json.dumps(content))
+    assert take(src, store=root, labels=labels).kept == 2
+    (labels / "labels.json").write_text(json.dumps(content | {"annotated": {"b": ["lesion"]}}))
+    again = take(src, store=root, labels=labels)
+    assert (again.kept, again.skipped, again.refused) == (1, 1, 0), "what was said of one scan has changed"
+    assert {pseudonym("a", site_key()): {1: "lesion", 2: "liver"}, pseudonym("b", site_key()): {1: "lesion"}} == {
+        record.subject: dict(record.classes) for record in Store.open(root)
+    }
+    (labels / "labels.json").write_text(json.dumps(content | {"annotated": {"b": ["liver"]}}))
+    assert [line.code for line in take(src, store=root, labels=labels).refusals] == ["label-values"]
+
+
 def test_masks_that_come_later_are_added(paths):
     src, root = paths
     scan(src / "a/ct.nii.gz")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem import samples, sources
+from voxelstem import annotations, samples, sources
 from voxelstem.errors import VoxelstemError
 from voxelstem.samples import Member
 from voxelstem.sources import nifti
@@ -77,6 +77,30 @@ def test_masks_come_in_the_phantom_s_classes(small):
     assert json.loads((found.labels / "labels.json").read_text())["classes"] == {
         str(value): name for value, name in CLASSES.items()
     }
+
+
+def test_labels_json_says_which_classes_were_looked_for(small):
+    found = samples.fetch(small)
+    masks = annotations.read_masks(found.labels, [found.scans])
+    (source,) = sources.iterate(found.scans)
+    assert set(masks.names(source.relative).values()) == set(CLASSES.values()) - {"lesion"}
+    study = annotations.lay_mask(source.read(), masks.take(source.relative), masks.names(source.relative))
+    assert "lesion" not in study.volumes[0].labels.classes.values()
+
+
+def test_a_labels_json_of_an_earlier_version_is_renewed_without_fetching(small):
+    found = samples.fetch(small)
+    new = (found.labels / "labels.json").read_text()
+    (found.labels / "labels.json").write_text("{}")
+    (small / "archives" / "totalsegmentator-2.18.0.tar.gz").unlink()
+    samples.fetch(small)
+    assert (found.labels / "labels.json").read_text() == new
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VoxelstemError, match="cannot be put into 'samples'"):
+        samples.fetch(tmp_path / "file" / "samples")
 
 
 def test_scan_and_mask_lie_on_one_grid_at_the_same_relative_path(small):
@@ -169,6 +193,11 @@ def test_the_real_packages_give_scans_with_organs_in_place(tmp_path):
     assert set(scans) == {"ts_abdomen", "ts_upper_abdomen", "ts_chest", "lung1", "lung2"}
     assert {volume.modality for volume in scans.values()} == {"CT"}
     assert sources.read(found.mr).volumes[0].modality == "MR"
+    masks = annotations.read_masks(found.labels, [found.scans])
+    for source in sources.iterate(found.scans):
+        if (mask := masks.take(source.relative)) is not None:
+            laid = annotations.lay_mask(source.read(), mask, masks.names(source.relative)).volumes[0].labels
+            assert (list(laid.classes.values()) == ["lesion"]) == source.subject.startswith("lung")
     for subject in ("ts_abdomen", "ts_upper_abdomen", "lung1", "lung2"):
         mask = sources.read_labels(found.labels / subject / "ct.nii.gz")
         volume = scans[subject]

@@ -139,9 +139,11 @@ def run(
         if out.exists():
             out.rmdir()
         work.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own kind.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
-            f"the run '{out.name}' cannot be written: {error.strerror}",
+            f"the run '{out.name}' cannot be written: {reason}",
             hint="check the folder's rights and free some space, then run the same command again",
         ) from error
     return out
@@ -182,15 +184,7 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
         )
     if task.voxels:
         wanted = _organs(labels)
-        records = [record for record in records if record.has_labels]
-        known = {name for record in records for name in record.classes.values()}
-        for name in wanted:
-            if name not in known:
-                raise ConfigError(
-                    f"{labels.name} asks for '{name}', which no scan in the store has",
-                    hint=closest(name, sorted(known)) if known else "ingest masks with --labels",
-                )
-        truth = Truth(records=tuple(records), labels={}, classes=wanted)
+        truth = Truth(records=_annotated(records, wanted, labels.name), labels={}, classes=wanted)
     else:
         read = match(read_labels(labels, "classify", site_key()), {record.subject for record in records})
         by_subject = {subject: str(label) for subject, label in read.labels.items()}
@@ -320,6 +314,28 @@ def _organs(path: Path) -> tuple[str, ...]:
             f"{path.name} is not a label file for voxel labels",
             hint='it is JSON such as {"classes": {"1": "liver"}}',
         ) from error
+
+
+def _annotated(records: Sequence[Record], wanted: tuple[str, ...], source: str) -> tuple[Record, ...]:
+    """The scans in which every wanted organ was looked for: where one was not, silence does not mean absence."""
+    labelled = [record for record in records if record.has_labels]
+    known = {name for record in labelled for name in record.classes.values()}
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(
+                f"{source} asks for '{name}', which no scan in the store has",
+                hint=closest(name, sorted(known)) if known else "ingest masks with --labels",
+            )
+    whole = tuple(record for record in labelled if set(wanted) <= set(record.classes.values()))
+    if not whole and labelled:
+        lacking = {name: sum(name not in record.classes.values() for record in labelled) for name in wanted}
+        why = ", ".join(f"'{name}' in {count}" for name, count in lacking.items() if count)
+        raise ConfigError(
+            f"{source} asks for {len(wanted)} classes, and all {len(labelled)} labelled scans are left out, because "
+            f"not every class was looked for in them: {why}",
+            hint=f"name in {source} only classes that were looked for in the same scans",
+        )
+    return whole
 
 
 def _take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:

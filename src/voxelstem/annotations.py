@@ -17,11 +17,14 @@ from voxelstem.sources import MASKS, iterate, read_labels, stem
 from voxelstem.store.labels import read_table
 from voxelstem.store.subjects import pseudonym
 from voxelstem.study import LabelMap, Study, Volume
+from voxelstem.table import closest
 
 LABELS_FILE = "labels.json"
 SAME_PLACE_MM = 1e-3
 """How far a corner of a mask may lie from the scan's: formats keep affines as float32 or as rounded text."""
-_SHAPE = '{"classes": {"1": "liver"}, "masks": {"scan path": "mask path"}}'
+_SHAPE = (
+    '{"classes": {"1": "liver"}, "masks": {"scan path": "mask path"}, "annotated": {"scan path or folder": ["liver"]}}'
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +35,8 @@ class Masks:
     classes: dict[int, str] = field(default_factory=dict)
     """Names of the values; empty without a `labels.json`: every value is then called by its number."""
     by_scan: dict[str, Path] = field(default_factory=dict)
+    annotated: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Scan, or folder of scans, to the classes that were looked for there; everywhere else all were."""
     files: set[Path] = field(default_factory=set)
     taken: set[Path] = field(default_factory=set)
 
@@ -41,6 +46,14 @@ class Masks:
         if mask is not None:
             self.taken.add(mask)
         return mask
+
+    def names(self, relative: str) -> dict[int, str]:
+        """Return the classes that were looked for in a scan; of several entries that fit, the longest path decides."""
+        fitting = [place for place in self.annotated if _lies_at(relative, place)]
+        if not fitting:
+            return self.classes
+        wanted = self.annotated[max(fitting, key=len)]
+        return {value: name for value, name in self.classes.items() if name in wanted}
 
     def unused(self) -> list[Path]:
         """Return the masks whose scan did not come by."""
@@ -57,7 +70,8 @@ def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:
     A mask belongs to the scan with the same relative path (another ending is fine; a DICOM folder's mask has the
     folder's path and an ending), or to the one that the folder's `labels.json` names:
     `{"classes": {"1": "liver"}, "masks": {"scan path": "mask path"}}`. Where masks lie among the scans of `sources`,
-    only the named ones count.
+    only the named ones count. `"annotated": {"scan path or folder": ["liver"]}` says that only these classes were
+    looked for there: where a mask is silent about the others, they may still be in the scan.
 
     Raises:
         ConfigError: no such folder, no mask in it, or a `labels.json` of another shape.
@@ -65,14 +79,14 @@ def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:
     if not folder.is_dir():
         raise ConfigError(f"there is no folder of masks '{folder.name}'", hint="check the path after --labels")
     root = folder.resolve()
-    classes, named = _read_labels_file(root / LABELS_FILE)
-    masks = Masks(root=root, classes=classes)
+    content = _read_labels_file(root / LABELS_FILE)
+    masks = Masks(root=root, classes=content.classes, annotated=content.annotated)
     among_scans = any(Path(source).resolve() == root or root in Path(source).resolve().parents for source in sources)
     for relative, path in [] if among_scans else _find(root):
         masks.files.add(path)
         masks.by_scan[relative] = path
         masks.by_scan.setdefault(stem(relative), path)
-    for number, (scan, mask) in enumerate(named.items(), start=1):
+    for number, (scan, mask) in enumerate(content.masks.items(), start=1):
         path = (root / mask).resolve()
         if not path.is_file():
             raise ConfigError(
@@ -86,7 +100,19 @@ def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:
             f"the folder '{folder.name}' holds no masks" + (" apart from the scans" if among_scans else ""),
             hint=f"put masks where the scans lie, in a folder of their own, or name them in its {LABELS_FILE}",
         )
+    for number, place in enumerate(masks.annotated, start=1):
+        if not any(_lies_at(scan, place) for scan in masks.by_scan):
+            raise ConfigError(
+                f"{LABELS_FILE}: entry {number} of 'annotated' is the place of no scan that has a mask",
+                hint="write the scan's path below SRC, or a folder of it",
+            )
     return masks
+
+
+def _lies_at(relative: str, place: str) -> bool:
+    """Whether a scan's path is this one, whatever the ending, or lies below it."""
+    place = place.rstrip("/")
+    return stem(relative) == stem(place) or relative.startswith(f"{place}/")
 
 
 def _find(root: Path) -> Iterator[tuple[str, Path]]:
@@ -99,20 +125,42 @@ def _find(root: Path) -> Iterator[tuple[str, Path]]:
             raise
 
 
-def _read_labels_file(path: Path) -> tuple[dict[int, str], dict[str, str]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LabelsFile:
+    """The content of a `labels.json`."""
+
+    classes: dict[int, str] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
+    annotated: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+def _read_labels_file(path: Path) -> _LabelsFile:
     if not path.is_file():
-        return {}, {}
+        return _LabelsFile()
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path.name} cannot be read as JSON", hint=f"write {_SHAPE}") from error
     classes: Any = content.get("classes", {}) if isinstance(content, dict) else None
     named: Any = content.get("masks", {}) if isinstance(content, dict) else None
+    annotated: Any = content.get("annotated", {}) if isinstance(content, dict) else None
     if not (_is_words(classes) and all(value.isdecimal() for value in classes)):
         raise ConfigError(f"{path.name}: 'classes' must give each number a name", hint=f"write {_SHAPE}")
     if not _is_words(named):
         raise ConfigError(f"{path.name}: 'masks' must give scan paths their mask's path", hint=f"write {_SHAPE}")
-    return {int(value): name for value, name in classes.items()}, named
+    if not (isinstance(annotated, dict) and all(isinstance(found, list) and found for found in annotated.values())):
+        raise ConfigError(f"{path.name}: 'annotated' must give scan paths a list of classes", hint=f"write {_SHAPE}")
+    strange = [name for found in annotated.values() for name in found if name not in classes.values()]
+    if strange:
+        raise ConfigError(
+            f"{path.name}: 'annotated' lists '{strange[0]}', which is none of its 'classes'",
+            hint=closest(str(strange[0]), list(classes.values())),
+        )
+    return _LabelsFile(
+        classes={int(value): name for value, name in classes.items()},
+        masks=named,
+        annotated={place: frozenset(found) for place, found in annotated.items()},
+    )
 
 
 def _is_words(content: Any) -> bool:
@@ -140,9 +188,9 @@ def lay_mask(study: Study, path: Path, classes: Mapping[int, str]) -> Study:
     unnamed = [value for value in values if classes and value not in classes]
     if unnamed:
         raise IngestError(
-            f"the mask holds the value {unnamed[0]} and {len(unnamed) - 1} others that {LABELS_FILE} does not name",
+            f"the mask holds the value {unnamed[0]} and {len(unnamed) - 1} others that {LABELS_FILE} has no name for",
             code="label-values",
-            hint=f"name every value in {LABELS_FILE}",
+            hint=f"name every value in {LABELS_FILE}: in 'classes', and in 'annotated' where it speaks of this scan",
         )
     names = {value: name for value, name in classes.items() if value} or {value: str(value) for value in values}
     volumes = list(study.volumes)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from voxelstem.config import flatten, overlay
-from voxelstem.errors import CheckpointError
+from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.study import InputSpec
 
 
@@ -62,10 +62,14 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], card: Card) -> Card:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         unfinished.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own kind.
         shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
         raise CheckpointError(
-            f"weights could not be written: {error.strerror}", hint="free some space and run again"
+            f"weights '{folder.name}' ({size:.1f} MB) could not be written: {reason}",
+            hint="free some space and run again",
         ) from error
     return card
 
@@ -85,13 +89,19 @@ def read_card(folder: Path) -> Card:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         spec = overlay(InputSpec(), raw.pop("spec"))
-        names = {entry.name for entry in dataclasses.fields(Card)}
-        lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
-        return Card(spec=spec, **{name: value for name, value in (raw | lists).items() if name in names})
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        architecture = {name: _tuples(value) for name, value in raw.pop("architecture").items()}
+        # JSON knows no tuples. What a newer version wrote beside the rest is left out.
+        known = {entry.name for entry in dataclasses.fields(Card)} - {"architecture", "spec"}
+        rest = {name: _tuples(value) for name, value in raw.items() if name in known}
+        card = Card(architecture=architecture, spec=spec, **rest)
+        whole = all(isinstance(getattr(card, name), type(getattr(_PLAIN, name))) for name in known)
+        if not whole or not isinstance(architecture["name"], str):
+            raise TypeError("a field of the card has another type")
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{folder.name}/config.json is not a voxelstem card", hint="was it written by another tool?"
         ) from error
+    return card
 
 
 def read_tensors(folder: Path, card: Card) -> dict[str, Tensor]:
@@ -113,6 +123,13 @@ def read_tensors(folder: Path, card: Card) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder.name}/model.safetensors cannot be read: {error}") from error
 
 
+_PLAIN = Card(architecture={}, spec=InputSpec())
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -125,7 +142,7 @@ def _to_json(card: Card) -> dict[str, Any]:
 
 def _readme(card: Card) -> str:
     seen = "\n".join(f"- {line}" for line in card.data) or "- not stated"
-    low, high = card.spec.low_hu, card.spec.high_hu
+    spec = card.spec
     notes = "".join(f"\n- {line}" for line in card.notes)
     return f"""---
 library_name: voxelstem
@@ -138,7 +155,8 @@ Recipe `{card.recipe}`; trained levels: {", ".join(card.trained) or "none (untra
 **Not a medical device.** Not validated for any diagnosis or treatment.
 
 ## Input
-{card.spec.modality}, spacing {card.spec.spacing_mm} mm, window [{low:g}, {high:g}] to [0, 1], blocks of {card.spec.block_ijk} voxels, RAS+.
+{spec.modality}, spacing {spec.spacing_mm} mm, window [{spec.low_hu:g}, {spec.high_hu:g}] to [0, 1],
+blocks of {spec.block_ijk} voxels, RAS+.
 
 ## Data
 {seen}

@@ -11,10 +11,10 @@ import json as jsonlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -59,6 +59,18 @@ def run(words: Sequence[str]) -> int:
     return code if isinstance(code, int) else DONE
 
 
+@runtime_checkable
+class _Refusal(Protocol):
+    """What a verb says of a scan that it did not take."""
+
+    @property
+    def relative(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
 def _tell(problem: str, hint: str) -> int:
     sys.stderr.write(f"error: {problem}\n" + (f"  hint: {hint}\n" if hint else ""))
     return WRONG
@@ -79,6 +91,21 @@ def _explain(error: OSError) -> tuple[str, str]:
 
 def _answer(data: Any, text: str, *, as_json: bool) -> None:
     sys.stdout.write((jsonlib.dumps(data, indent=2, default=str) if as_json else text) + "\n")
+
+
+def _refused(refusals: Iterable[_Refusal]) -> list[str]:
+    return [f"refused ({line.code}) {line.relative}: {line.reason}" for line in refusals]
+
+
+def _listed(refusals: Iterable[_Refusal]) -> list[dict[str, str]]:
+    return [{"scan": line.relative, "code": line.code, "reason": line.reason} for line in refusals]
+
+
+def _verdict(through: int, refused: int, hint: str) -> int:
+    """The exit code of a command that takes many scans: all refused is refused input, not a job half done."""
+    if refused and not through:
+        return _tell("nothing got in: every scan was refused", hint)
+    return SOME_REFUSED if refused else DONE
 
 
 def samples(*, out: Path = Path("samples"), json: bool = False) -> int:
@@ -139,7 +166,7 @@ def ingest(
         sources: Scans (.nii, .nii.gz, .nrrd, .mha), DICOM folders, or folders with many of them.
         store: Folder of the store; made when it is not there, added to when it is.
         workers: Processes that read scans side by side.
-        labels: Folder of masks with the scans' relative paths, or with a labels.json.
+        labels: Folder of masks with the scans' relative paths; its labels.json names classes and what was looked for.
         reports: File with the reports' texts, .jsonl or .csv.
         modality: Keep scans of this modality only; refuse all others.
         json: Answer in JSON.
@@ -148,12 +175,12 @@ def ingest(
 
     outcome = verb.ingest(sources, store, workers=workers, labels=labels, reports=reports, modality=modality)
     facts = {name: value for name, value in asdict(outcome).items() if name != "refusals"}
-    facts["refusals"] = [{"scan": line.relative, "code": line.code, "reason": line.reason} for line in outcome.refusals]
-    lines = [f"refused ({line.code}) {line.relative}: {line.reason}" for line in outcome.refusals]
+    facts["refusals"] = _listed(outcome.refusals)
+    lines = _refused(outcome.refusals)
     lines += [f"{outcome.kept} kept, {outcome.skipped} there already, {outcome.refused} refused"]
     lines += [f"{outcome.subjects} subjects in {store}"]
     _answer(facts, "\n".join(lines), as_json=json)
-    return SOME_REFUSED if outcome.refused else DONE
+    return _verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")
 
 
 def show(path: Path, /, *, json: bool = False) -> int:
@@ -240,9 +267,11 @@ def embed(
     from voxelstem import embed as verb
 
     outcome = verb.run(sources, weights=weights, out=out, precision=precision, tokens=tokens)
-    text = f"{outcome.kept} embedded, {outcome.refused} refused, in {out}"
-    _answer({"kept": outcome.kept, "refused": outcome.refused, "out": str(out)}, text, as_json=json)
-    return SOME_REFUSED if outcome.refused else DONE
+    facts = {"kept": outcome.kept, "skipped": outcome.skipped, "refused": outcome.refused, "out": str(out)}
+    facts |= {"refusals": _listed(outcome.refusals)}
+    text = "\n".join([*_refused(outcome.refusals), f"{outcome.kept} embedded, {outcome.refused} refused, in {out}"])
+    _answer(facts, text, as_json=json)
+    return _verdict(outcome.kept, outcome.refused, "give scans of the weights' modality that `voxelstem show` can read")
 
 
 def adapt(
@@ -265,7 +294,7 @@ def adapt(
         settings: Differences from the task's own settings, such as `seed=1`.
         weights: Weights folder, or `scratch` for the same network untrained.
         store: Folder of the store.
-        labels: labels.csv for scan-level tasks, labels.json for voxel-level tasks.
+        labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes.
         task: What to learn, such as `classify` or `segment`.
         mode: How freely, such as `knn` or `probe`.
         out: Folder of the run.
@@ -298,7 +327,8 @@ def evaluate(runs: list[Path], /, *, store: Path, labels: Path, out: Path, json:
     from voxelstem import evaluate as verb
 
     found = verb.run(runs, store=store, labels=labels, out=out)
-    _answer(found.facts(), str(out / "index.html"), as_json=json)
+    page = str(out / "index.html")
+    _answer(found.facts() | {"report": page}, page, as_json=json)
     return DONE
 
 

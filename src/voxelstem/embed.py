@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def run(
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        _write_whole(out / "manifest.csv", table.getvalue().encode())
+        write_whole(out / "manifest.csv", table.getvalue().encode())
     except OSError as error:
         raise StoreError(
             f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
@@ -95,6 +96,10 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
     """Embed one volume of the store, or read what was embedded before by the same weights.
 
     The file's name is a hash of the weights, their architecture and spec, and the volume's content.
+
+    Raises:
+        StoreError: the volume cannot be read, or the cache cannot be written.
+        ConfigError: the volume has another modality than the weights.
     """
     card = model.card
     what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), sorted(card.trained), key, tokens]
@@ -102,14 +107,19 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
     known = _read(path)
     if known is None:
         known = model.embed(store.volume(key), tokens=tokens)
-        cache.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, pack(known))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_whole(path, pack(known))
+        except OSError as error:
+            raise StoreError(
+                f"'{cache.name}' cannot be written: {error.strerror}", hint="free some space and run again"
+            ) from error
     return known
 
 
 def pack(embedding: Embedding) -> bytes:
     """The .npz form of an embedding."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "scan": embedding.scan,
         "blocks": embedding.blocks,
         "grid": np.array(embedding.grid),
@@ -132,10 +142,11 @@ def _read(path: Path) -> Embedding | None:
                 blocks=arrays["blocks"],
                 grid=(int(grid[0]), int(grid[1]), int(grid[2])),
                 coverage=float(arrays["coverage"]),
-                tokens=arrays["tokens"] if "tokens" in arrays else None,
-                tokens_affine_ras=arrays["tokens_affine_ras"] if "tokens" in arrays else None,
+                tokens=arrays.get("tokens"),
+                tokens_affine_ras=arrays.get("tokens_affine_ras"),
             )
-    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError, EOFError):
+    # One flipped bit in a zip's headers can end in any of these.
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError):
         return None
 
 
@@ -156,7 +167,7 @@ def _embed_source(
     embedding = known
     if embedding is None or (tokens and embedding.tokens is None):
         embedding, known = model.embed(volume, precision=precision, tokens=tokens), None
-        _write_whole(path, pack(embedding))
+        write_whole(path, pack(embedding))
     row = {
         "key": key,
         "subject": study.subject,
@@ -172,14 +183,14 @@ def _claim(out: Path, model: Model, precision: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     mark, now = out / "embed.json", {"weights": model.card.sha256, "precision": precision}
     if not mark.exists():
-        _write_whole(mark, json.dumps(now).encode())
+        write_whole(mark, json.dumps(now).encode())
     elif json.loads(mark.read_text(encoding="utf-8")) != now:
         raise ConfigError(
             f"'{out.name}' holds embeddings of other weights or another precision", hint="choose another --out"
         )
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or not there."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:

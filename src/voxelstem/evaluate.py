@@ -12,6 +12,7 @@ from typing import Any
 
 from voxelstem import baselines, metrics
 from voxelstem.adapt import Adapted, FeaturesOf, Truth, class_names, draw, embedder, examples_of, read_run, read_truth
+from voxelstem.embed import write_whole
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
@@ -263,7 +264,7 @@ def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
         )
     classes = adapted.head.classes
     tested = [
-        record for record in truth.of("test") if not adapted.task.voxels or set(record.classes.values()) & set(classes)
+        record for record in truth.of("test") if not adapted.task.voxels or set(classes) <= set(record.classes.values())
     ]
     if not tested:
         raise AuditError("no held-out test subject has labels", hint="ingest and label more subjects")
@@ -360,7 +361,7 @@ def _write(out: Path, evaluation: Evaluation) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(evaluation.facts(), indent=2, allow_nan=False) + "\n"
-        (out / "index.html").write_text(page.page("Evaluation", sections), encoding="utf-8")
-        (out / "evaluation.json").write_text(text, encoding="utf-8")
+        write_whole(out / "evaluation.json", text.encode())
+        write_whole(out / "index.html", page.page("Evaluation", sections).encode())
     except OSError as error:
         raise CheckpointError(f"the report cannot be written: {error.strerror}", hint="check --out") from error

@@ -243,10 +243,10 @@ class _Run:
                 writer.catalogue.forgive(_name(task.mask, self.key))
 
 
-def _annotated(writer: Writer, keys: Iterable[str]) -> dict[str, str | None]:
+def _annotated(writer: Writer, keys: Iterable[str]) -> dict[str, tuple[str, dict[int, str]] | None]:
     """Which of these volumes are in the store, and with which voxel labels."""
     records = {key: writer.catalogue.record(key) for key in keys}
-    return {key: record and record.label_key for key, record in records.items()}
+    return {key: record and (record.label_key, dict(record.classes)) for key, record in records.items()}
 
 
 def _name(path: Path, key: bytes) -> str:
@@ -259,7 +259,8 @@ def _task(source: Source, writer: Writer, masks: Masks, key: bytes, modality: st
     done = writer.catalogue.done(name)
     known = done[0] if done and writer.holds(name, done[0]) else ""
     mask = masks.take(source.relative)
-    return Task(source=source, name=name, known=known, mask=mask, classes=masks.classes, modality=modality)
+    classes = masks.names(source.relative)
+    return Task(source=source, name=name, known=known, mask=mask, classes=classes, modality=modality)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.card import Card, write_weights
-from voxelstem.config import flatten, overlay, read_toml, to_toml
+from voxelstem.config import flatten, read_toml, to_toml
 from voxelstem.engine import checkpoint, monitor, optim
 from voxelstem.engine.checkpoint import CheckpointConfig
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
-from voxelstem.engine.loop import LoopConfig, bf16_pays, train
+from voxelstem.engine.loop import LoopConfig, autocast, bf16_pays, train
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.objectives import OBJECTIVES
@@ -112,7 +113,8 @@ def trainable(store: Store, spec: InputSpec) -> list[Record]:
     if not records:
         have = sorted({record.modality for record in store}) or ["nothing"]
         raise StoreError(
-            f"the store has no {spec.modality} scan in its training split (it holds {', '.join(have)}, {len(store)} in all)",
+            f"the store has no {spec.modality} scan in its training split "
+            f"(it holds {', '.join(have)}, {len(store)} in all)",
             hint=f"ingest {spec.modality} scans, or choose a recipe for what the store holds",
         )
     return records
@@ -128,11 +130,8 @@ def make_objective(config: PretrainConfig) -> Any:
 
 def make_card(config: PretrainConfig, objective: Any, records: list[Record]) -> Card:
     """What the weights' folder says of itself."""
-    formats = sorted({record.provenance.source_format for record in records})
-    counts = [
-        f"{sum(record.provenance.source_format == name for record in records)} {config.spec.modality} scans from {name} sources"
-        for name in formats
-    ]
+    formats = Counter(record.provenance.source_format for record in records)
+    counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
     levels = ("block", "scan") if objective.trains_scan_level else ("block",)
     return Card(
         architecture=flatten(config.backbone),
@@ -150,18 +149,27 @@ def _claim(out: Path, config: PretrainConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(to_toml(config), encoding="utf-8")
+            # By a rename: half a file would read as another run's settings.
+            unfinished = out / ".config.toml.unfinished"
+            unfinished.write_text(to_toml(config), encoding="utf-8")
+            unfinished.replace(path)
             return
     except OSError as error:
         raise ConfigError(f"the run folder '{out.name}' cannot be written: {error.strerror}") from error
-    before = read_toml(path)
-    if overlay(config, before) != config:
-        now = flatten(config)
-        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    before, now = read_toml(path), {name: _plain(value) for name, value in flatten(config).items()}
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
         raise CheckpointError(
             f"run '{out.name}' was started with other settings: {', '.join(changed[:4])}",
             hint="use the same settings to resume, or choose a new --out",
         )
+
+
+def _plain(value: Any) -> Any:
+    """A setting as TOML gives it back: lists for tuples, and a word for none."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return "none" if value is None else value
 
 
 def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
@@ -193,6 +201,8 @@ def _time_a_step(config: PretrainConfig, store: Store, records: list[Record], ob
     seconds = 0.0
     for step in range(2):
         began = time.monotonic()
-        objective.step(loader.batch(step), progress=0.0).loss.backward()
+        with autocast(config.precision):
+            loss = objective.step(loader.batch(step), progress=0.0).loss
+        loss.backward()
         seconds = time.monotonic() - began
     return seconds

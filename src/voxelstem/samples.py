@@ -204,15 +204,28 @@ def fetch(out: Path) -> Samples:
     Archives that already lie in `out/archives` are used instead of the network.
 
     Returns:
-        The folders to ingest. `labels/labels.json` names the classes, which are those of the phantom.
+        The folders to ingest. `labels/labels.json` names the classes, which are those of the phantom, and says
+        which of them were looked for in which scan.
 
     Raises:
-        VoxelstemError: an archive cannot be fetched, or is not the pinned one.
+        VoxelstemError: an archive cannot be fetched, is not the pinned one, or `out` cannot be written.
     """
-    samples = Samples(scans=out / "scans", labels=out / "labels", mr=out / "mr")
-    missing = [member for member in MEMBERS if not _is_there(out, member)]
-    if not missing:
-        return samples
+    try:
+        missing = [member for member in MEMBERS if not _is_there(out, member)]
+        if missing:
+            _bring(missing, out)
+        for path, text in ((out / "labels" / "labels.json", _labels_file()), (out / "SOURCES.md", _origins())):
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                path.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise VoxelstemError(
+            f"the samples cannot be put into '{out.name}': {problem.strerror}",
+            hint="check the folder's rights and free about 150 MB, then fetch again: what is there is kept",
+        ) from problem
+    return Samples(scans=out / "scans", labels=out / "labels", mr=out / "mr")
+
+
+def _bring(missing: list[Member], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as name:
         part = Path(name)
@@ -221,8 +234,6 @@ def fetch(out: Path) -> Samples:
             if wanted:
                 _unpack(_archive(archive, out, part), wanted, part)
         _move(part, out, missing)
-    (out / "SOURCES.md").write_text(_origins(), encoding="utf-8")
-    return samples
 
 
 def _is_there(out: Path, member: Member) -> bool:
@@ -326,15 +337,15 @@ def _move(part: Path, out: Path, members: list[Member]) -> None:
             continue
         for path in sorted((part / folder).iterdir()):
             path.replace(out / folder / path.name)
-    classes = {str(value): name for value, name in CLASSES.items()}
-    masks = {
-        "ts_upper_abdomen/ct": "ts_upper_abdomen/ct.nii.gz",
-        "lung1/ct.nrrd": "lung1/ct.nii.gz",
-        "lung2/ct.nrrd": "lung2/ct.nii.gz",
-    }
-    words = json.dumps({"classes": classes, "masks": masks}, indent=1)
-    (out / "labels" / "labels.json").write_text(words + "\n", encoding="utf-8")
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _labels_file() -> str:
+    """The classes, and which of them were looked for in the scans of each folder: nobody outlined organs in lung1."""
+    classes = {str(value): name for value, name in CLASSES.items()}
+    masks = [member for member in MEMBERS if member.classes is not None]
+    annotated = {Path(member.target).parts[1]: list(member.classes or ()) for member in masks}
+    return json.dumps({"classes": classes, "annotated": annotated}, indent=1) + "\n"
 
 
 def _origins() -> str:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelstem import geometry, sources
+from voxelstem.errors import VoxelstemError
 from voxelstem.sources.phantom import (
     ORIENTATIONS,
     PhantomConfig,
@@ -121,6 +122,12 @@ def test_written_files_read_back_as_the_same_scan_and_labels(tmp_path):
         mask = sources.read_labels(files.labels / source.relative)
         np.testing.assert_array_equal(mask.array, drawn.labels.array)
         np.testing.assert_array_equal(mask.affine_ras, drawn.affine_ras)
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VoxelstemError, match="phantoms cannot be written into 'file'"):
+        phantom_files(tmp_path / "file", [PhantomConfig(seed=0, spacing_mm=COARSE)])
 
 
 def test_written_tables_and_reports_name_every_subject(tmp_path):

@@ -67,7 +67,7 @@ class Attention(nn.Module):
 def scaled_linear(
     x: Float[Tensor, "*rows in"], layer: nn.Linear, scale: Float[Tensor, " out"]
 ) -> Float[Tensor, "*rows out"]:
-    """scale * layer(x), with the scale applied to the small matrix instead of the many rows."""
+    """Return scale * layer(x), with the scale applied to the small matrix instead of the many rows."""
     return F.linear(x, layer.weight * scale[:, None], layer.bias * scale)
 
 

@@ -29,7 +29,7 @@ class Teacher(nn.Module, Generic[Network]):
 
     @torch.no_grad()
     def follow(self, student: Network, *, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, for every parameter."""
+        """Set teacher = momentum * teacher + (1 - momentum) * student, for every parameter."""
         pairs = zip(self.network.parameters(), student.parameters(), strict=True)
         for mine, theirs in pairs:
             mine.lerp_(theirs, 1.0 - momentum)

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from voxelstem.errors import CheckpointError
+
+_FILES = ("objective.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +70,8 @@ def write_checkpoint(
         unfinished.mkdir(parents=True)
         # Contiguous copies: safetensors refuses tensors that share memory.
         tensors = {name: value.detach().cpu().clone() for name, value in objective.state_dict().items()}
-        save_file(tensors, unfinished / "objective.safetensors")
-        save_file(
-            {n: v.detach().cpu().clone() for n, v in _flatten(optimizer).items()}, unfinished / "optimizer.safetensors"
-        )
+        save_file(tensors, unfinished / _FILES[0])
+        save_file({n: v.detach().cpu().clone() for n, v in _flatten(optimizer).items()}, unfinished / _FILES[1])
         files = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
         for name in files:
             _sync(unfinished / name)
@@ -78,18 +79,35 @@ def write_checkpoint(
         manifest.write_text(json.dumps({"step": step, "sha256": files}, indent=1), encoding="utf-8")
         _sync(manifest)
         _sync(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        # A damaged one of the same step may lie there, out of which no run was resumed.
+        _drop(final)
         unfinished.rename(final)
         _sync(folder)
-    except OSError as error:
+        for old in checkpoints(folder)[:-keep]:
+            _drop(old)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own kind.
         shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
-            f"checkpoint of step {step} could not be written: {error.strerror}",
-            hint="free some space and start the same command again; it resumes from the checkpoint before",
+            f"checkpoint {folder.name}/{final.name} ({_size(objective, optimizer) / 1e6:.1f} MB) "
+            f"could not be written: {reason}",
+            hint="free some space and start the same command again; it resumes from the newest whole checkpoint",
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
+
+
+def _drop(path: Path) -> None:
+    """Take a checkpoint away: by one rename it stops counting as one, however far the deletion gets."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.dropped")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _size(objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    return sum(tensor.nbytes for tensor in [*objective.state_dict().values(), *_flatten(optimizer).values()])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -103,31 +121,51 @@ def read_checkpoint(path: Path, objective: nn.Module, optimizer: torch.optim.Opt
     Raises:
         CheckpointError: a file is damaged, or belongs to another architecture.
     """
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    for name, digest in manifest["sha256"].items():
-        if not (path / name).is_file() or _digest(path / name) != digest:
-            raise CheckpointError(
-                f"{path.name}/{name} is damaged", hint="delete this folder to resume from the one before"
-            )
+    step = _check(path)
     try:
-        objective.load_state_dict(load_file(path / "objective.safetensors"))
+        weights, state = (load_file(path / name) for name in _FILES)
+    except SafetensorError as error:
+        raise _damaged(path.name) from error
+    try:
+        objective.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path.name} holds another architecture than the recipe asks for",
             hint="resume with the settings in the run's config.toml, or choose a new --out",
         ) from error
     entries: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(path / "optimizer.safetensors").items():
+    for name, value in state.items():
         index, _, key = name.partition(".")
         entries.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(manifest["step"])
+    return step
+
+
+def _check(path: Path) -> int:
+    """Compare the files with the manifest and return the step."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        step, digests = int(manifest["step"]), dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(f"{path.name}/manifest.json") from error
+    for name in _FILES:
+        if not (path / name).is_file() or _digest(path / name) != digests.get(name):
+            raise _damaged(f"{path.name}/{name}")
+    return step
+
+
+def _damaged(what: str) -> CheckpointError:
+    return CheckpointError(f"{what} is damaged", hint="delete this folder to resume from the one before")
 
 
 def resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint that is whole; 0 if there is none."""
-    for unfinished in folder.glob(".step-*.unfinished"):
-        shutil.rmtree(unfinished)
+    """Load the newest checkpoint that is whole, and return its step; 0 if there is none.
+
+    Raises:
+        CheckpointError: there are some, and none can be loaded.
+    """
+    for leftover in [*folder.glob(".step-*.unfinished"), *folder.glob(".step-*.dropped")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     damaged: CheckpointError | None = None
     for path in reversed(checkpoints(folder)):
         try:

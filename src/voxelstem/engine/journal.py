@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from voxelstem.errors import CheckpointError
 
 
 class Journal:
     """Appends to `journal.jsonl`. On resume, lines of steps that are going to be run again are dropped first."""
 
     def __init__(self, run: Path, *, resume_at: int) -> None:
-        """Open `run`/journal.jsonl; keep lines with step < `resume_at`."""
+        """Open `run`/journal.jsonl; keep lines with step < `resume_at`.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
         self.path = run / "journal.jsonl"
         kept = [line for line in read_journal(run) if line["step"] < resume_at]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
+        try:
+            unfinished = run / ".journal.jsonl.unfinished"
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(self.path)
+            # Unbuffered: what a full disk refused must not be tried once more when the file is closed.
+            self._file = self.path.open("ab", buffering=0)
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+                self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+        except OSError as error:
+            raise _full(error) from error
 
     def append(self, record: dict[str, float]) -> None:
-        """Write one record; it has a `step`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(record["step"]))
+        """Write one record; it has a `step`.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._board is not None:
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, int(record["step"]))
+        except OSError as error:
+            raise _full(error) from error
 
     def __enter__(self) -> Journal:
         """For `with`."""
@@ -42,8 +64,18 @@ class Journal:
     ) -> None:
         """Close both files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            if self._board is not None:
+                self._board.close()
+        except OSError as problem:
+            raise _full(problem) from problem
+
+
+def _full(error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the run's journal cannot be written: {error.strerror}",
+        hint="free some space and start the same command again; it resumes from the newest whole checkpoint",
+    )
 
 
 def read_journal(run: Path) -> list[dict[str, float]]:
@@ -51,8 +83,5 @@ def read_journal(run: Path) -> list[dict[str, float]]:
     path = run / "journal.jsonl"
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Training samples out of the store. Sample i of step s is a pure function of (seed, s, i): nothing to save, nothing to lose."""
+"""Training samples out of the store. Sample i of step s is a pure function of (seed, s, i): nothing to save or lose."""
 
 from __future__ import annotations
 

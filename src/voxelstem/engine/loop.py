@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,10 @@ def bf16_pays() -> bool:
     """Whether this machine multiplies bfloat16 in hardware. Elsewhere it is emulated and many times slower."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # Torch knows, but has no public door to ask at.
+    avx512 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    amx = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    return bool(avx512 or amx)
 
 
 def autocast(precision: str) -> AbstractContextManager[object]:
@@ -44,7 +48,7 @@ class LoopConfig:
 
 
 def train(
-    objective: torch.nn.Module,
+    objective: Any,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     *,
@@ -56,8 +60,10 @@ def train(
 ) -> None:
     """Run the steps from `start` to `config.steps`, writing the journal and checkpoints into `run`.
 
+    `objective` is a module that satisfies `protocols.Objective`.
+
     Raises:
-        CheckpointError: the loss is not a number.
+        CheckpointError: the loss or its gradient is not a number, or the disk is full.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     began = time.monotonic()
@@ -68,20 +74,17 @@ def train(
             health = monitor() if step % config.monitor_every == 0 else {}
             with autocast(config.precision):
                 output = objective.step(batch, progress=progress)
-            loss = float(output.loss.detach())
-            if not math.isfinite(loss):
-                raise CheckpointError(
-                    f"the loss of step {step} is not a number",
-                    hint="lower optim.lr; the checkpoints written so far are whole",
-                )
+            loss = _finite(float(output.loss.detach()), "loss", step)
             output.loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            # Checked before it reaches the weights: no checkpoint may hold what cannot be trained on.
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm))
+            _finite(norm, "gradient", step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             objective.after_step(progress=progress)
             seconds = time.monotonic() - began
             journal.append(
-                {"step": step, "loss": loss, "lr": rate, "grad_norm": float(norm), "seconds": seconds}
+                {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
                 | output.scalars
                 | health
             )
@@ -89,3 +92,12 @@ def train(
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 write_checkpoint(run / "checkpoints", step + 1, objective, optimizer, keep=config.checkpoint.keep)
         journal.append({"step": config.steps} | monitor())
+
+
+def _finite(value: float, what: str, step: int) -> float:
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"the {what} of step {step} is not a number",
+            hint="lower optim.lr; the checkpoints written so far are whole",
+        )
+    return value

@@ -12,5 +12,6 @@ def koleo(embedding: Float[Tensor, "batch dim"], *, eps: float = 1e-8) -> Float[
     """Minus the mean log distance to the nearest neighbour on the unit sphere. Needs two rows or more."""
     unit = F.normalize(embedding.float(), dim=-1)
     with torch.no_grad():
-        nearest = (unit @ unit.T).fill_diagonal_(-1.0).argmax(dim=-1)
+        # Not -1: the other of two rows may lie exactly opposite, and nobody is his own neighbour.
+        nearest = (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(dim=-1)
     return -(torch.linalg.vector_norm(unit - unit[nearest], dim=-1) + eps).log().mean()

@@ -11,13 +11,3 @@ def normalise_patches(voxels: Float[Tensor, "*rows voxel"], *, eps: float = 1e-6
     mean = voxels.mean(dim=-1, keepdim=True)
     variance = voxels.var(dim=-1, keepdim=True, unbiased=False)
     return (voxels - mean) / (variance + eps).sqrt()
-
-
-def masked_mse(
-    predicted: Float[Tensor, "row patch voxel"],
-    target: Float[Tensor, "row patch voxel"],
-    hidden: Float[Tensor, "row patch"],
-) -> Float[Tensor, ""]:
-    """Mean squared error over the voxels of hidden patches only; `hidden` is 1 or 0."""
-    error = (predicted.float() - target.float()).square().mean(dim=-1)
-    return (error * hidden).sum() / hidden.sum()

@@ -131,7 +131,7 @@ class Dino(nn.Module):
             "koleo": torch.stack([koleo(view) for view in cls.unflatten(0, (count, samples))]).mean(),
         }
         loss = terms["dino"] + config.ibot_weight * terms["ibot"] + config.koleo_weight * terms["koleo"]
-        scalars = {name: float(term.detach()) for name, term in terms.items()}
+        scalars = {f"loss/{name}": float(term.detach()) for name, term in terms.items()}
         scalars["teacher_entropy"] = float(-(cls_target * (cls_target + 1e-12).log()).sum(-1).mean())
         return StepOutput(loss=loss, scalars=scalars)
 

@@ -111,7 +111,7 @@ class Mae(nn.Module):
         position = relative_position(located, true_mm)
         return StepOutput(
             loss=reconstruction + self.config.position_weight * position,
-            scalars={"reconstruction": float(reconstruction.detach()), "position": float(position.detach())},
+            scalars={"loss/reconstruction": float(reconstruction.detach()), "loss/position": float(position.detach())},
         )
 
     def _decode(

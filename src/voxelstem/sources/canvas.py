@@ -120,10 +120,10 @@ def render(
 
 
 def _smooth_field(
-    rng: np.random.Generator, axes: list[Float[np.ndarray, "n"]], pitch_mm: float
+    rng: np.random.Generator, axes: list[Float[np.ndarray, "_"]], pitch_mm: float
 ) -> Float[np.ndarray, "i j k"]:
     """White noise on a coarse grid, joined by quadratic B-splines, scaled to unit spread."""
-    weights: list[Float[np.ndarray, "n knot"]] = []
+    weights: list[Float[np.ndarray, "_ _"]] = []
     for axis in axes:
         knots = int((axis[-1] - axis[0]) / pitch_mm) + 4
         away = np.abs((axis - axis[0])[:, None] / pitch_mm + 1.0 - np.arange(knots)[None, :])

@@ -45,7 +45,7 @@ def read_labels(path: Path) -> LabelGrid:
 
 
 def write(path: Path, array: Shaped[np.ndarray, "i j k"], affine_ras: Float[np.ndarray, "4 4"]) -> None:
-    """Write a `.nii.gz` in millimetres, in place at once; the same voxels give the same bytes."""
+    """Write a `.nii.gz` in millimetres, whole or not at all; the same voxels give the same bytes."""
     image = Nifti1Image(array, affine_ras)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine_ras, code=1)
@@ -53,8 +53,12 @@ def write(path: Path, array: Shaped[np.ndarray, "i j k"], affine_ras: Float[np.n
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     # No clock in the gzip header. Level 1: noise hardly shrinks further.
-    part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-    part.replace(path)
+    try:
+        part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def parse(path: Path) -> Raster:

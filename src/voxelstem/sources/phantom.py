@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from voxelstem.errors import VoxelstemError
 from voxelstem.sources import nifti
 from voxelstem.sources.anatomy import CLASSES, Anatomy, draw_anatomy, draw_lesion, report
 from voxelstem.sources.canvas import SPACING_STEP_MM, render
@@ -148,6 +149,9 @@ def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFile
 
     `scans/<subject>/ct.nii.gz` in the drawn orientation, masks at the same place below `labels/` with
     `labels/labels.json`, one line a scan in `reports.jsonl`, and `<fact>.csv` with `subject,label`.
+
+    Raises:
+        VoxelstemError: the folder cannot be written.
     """
     files = PhantomFiles(
         scans=folder / "scans",
@@ -155,6 +159,17 @@ def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFile
         reports=folder / "reports.jsonl",
         tables={fact: folder / f"{fact}.csv" for fact in ("lesion", "spleen", "contrast")},
     )
+    try:
+        _write_files(files, configs)
+    except OSError as error:
+        raise VoxelstemError(
+            f"phantoms cannot be written into '{folder.name}': {error.strerror}",
+            hint="check the folder's rights and free some space: a phantom takes 2 to 6 MB",
+        ) from error
+    return files
+
+
+def _write_files(files: PhantomFiles, configs: Iterable[PhantomConfig]) -> None:
     studies: list[Study] = []
     for config in configs:
         study = phantom(config)
@@ -180,7 +195,6 @@ def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFile
             table = csv.writer(handle)
             table.writerow(["subject", "label"])
             table.writerows([study.subject, study.labels[fact]] for study in studies)
-    return files
 
 
 def turn_from_ras(

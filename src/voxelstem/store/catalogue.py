@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
@@ -20,6 +21,8 @@ from voxelstem.study import Provenance
 FORMAT_VERSION = 1
 """Raised when an older version of voxelstem could no longer read what a newer one writes."""
 FILE_NAME = "catalogue.sqlite"
+ROOM_FOR_A_LOG = 1 << 20
+"""Bytes; with less free, a failing read or write of the catalogue is a full disk's fault."""
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE volumes (
@@ -289,7 +292,9 @@ def _explained(root: Path) -> Generator[None, None, None]:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
-        if name == "SQLITE_FULL":
+        # Beside a full disk SQLite fails in several ways, mostly as an "I/O error" of the small files of its log.
+        cramped = name.startswith("SQLITE_IOERR") and shutil.disk_usage(root).free < ROOM_FOR_A_LOG
+        if name == "SQLITE_FULL" or cramped:
             raise StoreError(
                 f"the disk is full: the catalogue of the store in '{root}' cannot grow",
                 hint="free some space and run the same command again; what is in the store is whole",

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
-
-
-def draw_keep(rows: int, patches: int, *, ratio: float, generator: torch.Generator) -> Int[Tensor, "rows kept"]:
-    """Patches that stay visible, uniformly without replacement, sorted; `ratio` of them, at least one. He et al. 2021."""
-    kept = max(1, round(patches * ratio))
-    return torch.rand(rows, patches, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
 
 
 def draw_cuboids(

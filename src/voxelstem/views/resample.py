@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def grid_coordinates(count: int, *, start: float, step: float) -> Float[np.ndarray, "out"]:
@@ -32,8 +33,9 @@ def weights(coordinates: Float[np.ndarray, "out"], size: int) -> Float[np.ndarra
     centre = np.where(inside, np.clip(coordinates, 0, size - 1), coordinates)
     step = abs(coordinates[1] - coordinates[0]) if len(coordinates) > 1 else 1.0
     width = max(1.0, float(step))
-    # Normalising over the whole integer lattice, not only the voxels that exist, keeps the outside outside.
-    reach = int(np.ceil(width))
+    # Normalising over the whole integer lattice, not only the voxels that exist, keeps the outside outside. A
+    # position up to one width beyond the last voxel still sees it, and sees the lattice one width further out.
+    reach = int(np.ceil(2 * width))
     lattice = np.arange(-reach, size + reach)
     full = np.clip(1.0 - np.abs(lattice[None] - centre[:, None]) / width, 0.0, None)
     total = full.sum(axis=1, keepdims=True)
@@ -57,5 +59,5 @@ def sample(
     result = array - outside
     for axis, wanted in enumerate(coordinates, start=1):
         matrix = torch.from_numpy(weights(wanted, array.shape[axis])).to(result)
-        result = torch.movedim(torch.tensordot(result, matrix, dims=([axis], [1])), -1, axis)
+        result = torch.movedim(F.linear(torch.movedim(result, axis, -1), matrix), -1, axis)
     return result + outside

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from voxelstem.backbones.heads import Projector, ProjectorConfig
+
+CONFIG = ProjectorConfig(hidden=16, bottleneck=6, prototypes=9)
+
+
+@pytest.fixture
+def projector() -> Projector:
+    torch.manual_seed(0)
+    return Projector(12, CONFIG)
+
+
+def test_logits_are_cosines_to_the_prototypes(projector: Projector) -> None:
+    x = torch.randn(4, 12)
+    logits = projector(x).detach()
+    assert logits.shape == (4, 9)
+    bottleneck = projector.mlp(x)
+    for row in range(4):
+        for prototype in range(9):
+            a, b = bottleneck[row].tolist(), projector.prototypes[prototype].tolist()
+            dot = sum(p * q for p, q in zip(a, b, strict=True))
+            assert float(logits[row, prototype]) == pytest.approx(dot / (math.hypot(*a) * math.hypot(*b)), abs=1e-5)
+
+
+def test_the_length_of_a_prototype_does_not_matter(projector: Projector) -> None:
+    x = torch.randn(4, 12)
+    before = projector(x)
+    with torch.no_grad():
+        projector.prototypes.mul_(torch.linspace(0.1, 9, 9)[:, None])
+    torch.testing.assert_close(projector(x), before)
+
+
+def test_any_number_of_leading_axes_is_projected_alike(projector: Projector) -> None:
+    x = torch.randn(2, 3, 4, 12)
+    torch.testing.assert_close(projector(x)[1, 2], projector(x[1, 2]))
+
+
+def test_every_weight_gets_a_gradient(projector: Projector) -> None:
+    projector(torch.randn(5, 12)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in projector.parameters())

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from voxelstem.engine.journal import Journal, read_journal
+
+
+def write(run: Path, steps: range, *, resume_at: int) -> None:
+    with Journal(run, resume_at=resume_at) as journal:
+        for step in steps:
+            journal.append({"step": step, "loss": step / 3})
+
+
+def test_records_come_back_to_the_last_bit(run: Path):
+    write(run, range(4), resume_at=0)
+    assert read_journal(run) == [{"step": step, "loss": step / 3} for step in range(4)]
+
+
+def test_a_run_without_a_journal_has_no_records(run: Path):
+    assert read_journal(run) == []
+
+
+def test_lines_of_steps_that_run_again_are_dropped(run: Path):
+    write(run, range(5), resume_at=0)
+    write(run, range(3, 6), resume_at=3)
+    assert [line["step"] for line in read_journal(run)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_last_line_cut_off_by_a_kill_is_left_out_and_written_anew(run: Path, cut: int):
+    write(run, range(3), resume_at=0)
+    path = run / "journal.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    assert [line["step"] for line in read_journal(run)] == [0, 1]
+    write(run, range(2, 3), resume_at=2)
+    assert path.read_bytes() == whole
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_written(run: Path):
+    with Journal(run, resume_at=0) as journal:
+        journal.append({"step": 0, "loss": 1.5})
+        assert read_journal(run) == [{"step": 0, "loss": 1.5}]
+
+
+def test_tensorboard_gets_the_same_numbers(run: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    write(run, range(3), resume_at=0)
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (step, pytest.approx(step / 3)) for step in range(3)
+    ]
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+from voxelstem.engine.journal import Journal
+from voxelstem.errors import CheckpointError
+try:
+    with Journal(Path(sys.argv[1]), resume_at=0) as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        for step in range(1000):
+            journal.append({"step": step, "loss": 0.5})
+except CheckpointError as error:
+    sys.exit(f"clean: {error.problem}")
+"""
+
+
+def test_a_full_disk_is_a_clear_error_and_what_was_written_stays_readable(run: Path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(run)], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("clean: the run's journal cannot be written: File too large"), done.stderr
+    steps = [line["step"] for line in read_journal(run)]
+    assert steps == list(range(len(steps)))
+    assert len(steps) > 5
+    assert json.loads((run / "journal.jsonl").read_text().splitlines()[0]) == {"step": 0, "loss": 0.5}

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from voxelstem import schedules
+
+PROGRESS = st.floats(0, 1)
+RATES = st.floats(0, 10)
+
+
+def test_cosine_begins_at_start_is_halfway_in_the_middle_and_ends_at_end() -> None:
+    assert schedules.cosine(0.0, start=0.99, end=1.0) == pytest.approx(0.99)
+    assert schedules.cosine(0.5, start=0.99, end=1.0) == pytest.approx(0.995)
+    assert schedules.cosine(1.0, start=0.99, end=1.0) == 1.0
+
+
+def test_cosine_stands_still_outside_the_run() -> None:
+    assert schedules.cosine(-0.5, start=3.0, end=1.0) == 3.0
+    assert schedules.cosine(1.5, start=3.0, end=1.0) == 1.0
+
+
+@given(first=PROGRESS, second=PROGRESS, start=RATES, end=RATES)
+def test_cosine_never_turns_back(first: float, second: float, start: float, end: float) -> None:
+    early, late = (schedules.cosine(progress, start=start, end=end) for progress in sorted((first, second)))
+    assert (late - early) * (end - start) >= -1e-9
+    assert min(start, end) - 1e-9 <= early <= max(start, end) + 1e-9
+
+
+def test_warm_up_rises_in_a_straight_line_to_the_peak() -> None:
+    rates = [schedules.warm_up_cosine(progress, warm_up=0.2, peak=4.0, end=1.0) for progress in (0.0, 0.05, 0.1, 0.2)]
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 4.0])
+
+
+@given(progress=st.floats(0.2, 1))
+def test_after_warm_up_it_glides_to_the_end(progress: float) -> None:
+    share = (progress - 0.2) / 0.8
+    expected = 1.0 + 3.0 * (1 + math.cos(math.pi * share)) / 2
+    assert schedules.warm_up_cosine(progress, warm_up=0.2, peak=4.0, end=1.0) == pytest.approx(expected)
+
+
+def test_without_warm_up_it_begins_at_the_peak() -> None:
+    assert schedules.warm_up_cosine(0.0, warm_up=0.0, peak=4.0, end=1.0) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("progress", "expected"), [(0.0, 0.04), (0.15, 0.055), (0.3, 0.07), (0.9, 0.07)])
+def test_linear_moves_over_its_share_and_then_stays(progress: float, expected: float) -> None:
+    assert schedules.linear(progress, start=0.04, end=0.07, share=0.3) == pytest.approx(expected)
+
+
+def test_linear_over_no_share_is_there_at_once() -> None:
+    assert schedules.linear(0.0, start=1.0, end=2.0, share=0.0) == 2.0
