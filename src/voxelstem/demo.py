@@ -91,22 +91,26 @@ def run(out: Path, *, quick: bool = False, data: Path | None = None) -> Path:
     Raises:
         VoxelstemError: a step failed; its message says which and what to do.
     """
-    size, began = QUICK if quick else FULL, time.monotonic()
+    return journey(out, QUICK if quick else FULL, data)
+
+
+def journey(out: Path, size: Size, data: Path | None) -> Path:
+    """Do what `run` says, as much of it as `size` says."""
+    began = time.monotonic()
+    target = out / "report" / "index.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with public_key(out):
             gathered = gather(out, size, data)
-            config = replace(named("tiny"), steps=size.steps)
             weights = out / "run" / "weights"
             if not weights.exists():
-                pretrain.run(config, store=gathered.store, out=out / "run")
+                pretrain.run(replace(named("tiny"), steps=size.steps), store=gathered.store, out=out / "run")
             runs, evaluation = judge(out, size, gathered, weights)
             real = [] if gathered.real is None else judge_real(gathered.real, load(weights), out / "features")
             minutes = (time.monotonic() - began) / 60
             sections = tell(out, gathered, runs, (evaluation, real), minutes=minutes)
-            target = out / "report" / "index.html"
-            target.parent.mkdir(exist_ok=True)
             lead = "From scans to a small pretrained model, few-label heads and honest figures. Not a medical device."
+            target.parent.mkdir(exist_ok=True)
             target.write_text(page.page("Voxelstem demo", sections, lead=lead), encoding="utf-8")
     except OSError as error:
         raise StoreError(

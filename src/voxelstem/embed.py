@@ -79,11 +79,7 @@ def run(
                     rows.append({"source": name, "code": code})
                     refusals.append(Refused(relative=source.relative, code=code, reason=error.problem))
                 advance()
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(out / "manifest.csv", table.getvalue().encode())
+        _write_manifest(out / "manifest.csv", rows)
     except OSError as error:
         raise StoreError(
             f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
@@ -176,6 +172,19 @@ def _embed_source(
         "weights": model.card.sha256,
     }
     return row, known is not None
+
+
+def _write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Add the rows; a source that was listed before gets its new row, the others keep theirs."""
+    listed: dict[str, dict[str, str]] = {}
+    if path.exists():
+        listed = {row["source"]: row for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))}
+    listed |= {row["source"]: row for row in rows}
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(listed[name] for name in sorted(listed))
+    write_whole(path, table.getvalue().encode())
 
 
 def _claim(out: Path, model: Model, precision: str) -> None:

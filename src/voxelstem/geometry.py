@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Real, Shaped
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM and ITK count to the patient's left and back; we count to the right and front."""
@@ -16,7 +16,7 @@ def spacing_mm(affine_ras: Float[np.ndarray, "4 4"]) -> tuple[float, float, floa
 
 
 def voxel_to_patient(
-    centre_ijk: Float[np.ndarray, "points 3"], affine_ras: Float[np.ndarray, "4 4"]
+    centre_ijk: Real[np.ndarray, "points 3"], affine_ras: Float[np.ndarray, "4 4"]
 ) -> Float[np.ndarray, "points 3"]:
     """Place voxel centres in the patient, in millimetres (RAS+).
 

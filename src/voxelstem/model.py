@@ -28,12 +28,12 @@ class Embedding:
 
     scan: Float[np.ndarray, " scan_dim"]
     """concat(cls, mean of block tokens): of the scan-level transformer where it was trained, else of the blocks."""
-    blocks: Float[np.ndarray, "n dim"]
+    blocks: Float[np.ndarray, "n block_dim"]
     """One row for each block, in grid order (C-order, k fastest)."""
     grid: tuple[int, int, int]
     coverage: float
     """Share of the scan's voxels that the network saw."""
-    tokens: Float[np.ndarray, "ti tj tk dim"] | None = None
+    tokens: Float[np.ndarray, "ti tj tk token_dim"] | None = None
     """One vector for each patch over the padded scan, when asked for."""
     tokens_affine_ras: Float[np.ndarray, "4 4"] | None = None
     """Token index (its centre) to millimetres in the patient."""
@@ -93,6 +93,12 @@ class Model:
             raise ConfigError(
                 f"these weights were trained on {self.spec.modality}, the scan is {scan.modality}",
                 hint=f"choose weights for {scan.modality}, or a {self.spec.modality} scan",
+            )
+        channels = self.backbone.config.channels
+        if scan.array.shape[0] != channels:
+            raise ConfigError(
+                f"these weights take {channels} channel(s), the scan has {scan.array.shape[0]}",
+                hint="embed each channel by itself, or choose other weights",
             )
         return scan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.card import Card, write_weights
 from voxelstem.config import flatten, read_toml, to_toml
 from voxelstem.engine import checkpoint, monitor, optim
+from voxelstem.engine import device as devices
 from voxelstem.engine.checkpoint import CheckpointConfig
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
-from voxelstem.engine.loop import LoopConfig, autocast, bf16_pays, train
+from voxelstem.engine.loop import LoopConfig, train
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.objectives import OBJECTIVES
@@ -35,6 +36,8 @@ class PretrainConfig:
     recipe: str
     seed: int = 0
     steps: int = 1000
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     precision: str = "auto"
     """`fp32`, `bf16`, or `auto`: bf16 where the processor or GPU multiplies it in hardware."""
     spec: InputSpec = field(default_factory=InputSpec)
@@ -56,8 +59,12 @@ class PretrainConfig:
         """
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision is auto, fp32 or bf16, got '{self.precision}'")
+        if self.probe_blocks < 2:  # noqa: PLR2004 - one half to fit, one to test
+            raise ValueError(f"probe_blocks must be >= 2, got {self.probe_blocks}")
+        if self.device not in devices.DEVICES:
+            raise ValueError(f"device is {', '.join(devices.DEVICES)}, got '{self.device}'")
+        if self.precision not in devices.PRECISIONS:
+            raise ValueError(f"precision is {', '.join(devices.PRECISIONS)}, got '{self.precision}'")
         if self.backbone.block_ijk != self.spec.block_ijk:
             raise ValueError(
                 f"backbone.block_ijk {self.backbone.block_ijk} and spec.block_ijk {self.spec.block_ijk} differ"
@@ -71,29 +78,35 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
         StoreError: the store has no scan of the recipe's modality to train on.
         CheckpointError: the run is finished, belongs to other settings, or the disk is full.
     """
+    device = devices.choose(config.device)
     opened = Store.open(store)
     records = trainable(opened, config.spec)
     if (out / "weights").exists():
         raise CheckpointError(f"run '{out.name}' is finished: it has weights", hint="choose a new --out to train again")
     _claim(out, config)
-    objective = make_objective(config)
+    objective = make_objective(config).to(device)
     optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
     start = checkpoint.resume(out / "checkpoints", objective, optimizer)
-    loader = Loader(opened, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
+    loader = make_loader(config, opened, records)
     probe = monitor.draw_probe_set(
         opened, records, config.spec, patch_ijk=config.backbone.patch_ijk, blocks=config.probe_blocks, seed=config.seed
     )
 
+    if probe is not None:
+        probe = replace(probe, blocks=probe.blocks.to(device))
+    watched = loader.batch(config.steps).views["global"].flatten(0, 1)[:4].to(device) if probe is None else probe.blocks
+
     def look() -> dict[str, float]:
+        rank = {"effective_rank": monitor.token_rank(objective.backbone, watched)}
         if probe is None:
-            return {}
-        accuracy, rank = monitor.probe_patches(objective.backbone, probe)
-        return {"probe/patch_balanced_accuracy": accuracy, "effective_rank": rank}
+            return rank
+        return rank | {"probe/patch_balanced_accuracy": monitor.probe_patches(objective.backbone, probe)}
 
     settings = LoopConfig(
         steps=config.steps,
         optim=config.optim,
         checkpoint=config.checkpoint,
+        device=device,
         precision=config.precision,
         monitor_every=config.monitor_every,
     )
@@ -128,6 +141,11 @@ def make_objective(config: PretrainConfig) -> Any:
         return OBJECTIVES[config.objective.name](config.objective, backbone)
 
 
+def make_loader(config: PretrainConfig, store: Store, records: list[Record]) -> Loader:
+    """The recipe's loader over these scans."""
+    return Loader(store, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
+
+
 def make_card(config: PretrainConfig, objective: Any, records: list[Record]) -> Card:
     """What the weights' folder says of itself."""
     formats = Counter(record.provenance.source_format for record in records)
@@ -155,7 +173,10 @@ def _claim(out: Path, config: PretrainConfig) -> None:
             unfinished.replace(path)
             return
     except OSError as error:
-        raise ConfigError(f"the run folder '{out.name}' cannot be written: {error.strerror}") from error
+        raise ConfigError(
+            f"the run folder '{out.name}' cannot be written: {error.strerror}",
+            hint="check its rights and free some space, then run the same command again",
+        ) from error
     before, now = read_toml(path), {name: _plain(value) for name, value in flatten(config).items()}
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
@@ -176,7 +197,9 @@ def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
     """What a run will cost, before the first step: scans, parameters, bytes on disk and in memory."""
     opened = Store.open(store)
     records = trainable(opened, config.spec)
-    objective = make_objective(config)
+    device = devices.choose(config.device)
+    objective = make_objective(config).to(device)
+    wants = config.precision == "bf16" or (config.precision == "auto" and devices.bf16_pays(device))
     learned = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     held = sum(p.numel() for p in objective.state_dict().values())
     per_checkpoint = 4 * (held + 2 * learned)
@@ -190,19 +213,19 @@ def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
         "trained_parameters": learned,
         "state_bytes": 4 * (held + 3 * learned),
         "checkpoint_bytes": (config.checkpoint.keep + 1) * per_checkpoint,
-        "precision": "bf16" if config.precision == "bf16" or (config.precision == "auto" and bf16_pays()) else "fp32",
-        "step_seconds": _time_a_step(config, opened, records, objective),
+        "device": device.type,
+        "precision": "bf16" if wants else "fp32",
+        "step_seconds": _time_a_step(config, make_loader(config, opened, records), objective, device),
     }
 
 
-def _time_a_step(config: PretrainConfig, store: Store, records: list[Record], objective: Any) -> float:
+def _time_a_step(config: PretrainConfig, loader: Loader, objective: Any, device: torch.device) -> float:
     """Seconds of one real step here (the second of two, so that nothing is measured cold)."""
-    loader = Loader(store, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
     seconds = 0.0
     for step in range(2):
         began = time.monotonic()
-        with autocast(config.precision):
-            loss = objective.step(loader.batch(step), progress=0.0).loss
+        with devices.autocast(device, config.precision):
+            loss = objective.step(devices.move(loader.batch(step), device), progress=0.0).loss
         loss.backward()
         seconds = time.monotonic() - began
     return seconds

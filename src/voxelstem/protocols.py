@@ -19,7 +19,8 @@ class Batch:
 
     `views` maps the name of a kind of view (`global`, `local`) to a tensor
     (sample, view, channel, i, j, k), and `places_mm` says where each lies in its scan: its low corner and its
-    extent in millimetres along R, A and S. `seed` makes whatever else the objective draws replayable.
+    extent in millimetres along R, A and S (negative along an axis that was mirrored). `seed` makes whatever else
+    the objective draws replayable.
     """
 
     views: Mapping[str, Float[Tensor, "sample view channel i j k"]]

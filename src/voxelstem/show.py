@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _store(path: Path) -> Facts:
     }
 
 
-def _span(triples: list[tuple[float, float, float]]) -> dict[str, list[float]]:
+def _span(triples: Sequence[tuple[float, float, float] | tuple[int, int, int]]) -> dict[str, list[float]]:
     if not triples:
         return {}
     low, middle, high = np.percentile(np.array(triples), [0, 50, 100], axis=0).round(3).tolist()

@@ -225,7 +225,7 @@ def _trained(objective: Any) -> set[str]:
     blocks = _blocks(learner, 2)
     cls, patches = learner.encode_blocks(blocks)
     # Drawn through the public door, whatever the parameters are called: what an output depends on is of its level.
-    tokens = Tokens(cls=cls, patches=patches)
+    tokens = Tokens(cls=cls[None], patches=patches[None])
     if objective.trains_scan_level:
         tokens = learner.encode(blocks[None], (1, 1, 2))
     members = dict(learner.named_parameters())

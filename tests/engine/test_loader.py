@@ -85,11 +85,14 @@ def test_all_views_of_a_sample_fit_into_one_region(phantoms: Store):
         assert (high - low <= edge_mm + 1e-6).all()
 
 
-def test_views_lie_inside_the_body_where_it_is_larger_than_the_region(phantoms: Store):
+@pytest.mark.parametrize("overhang", [0.0, 0.25])
+def test_views_reach_past_the_body_by_the_overhang_and_no_further(phantoms: Store, overhang: float):
+    source = loader(phantoms, views=replace(VIEWS, overhang=overhang))
+    edge_mm = np.array(VIEWS.global_.size_ijk) * SPEC.spacing_mm * VIEWS.region_scale
     for step in range(30):
-        record, plans = loader(phantoms).plan(step, 0)
-        low = np.multiply(record.body_start_ijk, record.spacing_mm)
-        high = low + np.multiply(record.body_size_ijk, record.spacing_mm)
+        record, plans = source.plan(step, 0)
+        low = np.multiply(record.body_start_ijk, record.spacing_mm) - overhang * edge_mm
+        high = low + np.multiply(record.body_size_ijk, record.spacing_mm) + 2 * overhang * edge_mm
         for plan in plans["global"] + plans["local"]:
             assert (np.array(plan.start_mm) >= low - 1e-6).all()
             assert (np.add(plan.start_mm, plan.extent_mm) <= high + 1e-6).all()
@@ -102,8 +105,11 @@ def test_every_scan_is_drawn(phantoms: Store):
 
 def test_the_voxel_in_a_view_is_the_scan_s_voxel_at_that_place(phantoms: Store):
     # At the scan's own spacing a view is a shifted copy, so linear interpolation can be done by hand.
-    views = ViewsConfig(global_=ViewKind(size_ijk=(8, 8, 8)), region_scale=1.25)
+    # Mirrored views count their place backwards; without overhang no voxel lies outside the scan.
+    augment = AugmentConfig(flip_axes=(0, 2))
+    views = ViewsConfig(global_=ViewKind(size_ijk=(8, 8, 8)), region_scale=1.25, overhang=0.0, augment=augment)
     source = loader(phantoms, views=views, batch=4)
+    mirrored = 0
     for step in range(3):
         batch = source.batch(step)
         for index in range(4):
@@ -115,6 +121,8 @@ def test_the_voxel_in_a_view_is_the_scan_s_voxel_at_that_place(phantoms: Store):
                 want = (interpolate(scan, centre_mm / record.spacing_mm - 0.5) + 200) / 500
                 seen = float(batch.views["global"][(index, 0, 0, *place)])
                 assert seen == pytest.approx(min(max(want, 0.0), 1.0), abs=2e-4)
+                mirrored += bool((extent_mm < 0).any())
+    assert mirrored
 
 
 def interpolate(scan: np.ndarray, at: np.ndarray) -> float:

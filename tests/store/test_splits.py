@@ -23,8 +23,8 @@ def test_a_larger_train_share_takes_nobody_out_of_train(subject, more):
 
 def test_a_split_of_share_zero_or_one_is_empty_or_everything():
     everyone = [f"s{number}" for number in range(500)]
-    assert {split_of(subject, Fractions(train=0, validation=0, test=1)) for subject in everyone} == {"test"}
-    assert "validation" not in {split_of(s, Fractions(train=0.5, validation=0, test=0.5)) for s in everyone}
+    assert {split_of(subject, Fractions(train=0.0, validation=0.0, test=1.0)) for subject in everyone} == {"test"}
+    assert "validation" not in {split_of(s, Fractions(train=0.5, validation=0.0, test=0.5)) for s in everyone}
 
 
 def test_a_known_subject_stays_where_it_was_in_every_version():

@@ -15,7 +15,7 @@ Sizes = tuple[int, int, int]
 
 def numbered(shape: Sizes) -> torch.Tensor:
     """A scan of two channels in which every voxel has a number of its own, from 1."""
-    return torch.arange(1, 1 + 2 * int(np.prod(shape))).reshape(2, *shape)
+    return torch.arange(1.0, 1 + 2 * int(np.prod(shape))).reshape(2, *shape)
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,14 +23,14 @@ def numbered(shape: Sizes) -> torch.Tensor:
 def test_stitching_undoes_tiling_exactly(shape: Sizes, block: Sizes) -> None:
     tiling = Tiling(shape_ijk=shape, block_ijk=block)
     scan = numbered(shape)
-    assert torch.equal(stitch(tile(scan, tiling, fill=0), tiling), scan)
+    assert torch.equal(stitch(tile(scan, tiling, fill=0.0), tiling), scan)
 
 
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, block=BLOCKS)
 def test_every_voxel_is_in_exactly_one_block(shape: Sizes, block: Sizes) -> None:
     tiling = Tiling(shape_ijk=shape, block_ijk=block)
-    blocks = tile(numbered(shape), tiling, fill=0)
+    blocks = tile(numbered(shape), tiling, fill=0.0)
     assert blocks.shape == (np.prod(tiling.grid), 2, *block)
     assert blocks[blocks > 0].sort().values.tolist() == list(range(1, 1 + 2 * int(np.prod(shape))))
 
@@ -39,7 +39,7 @@ def test_every_voxel_is_in_exactly_one_block(shape: Sizes, block: Sizes) -> None
 @given(shape=SHAPES, block=BLOCKS)
 def test_seen_is_true_on_the_scan_and_false_on_padding(shape: Sizes, block: Sizes) -> None:
     tiling = Tiling(shape_ijk=shape, block_ijk=block)
-    assert torch.equal(seen(tiling), tile(numbered(shape), tiling, fill=0)[:, 0] > 0)
+    assert torch.equal(seen(tiling), tile(numbered(shape), tiling, fill=0.0)[:, 0] > 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -38,7 +38,7 @@ class Journal:
         except OSError as error:
             raise _full(error) from error
 
-    def append(self, record: dict[str, float]) -> None:
+    def append(self, record: Mapping[str, float | int]) -> None:
         """Write one record; it has a `step`.
 
         Raises:

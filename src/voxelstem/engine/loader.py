@@ -15,7 +15,7 @@ from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store.reader import Record, Store
 from voxelstem.study import InputSpec
-from voxelstem.views.augment import AugmentConfig, apply_augment, draw_augment
+from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, draw_augment
 from voxelstem.views.crop import ViewKind, ViewPlan, apply_view, covering_crop, draw_views
 from voxelstem.views.intensity import window
 
@@ -29,6 +29,9 @@ class ViewsConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     region_scale: float = 1.25
     """Views of one sample lie within a region of this times the global view's size, so that they overlap."""
+    overhang: float = 0.25
+    """The region may reach past the body by this share of its size: whole-scan tiles overhang the scan too, and a
+    network that never saw an edge of the scan is lost there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +77,10 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """All samples of one step."""
-        planned = [self.plan(step, index) for index in range(self.config.batch)]
-        samples = [self._read(record, plans, step, index) for index, (record, plans) in enumerate(planned)]
+        samples = [self._read(*self.plan(step, index), step, index) for index in range(self.config.batch)]
         return Batch(
-            views={name: torch.stack([sample[name] for sample in samples]) for name in samples[0]},
-            places_mm={name: torch.tensor([_places(plans[name]) for _, plans in planned]) for name in samples[0]},
+            views={name: torch.stack([views[name] for views, _ in samples]) for name in samples[0][0]},
+            places_mm={name: torch.stack([places[name] for _, places in samples]) for name in samples[0][1]},
             seed=int(np.random.default_rng([self.seed, step]).integers(2**62)),
         )
 
@@ -101,14 +103,12 @@ class Loader:
         return record, self._draw(record, rng)
 
     def _draw(self, record: Record, rng: np.random.Generator) -> dict[str, list[ViewPlan]]:
-        spacing = record.spacing_mm
-        body_start, body_size = record.body_start_ijk, record.body_size_ijk
-        body = (
-            (body_start[0] * spacing[0], body_start[1] * spacing[1], body_start[2] * spacing[2]),
-            (body_size[0] * spacing[0], body_size[1] * spacing[1], body_size[2] * spacing[2]),
-        )
         size_ijk, scale = self.views.global_.size_ijk, self.views.region_scale
         region = ViewKind(size_ijk=size_ijk, min_scale=scale, max_scale=scale)
+        spacing, wide = np.asarray(record.spacing_mm), np.asarray(size_ijk) * np.asarray(self.spec.spacing_mm) * scale
+        start = np.asarray(record.body_start_ijk) * spacing - self.views.overhang * wide
+        extent = np.asarray(record.body_size_ijk) * spacing + 2 * self.views.overhang * wide
+        body = ((start[0], start[1], start[2]), (extent[0], extent[1], extent[2]))
         shared = draw_views(region, self.spec, body, rng)[0]
         box = (shared.start_mm, shared.extent_mm)
         plans = {"global": draw_views(self.views.global_, self.spec, box, rng)}
@@ -116,19 +116,30 @@ class Loader:
             plans["local"] = draw_views(self.views.local, self.spec, box, rng)
         return plans
 
-    def _read(self, record: Record, plans: dict[str, list[ViewPlan]], step: int, index: int) -> dict[str, Tensor]:
+    def _read(
+        self, record: Record, plans: dict[str, list[ViewPlan]], step: int, index: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rng = np.random.default_rng([self.seed, step, index, 1])
-        sample = {}
+        views: dict[str, Tensor] = {}
+        places: dict[str, Tensor] = {}
         for name, kind in plans.items():
-            views = []
-            for plan in kind:
-                crop = covering_crop(plan, record.spacing_mm, record.shape_ijk)
-                voxels = torch.from_numpy(self.store.crop(record.key, crop.start_ijk, crop.size_ijk))
-                view = apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=self.spec.low_hu)
-                views.append(apply_augment(window(view, self.spec), draw_augment(self.views.augment, rng)))
-            sample[name] = torch.stack(views)
-        return sample
+            changes = [draw_augment(self.views.augment, rng) for _ in kind]
+            read = [self._view(record, plan) for plan in kind]
+            views[name] = torch.stack([apply_augment(view, change) for view, change in zip(read, changes, strict=True)])
+            places[name] = torch.stack([_place(plan, change) for plan, change in zip(kind, changes, strict=True)])
+        return views, places
+
+    def _view(self, record: Record, plan: ViewPlan) -> Tensor:
+        crop = covering_crop(plan, record.spacing_mm, record.shape_ijk)
+        voxels = torch.from_numpy(self.store.crop(record.key, crop.start_ijk, crop.size_ijk))
+        view = apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=self.spec.low_hu)
+        return window(view, self.spec)
 
 
-def _places(plans: list[ViewPlan]) -> list[list[tuple[float, float, float]]]:
-    return [[plan.start_mm, plan.extent_mm] for plan in plans]
+def _place(plan: ViewPlan, change: AugmentPlan) -> Tensor:
+    """Low corner and extent in mm; a mirrored axis begins at the high corner and runs backwards."""
+    start, extent = torch.tensor(plan.start_mm), torch.tensor(plan.extent_mm)
+    for axis in change.flip_axes:
+        start[axis] += extent[axis]
+        extent[axis] *= -1
+    return torch.stack([start, extent])

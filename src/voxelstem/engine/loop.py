@@ -5,35 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from voxelstem.engine import device as devices
 from voxelstem.engine.checkpoint import CheckpointConfig, write_checkpoint
 from voxelstem.engine.journal import Journal
 from voxelstem.engine.optim import OptimConfig, set_rate
 from voxelstem.errors import CheckpointError
 from voxelstem.protocols import Batch
-
-
-def bf16_pays() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware. Elsewhere it is emulated and many times slower."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Torch knows, but has no public door to ask at.
-    avx512 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-    amx = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-    return bool(avx512 or amx)
-
-
-def autocast(precision: str) -> AbstractContextManager[object]:
-    """bf16 autocast for `bf16`, and for `auto` where it pays."""
-    use = precision == "bf16" or (precision == "auto" and bf16_pays())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16) if use else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +26,7 @@ class LoopConfig:
     steps: int
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
     monitor_every: int = 100
 
@@ -72,8 +56,8 @@ def train(
             progress = step / config.steps
             rate = set_rate(optimizer, config.optim, progress=progress)
             health = monitor() if step % config.monitor_every == 0 else {}
-            with autocast(config.precision):
-                output = objective.step(batch, progress=progress)
+            with devices.autocast(config.device, config.precision):
+                output = objective.step(devices.move(batch, config.device), progress=progress)
             loss = _finite(float(output.loss.detach()), "loss", step)
             output.loss.backward()
             # Checked before it reaches the weights: no checkpoint may hold what cannot be trained on.

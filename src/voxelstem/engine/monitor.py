@@ -79,12 +79,18 @@ def draw_probe_set(
 
 
 @torch.no_grad()
-def probe_patches(backbone: Backbone, probe: ProbeSet) -> tuple[float, float]:
-    """Balanced accuracy of ridge regression from frozen patch tokens to classes, and the tokens' effective rank.
+def token_rank(backbone: Backbone, blocks: Float[Tensor, "n channel i j k"]) -> float:
+    """Effective rank of the patch tokens of some fixed blocks."""
+    return effective_rank(_tokens(backbone, blocks).flatten(0, 1)[:2048])
+
+
+@torch.no_grad()
+def probe_patches(backbone: Backbone, probe: ProbeSet) -> float:
+    """Balanced accuracy of ridge regression from frozen patch tokens to classes.
 
     Fitted on the subjects of one half, tested on the other half's. Chance is 1 / number of classes.
     """
-    _, tokens = backbone.encode_blocks(probe.blocks)
+    tokens = _tokens(backbone, probe.blocks)
     fit, test = probe.held_out == 0, probe.held_out == 1
     known = torch.unique(probe.labels[fit])
     x, y = tokens[fit].flatten(0, 1).double(), probe.labels[fit].flatten()
@@ -97,4 +103,8 @@ def probe_patches(backbone: Backbone, probe: ProbeSet) -> tuple[float, float]:
     z = torch.nn.functional.pad((tokens[test].flatten(0, 1).double() - mean) / deviation, (0, 1), value=1.0)
     guess, truth = known[(z @ coefficients).argmax(dim=1)], probe.labels[test].flatten()
     recalls = [float((guess[truth == name] == name).double().mean()) for name in torch.unique(truth)]
-    return float(np.mean(recalls)), effective_rank(tokens[test].flatten(0, 1)[:2048])
+    return float(np.mean(recalls))
+
+
+def _tokens(backbone: Backbone, blocks: Float[Tensor, "n channel i j k"]) -> Float[Tensor, "n patch dim"]:
+    return backbone.encode_blocks(blocks)[1].float().cpu()

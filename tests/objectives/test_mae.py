@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from voxelstem.backbones.encoder import EncoderConfig
+from voxelstem.backbones.layers import grid_positions
+from voxelstem.objectives.mae import Mae, MaeConfig, place_of, take
+from voxelstem.protocols import Batch
+
+DECODER = EncoderConfig(dim=24, depth=1, heads=2)
+
+
+def mae(make: Any, *, grid: tuple[int, int, int] = (1, 1, 1), scan_depth: int = 1, **settings: Any) -> Mae:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mae(MaeConfig(grid=grid, decoder=DECODER, **settings), make.backbone(scan_depth=scan_depth))
+
+
+def test_the_loss_falls_on_a_batch_that_repeats(make):
+    objective, batch = mae(make, grid=(2, 2, 2)), make.batch(16)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        output = objective.step(batch, progress=0.0)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_gradients_reach_both_levels_on_a_grid_of_blocks(make):
+    objective = mae(make, grid=(2, 2, 2))
+    assert objective.trains_scan_level
+    objective.step(make.batch(16), progress=0.0).loss.backward()
+    grads = {name: parameter.grad for name, parameter in objective.learner.named_parameters()}
+    idle = {name for name, grad in grads.items() if grad is None or not grad.abs().sum() > 0}
+    # Nothing is hidden behind the backbone's own mask token: hidden patches never enter.
+    assert idle == {"mask_token"}
+
+
+def test_without_a_scan_level_only_the_blocks_learn(make):
+    objective = mae(make, scan_depth=0)
+    assert not objective.trains_scan_level
+    assert objective.step(make.batch(), progress=0.0).loss.isfinite()
+
+
+class Spy:
+    """Remembers what the encoder was asked and what it answered."""
+
+    def __init__(self, objective: Mae, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        real = objective.backbone.encode
+
+        def encode(blocks: Any, grid: Any, *, keep: Any) -> Any:
+            tokens = real(blocks, grid, keep=keep)
+            self.calls.append((blocks.clone(), keep.clone(), tokens))
+            return tokens
+
+        monkeypatch.setattr(objective.backbone, "encode", encode)
+
+
+def test_the_encoder_never_sees_a_hidden_voxel(make, monkeypatch: pytest.MonkeyPatch):
+    objective, batch = mae(make), make.batch()
+    spy = Spy(objective, monkeypatch)
+    objective.step(batch, progress=0.0)
+    _, keep, tokens = spy.calls[0]
+    assert keep.shape == (3, 1, 2)
+    view = batch.views["global"].clone()
+    for sample in range(3):
+        for patch in set(range(8)) - set(keep[sample, 0].tolist()):
+            i, j, k = 4 * (patch // 4), 4 * (patch // 2 % 2), 4 * (patch % 2)
+            view[sample, 0, 0, i : i + 4, j : j + 4, k : k + 4] = torch.rand(4, 4, 4)
+    objective.step(replace(batch, views={"global": view}), progress=0.0)
+    _, keep_again, again = spy.calls[1]
+    assert not torch.equal(view, batch.views["global"])
+    assert torch.equal(keep, keep_again)
+    assert torch.equal(tokens.patches, again.patches)
+    assert torch.equal(tokens.scan, again.scan)
+
+
+def test_each_row_hides_other_patches_and_each_seed_too(make, monkeypatch: pytest.MonkeyPatch):
+    objective = mae(make, grid=(2, 2, 2))
+    spy = Spy(objective, monkeypatch)
+    for seed in (1, 2):
+        objective.step(replace(make.batch(16), seed=seed), progress=0.0)
+    one, two = (call[1].flatten(0, 1).sort(dim=1).values for call in spy.calls)
+    assert len({tuple(row) for row in one.tolist()}) > 6
+    assert not torch.equal(one, two)
+
+
+def test_a_perfect_guess_would_cost_nothing_and_a_flat_one_costs_the_variance(make, monkeypatch: pytest.MonkeyPatch):
+    objective = mae(make, keep=0.5, decode=0.5)
+    for parameter in objective.predict.parameters():
+        torch.nn.init.zeros_(parameter)
+    # Targets are normalised to variance 1, so guessing 0 everywhere costs 1.
+    assert float(objective.step(make.batch(), progress=0.0).loss.detach()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_reconstruction_is_that_of_a_naive_loop(make, monkeypatch: pytest.MonkeyPatch):
+    objective, batch = mae(make, normalise_targets=False, decode=0.75), make.batch(samples=2)
+    for parameter in objective.predict.parameters():
+        torch.nn.init.constant_(parameter, 0.0)
+    spy = Spy(objective, monkeypatch)
+    loss = objective.step(batch, progress=0.0).loss
+    errors = []
+    for sample, patch in itertools.product(range(2), range(8)):
+        if patch not in spy.calls[0][1][sample, 0].tolist():
+            i, j, k = 4 * (patch // 4), 4 * (patch // 2 % 2), 4 * (patch % 2)
+            box = batch.views["global"][sample, 0, 0, i : i + 4, j : j + 4, k : k + 4]
+            errors += [float(value) ** 2 for value in box.flatten()]
+    assert float(loss.detach()) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_a_patch_s_place_is_that_of_a_naive_loop():
+    grid, cells = (2, 1, 3), (2, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(2, 2, 2, 3, generator=generator) * 100
+    positions = grid_positions(cells)
+    seen = place_of(positions.expand(2 * 2 * 6, -1, -1), places, grid)
+    wanted = torch.empty(2, 2 * 6 * 4, 3)
+    for sample in range(2):
+        tokens = itertools.product(
+            range(2), itertools.product(*map(range, grid)), itertools.product(*map(range, cells))
+        )
+        for row, (view, block, cell) in enumerate(tokens):
+            start, extent = places[sample, view]
+            for axis in range(3):
+                whole = grid[axis] * cells[axis]
+                number = block[axis] * cells[axis] + cell[axis]
+                wanted[sample, row, axis] = start[axis] + (number + 0.5) / whole * extent[axis]
+    assert torch.allclose(seen, wanted, atol=1e-3)
+
+
+def test_the_position_term_counts_only_when_it_has_a_weight(make):
+    batch = make.batch(16)
+    without, with_ = (
+        mae(make, grid=(2, 2, 2), position_weight=weight).step(batch, progress=0.0) for weight in (0.0, 2.0)
+    )
+    difference = float(with_.loss.detach() - without.loss.detach())
+    position = next(value for name, value in with_.scalars.items() if "position" in name)
+    assert difference == pytest.approx(2.0 * position, rel=1e-4)
+    assert position > 0
+
+
+def test_take_picks_other_patches_in_every_row():
+    rows = torch.arange(12).reshape(2, 3, 2)
+    assert take(rows, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"decode": 0.0}, {"keep": 0.7, "decode": 0.7}])
+def test_shares_that_cannot_be_are_refused(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="keep"):
+        MaeConfig(**wrong)
+
+
+def test_a_batch_needs_no_local_views(make):
+    batch: Batch = make.batch()
+    only = replace(batch, views={"global": batch.views["global"]}, places_mm={"global": batch.places_mm["global"]})
+    one, two = (mae(make).step(b, progress=0.0).loss for b in (batch, only))
+    assert torch.equal(one, two)

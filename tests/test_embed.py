@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import resource
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxelstem import embed
+from voxelstem.card import Card, write_weights
+from voxelstem.errors import ConfigError, IngestError, StoreError
+from voxelstem.model import Model, make_model
+from voxelstem.sources import nifti
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Store, write
+from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.study import InputSpec
+
+SPEC = InputSpec(spacing_mm=(10.0, 10.0, 10.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
+ARCHITECTURE = {
+    "name": "scan_vit",
+    "block_ijk": (16, 16, 16),
+    "block.dim": 24,
+    "block.depth": 1,
+    "block.heads": 2,
+    "scan.depth": 0,
+}
+TOKENS = ("PlantedMiller1947", "Ward7Secret")
+
+
+def model(seed: int = 0) -> Model:
+    return make_model(Card(architecture=ARCHITECTURE, spec=SPEC, trained=("block",)), seed=seed)
+
+
+def weights(folder: Path, seed: int = 0) -> Path:
+    source = model(seed)
+    write_weights(folder / f"weights{seed}", source.backbone.state_dict(), source.card)
+    return folder / f"weights{seed}"
+
+
+def scan(path: Path, seed: int) -> None:
+    volume = phantom(PhantomConfig(seed=seed, spacing_mm=(10.0, 10.0, 10.0))).volumes[0]
+    nifti.write(path, volume.array[0].astype(np.int16), volume.affine_ras)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Two scans that can be read and one that cannot, whose names must not spread."""
+    folder = tmp_path / TOKENS[1]
+    scan(folder / TOKENS[0] / "one.nii.gz", 1)
+    scan(folder / "other" / f"{TOKENS[0]}.nii.gz", 2)
+    whole = (folder / "other" / f"{TOKENS[0]}.nii.gz").read_bytes()
+    (folder / "bad").mkdir()
+    (folder / "bad" / f"{TOKENS[0]}.nii.gz").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def manifest(out: Path) -> list[dict[str, str]]:
+    with (out / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_bad_scan_is_refused_and_the_others_go_on(scans: Path, tmp_path: Path):
+    report = embed.run([scans], weights=weights(tmp_path), out=tmp_path / "out")
+    assert (report.kept, report.skipped, report.refused) == (2, 0, 1)
+    assert report.refusals[0].relative == f"bad/{TOKENS[0]}.nii.gz"
+    rows = manifest(tmp_path / "out")
+    assert sorted(row["code"] for row in rows) == ["", "", report.refusals[0].code]
+    kept = [row for row in rows if not row["code"]]
+    assert {path.stem for path in (tmp_path / "out").glob("*.npz")} == {row["key"] for row in kept}
+    assert all(row["modality"] == "CT" and row["coverage"] == "1.0000" for row in kept)
+    assert {row["subject"] for row in kept} == {pseudonym(name, site_key()) for name in (TOKENS[0], "other")}
+
+
+def test_a_file_holds_what_the_model_says(scans: Path, tmp_path: Path):
+    import voxelstem as vs
+
+    embed.run([scans / "other"], weights=weights(tmp_path), out=tmp_path / "out", tokens=True)
+    said = model().embed(vs.read(scans / "other" / f"{TOKENS[0]}.nii.gz"), tokens=True)
+    with np.load(next((tmp_path / "out").glob("*.npz"))) as arrays:
+        assert set(arrays) == {"scan", "blocks", "grid", "coverage", "tokens", "tokens_affine_ras"}
+        assert np.array_equal(arrays["scan"], said.scan)
+        assert np.array_equal(arrays["tokens"], said.tokens)
+        assert tuple(arrays["grid"]) == said.grid
+
+
+def test_run_again_it_skips_what_is_done_and_heals_what_is_damaged(scans: Path, tmp_path: Path):
+    where = {"weights": weights(tmp_path), "out": tmp_path / "out"}
+    embed.run([scans], **where)
+    first, second = sorted((tmp_path / "out").glob("*.npz"))
+    before, table = {path: path.read_bytes() for path in (first, second)}, manifest(tmp_path / "out")
+    stamp = first.stat().st_mtime_ns
+    second.write_bytes(before[second][:-200])
+    report = embed.run([scans], **where)
+    assert (report.kept, report.skipped, report.refused) == (2, 1, 1)
+    assert first.stat().st_mtime_ns == stamp
+    assert {path: path.read_bytes() for path in (first, second)} == before
+    assert manifest(tmp_path / "out") == table
+
+
+def test_tokens_asked_for_later_are_added(scans: Path, tmp_path: Path):
+    where = {"weights": weights(tmp_path), "out": tmp_path / "out"}
+    embed.run([scans / "other"], **where)
+    assert embed.run([scans / "other"], **where, tokens=True).skipped == 0
+    assert embed.run([scans / "other"], **where, tokens=True).skipped == 1
+    assert embed.run([scans / "other"], **where).skipped == 1
+
+
+def test_no_name_of_a_person_or_a_file_is_in_any_byte_written(scans: Path, tmp_path: Path):
+    embed.run([scans], weights=weights(tmp_path), out=tmp_path / "out", tokens=True)
+    for path in (tmp_path / "out").rglob("*"):
+        data = path.name.encode() + path.read_bytes()
+        for token in TOKENS:
+            for spelt in (
+                token.encode(),
+                token.encode("utf-16-le"),
+                token.lower().encode(),
+                zlib.compress(token.encode()),
+            ):
+                assert spelt not in data, path.name
+
+
+def test_other_weights_or_another_precision_need_another_folder(scans: Path, tmp_path: Path):
+    embed.run([scans / "other"], weights=weights(tmp_path), out=tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="other weights or another precision"):
+        embed.run([scans / "other"], weights=weights(tmp_path, seed=1), out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="other weights or another precision"):
+        embed.run([scans / "other"], weights=tmp_path / "weights0", out=tmp_path / "out", precision="bf16")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_source_that_is_not_there_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(IngestError):
+        embed.run([tmp_path / "nowhere"], weights=weights(tmp_path), out=tmp_path / "out")
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_no_half_file(scans: Path, tmp_path: Path):
+    where = weights(tmp_path)
+    site_key()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(StoreError, match="'out' cannot be written: File too large"):
+            embed.run([scans / "other"], weights=where, out=tmp_path / "out", tokens=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["embed.json"]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Store, str]:
+    store = Store.create(tmp_path / "store")
+    study = phantom(PhantomConfig(seed=1, spacing_mm=(10.0, 10.0, 10.0)))
+    return store, write(store, replace(study, subject=pseudonym(study.subject, site_key())))[0]
+
+
+def test_a_cached_embedding_reads_back_equal_and_is_not_made_twice(stored: tuple[Store, str], tmp_path: Path):
+    (store, key), cache = stored, tmp_path / "cache"
+    first = embed.embed_volume_cached(model(), store, key, cache, tokens=True)
+    path = next(cache.iterdir())
+    stamp = path.stat().st_mtime_ns
+    second = embed.embed_volume_cached(model(), store, key, cache, tokens=True)
+    assert path.stat().st_mtime_ns == stamp
+    for name in ("scan", "blocks", "tokens", "tokens_affine_ras"):
+        assert np.array_equal(getattr(first, name), getattr(second, name)), name
+    assert (first.grid, first.coverage) == (second.grid, second.coverage)
+
+
+def test_a_damaged_cached_file_is_made_again(stored: tuple[Store, str], tmp_path: Path):
+    (store, key), cache = stored, tmp_path / "cache"
+    first = embed.embed_volume_cached(model(), store, key, cache, tokens=False)
+    path = next(cache.iterdir())
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-30], whole[:300] + b"\xff" + whole[301:], b"\x93NUMPY garbage"):
+        path.write_bytes(damaged)
+        again = embed.embed_volume_cached(model(), store, key, cache, tokens=False)
+        assert np.array_equal(again.scan, first.scan)
+        assert path.read_bytes() == whole
+
+
+def test_no_flipped_bit_of_a_cached_file_changes_an_embedding_unseen(tmp_path: Path):
+    said = model().embed(phantom(PhantomConfig(seed=1, spacing_mm=(30.0, 30.0, 30.0))))
+    whole, path = embed.pack(said), tmp_path / "x.npz"
+    for at in range(0, len(whole), 11):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        read = embed._read(path)
+        assert read is None or (np.array_equal(read.scan, said.scan) and np.array_equal(read.blocks, said.blocks)), at
+
+
+def test_other_weights_have_other_cached_files(stored: tuple[Store, str], tmp_path: Path):
+    (store, key), cache = stored, tmp_path / "cache"
+    models = [model().scratch(seed=seed) for seed in (0, 1)]
+    one, two = (embed.embed_volume_cached(each, store, key, cache, tokens=False) for each in models)
+    assert not np.array_equal(one.scan, two.scan)
+    embed.embed_volume_cached(models[0], store, key, cache, tokens=True)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_embedding_more_scans_later_keeps_the_earlier_rows(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    embed._write_manifest(path, [{"source": "a", "key": "1", "code": ""}, {"source": "b", "code": "corrupt"}])
+    embed._write_manifest(path, [{"source": "b", "key": "2", "code": ""}, {"source": "c", "key": "3", "code": ""}])
+    rows = {row["source"]: row["key"] for row in csv.DictReader(path.open(encoding="utf-8"))}
+    assert rows == {"a": "1", "b": "2", "c": "3"}

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import voxelstem as vs
+from voxelstem.card import Card, write_weights
+from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.model import Model, load, make_model
+from voxelstem.sources import nifti
+from voxelstem.sources.phantom import PhantomConfig, phantom, turn_from_ras
+from voxelstem.study import InputSpec, Provenance, Study, Volume
+
+SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
+ARCHITECTURE = {
+    "name": "scan_vit",
+    "block_ijk": (16, 16, 16),
+    "block.dim": 24,
+    "block.depth": 1,
+    "block.heads": 2,
+    "scan.dim": 12,
+    "scan.depth": 1,
+    "scan.heads": 2,
+}
+
+
+def model(*, trained: tuple[str, ...] = ("block",), spec: InputSpec = SPEC, seed: int = 0) -> Model:
+    return make_model(Card(architecture=ARCHITECTURE, spec=spec, trained=trained), seed=seed)
+
+
+def volume(
+    shape: tuple[int, ...], *, spacing: tuple[float, float, float] = (8.0, 8.0, 8.0), modality: str = "CT"
+) -> Volume:
+    array = np.random.default_rng(0).uniform(-200, 300, size=(1, *shape)).astype(np.float32)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -50.0, 20.0, 300.0
+    provenance = Provenance(source_format="phantom", sha256="0" * 64, orientation="RAS")
+    return Volume(array=array, affine_ras=affine, modality=modality, provenance=provenance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [((1, 1, 1), (1, 1, 1)), ((5, 16, 17), (1, 1, 2)), ((33, 2, 16), (3, 1, 1)), ((20, 20, 20), (2, 2, 2))],
+)
+def test_a_scan_of_any_shape_is_seen_whole(shape: tuple[int, ...], grid: tuple[int, ...]):
+    embedding = model().embed(volume(shape), tokens=True)
+    assert embedding.grid == grid
+    assert embedding.coverage == 1.0
+    assert embedding.scan.shape == (48,)
+    assert embedding.blocks.shape == (int(np.prod(grid)), 48)
+    assert embedding.tokens is not None
+    assert embedding.tokens.shape == (*(4 * count for count in grid), 24)
+    assert all(np.isfinite(part).all() and part.dtype == np.float32 for part in (embedding.scan, embedding.tokens))
+
+
+def test_the_scan_level_pools_only_where_it_was_trained():
+    scan = volume((20, 16, 16))
+    blocks_only, both = model().embed(scan), model(trained=("block", "scan")).embed(scan)
+    assert (blocks_only.scan.shape, blocks_only.blocks.shape) == ((48,), (2, 48))
+    assert (both.scan.shape, both.blocks.shape) == ((24,), (2, 12))
+
+
+def test_without_a_scan_level_a_scan_is_the_mean_of_its_blocks_by_seen_voxels():
+    # 33 layers in 3 blocks of 16: 7 of padding in front and 8 behind.
+    embedding = model().embed(volume((33, 16, 16)))
+    seen = np.array([9, 16, 8]) / 33
+    assert np.allclose(embedding.scan, (embedding.blocks * seen[:, None]).sum(axis=0), atol=1e-5)
+
+
+def test_with_a_scan_level_a_scan_is_its_cls_and_the_mean_of_its_blocks():
+    embedding = model(trained=("block", "scan")).embed(volume((33, 16, 16)))
+    assert np.allclose(embedding.scan[12:], embedding.blocks.mean(axis=0), atol=1e-6)
+
+
+def test_how_many_blocks_go_in_one_pass_does_not_matter():
+    scan = volume((40, 20, 20))
+    one = replace(model(), blocks_per_pass=1).embed(scan, tokens=True)
+    many = model().embed(scan, tokens=True)
+    assert np.allclose(one.scan, many.scan, atol=1e-5)
+    assert np.allclose(one.tokens, many.tokens, atol=1e-5)
+
+
+def test_the_same_scan_gives_the_same_bytes_and_is_left_as_it_was():
+    scan = volume((20, 16, 16))
+    before = scan.array.copy()
+    assert model().embed(scan).scan.tobytes() == model().embed(scan).scan.tobytes()
+    assert np.array_equal(before, scan.array)
+
+
+@pytest.mark.parametrize("spacing", [(8.0, 8.0, 8.0), (4.0, 6.0, 10.0)])
+def test_a_bright_landmark_changes_the_token_that_lies_at_its_place(spacing: tuple[float, float, float]):
+    dark = volume((30, 25, 21), spacing=spacing)
+    dark.array[:] = 0.0
+    at = np.array([23, 8, 14])
+    bright = replace(dark, array=dark.array.copy())
+    bright.array[(0, *at)] = 3000.0
+    want_mm = dark.affine_ras[:3, :3] @ at + dark.affine_ras[:3, 3]
+    one, two = (model().embed(scan, tokens=True) for scan in (dark, bright))
+    assert one.tokens is not None
+    assert two.tokens is not None
+    assert two.tokens_affine_ras is not None
+    change = np.abs(two.tokens - one.tokens).sum(axis=-1)
+    token = np.array(np.unravel_index(change.argmax(), change.shape))
+    centre_mm = two.tokens_affine_ras[:3, :3] @ token + two.tokens_affine_ras[:3, 3]
+    # Half a patch of 4 voxels of 8 mm, along each axis.
+    assert (np.abs(centre_mm - want_mm) <= 16.0 + 1e-6).all()
+
+
+def test_tokens_cover_the_padded_scan_around_its_own_middle():
+    embedding = model().embed(volume((20, 16, 10)), tokens=True)
+    affine = embedding.tokens_affine_ras
+    assert affine is not None
+    assert np.allclose(np.diag(affine), [32, 32, 32, 1])
+    # Axis 0: 32 voxels for 20, so 6 of padding in front; the first patch's centre is at voxel 1.5 - 6.
+    assert affine[:3, 3].tolist() == [-50 + 8 * (1.5 - 6), 20 + 8 * 1.5, 300 + 8 * (1.5 - 3)]
+
+
+def test_however_the_file_s_axes_run_the_embedding_is_the_same(tmp_path: Path):
+    source = phantom(PhantomConfig(seed=3, spacing_mm=(8.0, 8.0, 10.0))).volumes[0]
+    found = []
+    for orientation in ("RAS", "LPS", "SAR", "PIL", "IRP"):
+        path = tmp_path / f"{orientation}.nii.gz"
+        nifti.write(path, *turn_from_ras(source.array[0].astype(np.int16), source.affine_ras, orientation))
+        found.append(model().embed(vs.read(path), tokens=True))
+    for other in found[1:]:
+        assert other.scan.tobytes() == found[0].scan.tobytes()
+        assert np.allclose(other.tokens_affine_ras, found[0].tokens_affine_ras, atol=1e-3)
+
+
+def test_values_beyond_the_window_make_no_difference():
+    scan = volume((16, 16, 16))
+    clipped = replace(scan, array=np.where(scan.array > 299, 4000.0, scan.array).astype(np.float32))
+    level = replace(scan, array=np.where(scan.array > 299, 300.0, scan.array).astype(np.float32))
+    assert np.array_equal(model().embed(clipped).scan, model().embed(level).scan)
+
+
+def test_an_mr_scan_is_refused_at_the_door_of_ct_weights():
+    with pytest.raises(ConfigError, match="trained on CT, the scan is MR") as caught:
+        model().embed(volume((16, 16, 16), modality="MR"))
+    assert "MR" in caught.value.hint
+
+
+def test_a_study_of_one_volume_is_embedded_and_one_of_two_is_not():
+    scan = volume((16, 16, 16))
+    alone = model().embed(Study(subject="s", volumes=(scan,)))
+    assert np.array_equal(alone.scan, model().embed(scan).scan)
+    with pytest.raises(ConfigError, match="2 volumes"):
+        model().embed(Study(subject="s", volumes=(scan, scan)))
+
+
+def test_bf16_is_close_to_fp32_and_other_precisions_are_refused():
+    scan = volume((16, 16, 16))
+    full, half = (model().embed(scan, precision=precision).scan for precision in ("fp32", "bf16"))
+    assert half.dtype == np.float32
+    assert float(full @ half) / np.linalg.norm(full) / np.linalg.norm(half) > 0.999
+    with pytest.raises(ConfigError, match="fp32 or bf16"):
+        model().embed(scan, precision="fp8")
+
+
+def test_scratch_is_the_same_architecture_untrained_and_drawn_by_its_seed():
+    source = model(trained=("block", "scan"), seed=5)
+    one, two, other = (source.scratch(seed=seed).backbone.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == source.backbone.state_dict().keys()
+    scratch = source.scratch(seed=1)
+    assert scratch.card.trained == ()
+    assert scratch.spec == source.spec
+    assert scratch.card.sha256 != source.scratch(seed=2).card.sha256
+
+
+def test_weights_load_as_they_were_written(tmp_path: Path):
+    source = model(seed=4)
+    write_weights(tmp_path / "w", source.backbone.state_dict(), source.card)
+    loaded = load(tmp_path / "w")
+    scan = volume((16, 20, 16))
+    assert loaded.embed(scan).scan.tobytes() == source.embed(scan).scan.tobytes()
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    assert not loaded.backbone.training
+
+
+def test_tensors_of_another_architecture_are_refused(tmp_path: Path):
+    source = model()
+    card = replace(source.card, architecture=ARCHITECTURE | {"block.dim": 48})
+    write_weights(tmp_path / "w", source.backbone.state_dict(), card)
+    with pytest.raises(CheckpointError, match="does not fit the architecture"):
+        load(tmp_path / "w")
+
+
+def test_a_folder_without_weights_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="is not a weights folder"):
+        load(tmp_path)
+
+
+def test_a_scan_of_several_channels_is_refused_by_weights_for_one() -> None:
+    card = Card(architecture={"name": "scan_vit"}, spec=InputSpec(block_ijk=(32, 32, 32)))
+    volume = Volume(
+        array=np.zeros((2, 8, 8, 8), np.float32),
+        affine_ras=np.eye(4),
+        modality="CT",
+        provenance=Provenance(source_format="nifti", sha256="", orientation="RAS"),
+    )
+    with pytest.raises(ConfigError, match=r"1 channel\(s\), the scan has 2"):
+        make_model(card, seed=0).embed(volume)

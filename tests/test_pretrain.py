@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxelstem import pretrain
+from voxelstem.config import flatten, overlay, read_toml
+from voxelstem.engine.journal import read_journal
+from voxelstem.engine.loader import Loader
+from voxelstem.errors import CheckpointError, StoreError
+from voxelstem.model import load
+from voxelstem.pretrain import PretrainConfig
+from voxelstem.recipes import named
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Fractions, Store, write
+from voxelstem.store.subjects import pseudonym
+
+SMALL = {
+    "steps": 6,
+    "precision": "fp32",
+    "spec.spacing_mm": (8.0, 8.0, 8.0),
+    "spec.block_ijk": (8, 8, 8),
+    "backbone.block_ijk": (8, 8, 8),
+    "backbone.block.dim": 12,
+    "backbone.block.depth": 1,
+    "backbone.block.heads": 2,
+    "backbone.scan.dim": 12,
+    "backbone.scan.depth": 1,
+    "backbone.scan.heads": 2,
+    "checkpoint.every": 2,
+    "monitor_every": 3,
+    "probe_blocks": 6,
+    "loader.batch": 2,
+}
+MAE = SMALL | {
+    "objective.grid": (2, 2, 2),
+    "views.global_.size_ijk": (16, 16, 16),
+    "objective.decoder.dim": 12,
+    "objective.decoder.depth": 1,
+    "objective.decoder.heads": 2,
+}
+DINO = SMALL | {
+    "backbone.scan.depth": 0,
+    "views.global_.size_ijk": (8, 8, 8),
+    "views.local.size_ijk": (4, 4, 4),
+    "objective.projector.prototypes": 16,
+}
+
+
+def small(name: str = "tiny.mae") -> PretrainConfig:
+    config = named(name)
+    changes = MAE if name == "tiny.mae" else DINO
+    # Both at once: a spec and a backbone may not disagree, not even for a moment.
+    spec = {key.removeprefix("spec."): value for key, value in changes.items() if key.startswith("spec.")}
+    rest = {key: value for key, value in changes.items() if not key.startswith("spec.")}
+    return overlay(config, {"spec": overlay(config.spec, spec), **rest})
+
+
+def make_store(folder: Path, seeds: range, *, modality: str = "CT", fractions: Fractions | None = None) -> Path:
+    store = Store.create(folder, fractions=fractions or Fractions(train=0.5, validation=0.0, test=0.5))
+    for seed in seeds:
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(6.0, 6.0, 8.0)))
+        volumes = (replace(study.volumes[0], modality=modality),)
+        write(store, replace(study, subject=pseudonym(study.subject, bytes(32)), volumes=volumes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_store(tmp_path_factory.mktemp("pretrain") / "store", range(6))
+    assert {record.split for record in Store.open(folder)} == {"train", "test"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    pretrain.run(small(), store=store, out=out)
+    return out
+
+
+def facts(run: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in read_journal(run)]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "weights" / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_its_config_journal_checkpoints_and_weights(whole: Path):
+    assert {"config.toml", "journal.jsonl", "checkpoints", "weights"} <= {path.name for path in whole.iterdir()}
+    assert [line["step"] for line in facts(whole)] == [0, 1, 2, 3, 4, 5, 6]
+    assert "probe/patch_balanced_accuracy" in facts(whole)[-1]
+
+
+def test_the_config_of_a_run_replays(whole: Path):
+    assert overlay(small(), read_toml(whole / "config.toml")) == small()
+    assert read_toml(whole / "config.toml").keys() == flatten(small()).keys()
+
+
+def test_the_weights_load_and_embed_and_say_what_they_saw(whole: Path, store: Path):
+    model = load(whole / "weights")
+    opened = Store.open(store)
+    train = [record for record in opened if record.split == "train"]
+    assert model.card.data == (f"{len(train)} CT scans from phantom sources",)
+    assert model.card.trained == ("block", "scan")
+    assert model.spec == small().spec
+    embedding = model.embed(opened.volume(train[0].key))
+    assert embedding.scan.shape == (24,)
+    assert embedding.coverage == 1.0
+
+
+class StoppedError(Exception):
+    """What stops a run from outside."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 5, 6])
+def test_a_run_interrupted_and_started_again_equals_one_that_was_not(
+    whole: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+):
+    out, real = tmp_path / "run", pretrain.train
+
+    def stopping(*args, advance, **rest):
+        done = []
+
+        def count(amount: int, note: str) -> None:
+            advance(amount, note)
+            done.append(amount)
+            if len(done) == after:
+                raise StoppedError
+
+        real(*args, advance=count, **rest)
+
+    monkeypatch.setattr(pretrain, "train", stopping)
+    with pytest.raises(StoppedError):
+        pretrain.run(small(), store=store, out=out)
+    monkeypatch.undo()
+    assert not (out / "weights").exists()
+    pretrain.run(small(), store=store, out=out)
+    assert weights(out) == weights(whole)
+    assert facts(out) == facts(whole)
+
+
+def test_dino_runs_and_resumes_too(store: Path, tmp_path: Path):
+    config = small("tiny.dino")
+    pretrain.run(config, store=store, out=tmp_path / "one")
+    two = tmp_path / "two"
+    pretrain.run(config, store=store, out=two)
+    assert weights(tmp_path / "one") == weights(two)
+    # Taken back to the first whole checkpoint, it arrives at the same weights.
+    for path in [two / "weights", sorted((two / "checkpoints").iterdir())[-1]]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    pretrain.run(config, store=store, out=two)
+    assert weights(tmp_path / "one") == weights(two)
+    assert load(two / "weights").card.trained == ("block",)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import pathlib, importlib
+test = importlib.import_module("test_pretrain")
+test.pretrain.run(test.small(), store=pathlib.Path(sys.argv[2]), out=pathlib.Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_equals_one_that_was_not(whole: Path, store: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(store), str(out)]
+    for steps in (1, 3, 5):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(read_journal(out)) < steps:
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    if not (out / "weights").exists():
+        pretrain.run(small(), store=store, out=out)
+    assert weights(out) == weights(whole)
+    assert facts(out) == facts(whole)
+
+
+def test_a_finished_run_is_not_trained_on(whole: Path, store: Path):
+    before = weights(whole)
+    with pytest.raises(CheckpointError, match="'run' is finished") as caught:
+        pretrain.run(small(), store=store, out=whole)
+    assert "--out" in caught.value.hint
+    assert weights(whole) == before
+
+
+def test_other_settings_are_named_and_only_they(whole: Path, store: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.toml").write_bytes((whole / "config.toml").read_bytes())
+    changed = overlay(small(), {"optim.lr": 0.5, "seed": 3})
+    with pytest.raises(CheckpointError, match=r"started with other settings: optim\.lr, seed\n") as caught:
+        pretrain.run(changed, store=store, out=out)
+    assert "choose a new --out" in caught.value.hint
+
+
+def test_another_objective_is_other_settings_too(whole: Path, store: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.toml").write_bytes((whole / "config.toml").read_bytes())
+    with pytest.raises(CheckpointError, match="started with other settings"):
+        pretrain.run(small("tiny.dino"), store=store, out=out)
+
+
+def test_a_store_of_mr_only_is_a_clear_error(tmp_path: Path):
+    store = make_store(tmp_path / "mr", range(2), modality="MR", fractions=Fractions(train=1, validation=0, test=0))
+    with pytest.raises(StoreError, match=r"no CT scan in its training split \(it holds MR, 2 in all\)"):
+        pretrain.run(small(), store=store, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_store_is_a_clear_error(tmp_path: Path):
+    store = make_store(tmp_path / "empty", range(0))
+    with pytest.raises(StoreError, match="it holds nothing"):
+        pretrain.run(small(), store=store, out=tmp_path / "run")
+
+
+def test_subjects_of_the_test_split_are_never_read(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read: set[str] = set()
+    for name in ("crop", "label_crop"):
+        real = getattr(Store, name)
+
+        def spy(self, key, *rest, real=real):
+            read.add(key)
+            return real(self, key, *rest)
+
+        monkeypatch.setattr(Store, name, spy)
+    pretrain.run(small(), store=store, out=tmp_path / "run")
+    opened = Store.open(store)
+    assert read == {record.key for record in opened if record.split == "train"}
+
+
+def test_the_same_seed_makes_the_same_objective_and_leaves_torch_s_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, two = pretrain.make_objective(small()).state_dict(), pretrain.make_objective(small()).state_dict()
+    other = pretrain.make_objective(replace(small(), seed=1)).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_estimate_is_what_it_then_costs(whole: Path, store: Path):
+    estimate = pretrain.estimate(small(), store=store)
+    objective = pretrain.make_objective(small())
+    assert estimate["scans"] == estimate["subjects"] == len(pretrain.trainable(Store.open(store), small().spec))
+    assert estimate["samples"] == 12
+    assert estimate["backbone_parameters"] == sum(p.numel() for p in objective.backbone.parameters())
+    assert estimate["trained_parameters"] == sum(p.numel() for p in objective.parameters())
+    assert 0 < estimate["step_seconds"] < 60
+    assert estimate["precision"] == "fp32"
+    newest = sorted((whole / "checkpoints").iterdir())[-1]
+    tensors = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    # Headers and step counters weigh much on so small a model.
+    assert estimate["checkpoint_bytes"] == pytest.approx(3 * tensors, rel=0.5)
+    assert json.loads(json.dumps(estimate)) == estimate
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"precision": "fp8"}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, object]):
+    with pytest.raises(ValueError, match=r"steps|precision"):
+        replace(small(), **wrong)
+
+
+def test_a_spec_and_a_backbone_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="differ"):
+        replace(small(), spec=replace(small().spec, block_ijk=(16, 16, 16)))
+
+
+def test_the_loader_of_a_run_is_given_training_scans_only(store: Path):
+    records = pretrain.trainable(Store.open(store), small().spec)
+    loader = Loader(
+        Store.open(store), records, small().spec, views=small().views, config=small().loader, seed=small().seed
+    )
+    assert {record.split for record in loader.records} == {"train"}
