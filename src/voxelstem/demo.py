@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from voxelstem import adapt, evaluate, pretrain, samples
-from voxelstem.embed import embed_volume_cached
+from voxelstem.embed import embed_volume_cached, write_whole
 from voxelstem.engine.journal import read_journal
 from voxelstem.errors import StoreError, VoxelstemError
 from voxelstem.ingest import IngestReport, ingest
@@ -111,7 +111,7 @@ def journey(out: Path, size: Size, data: Path | None) -> Path:
             sections = tell(out, gathered, runs, (evaluation, real), minutes=minutes)
             lead = "From scans to a small pretrained model, few-label heads and honest figures. Not a medical device."
             target.parent.mkdir(exist_ok=True)
-            target.write_text(page.page("Voxelstem demo", sections, lead=lead), encoding="utf-8")
+            write_whole(target, page.page("Voxelstem demo", sections, lead=lead).encode())
     except OSError as error:
         raise StoreError(
             f"the demo cannot write into '{out.name}': {error.strerror}",
@@ -124,9 +124,7 @@ def journey(out: Path, size: Size, data: Path | None) -> Path:
 def public_key(out: Path) -> Generator[None]:
     """Hash subjects with a key that anyone may know: nobody in the demo is private, and so the splits repeat."""
     path, before = out / "public.key", os.environ.get("VOXELSTEM_KEY")
-    if not path.exists():
-        path.write_text(PUBLIC_KEY.hex() + "\n", encoding="utf-8")
-        path.chmod(0o600)
+    write_whole(path, PUBLIC_KEY.hex().encode())
     os.environ["VOXELSTEM_KEY"] = str(path)
     try:
         yield

@@ -181,7 +181,7 @@ def _write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> None:
         listed = {row["source"]: row for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))}
     listed |= {row["source"]: row for row in rows}
     table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS)
+    writer: csv.DictWriter[str] = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(listed[name] for name in sorted(listed))
     write_whole(path, table.getvalue().encode())

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from voxelstem.engine.checkpoint import CheckpointConfig, checkpoints, resume
 from voxelstem.engine.journal import read_journal

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
