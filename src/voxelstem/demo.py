@@ -7,6 +7,7 @@ that the commands call.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import resource
@@ -158,14 +159,16 @@ def gather(out: Path, size: Size, data: Path | None) -> Gathered:
 
 def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dict[str, Path], evaluate.Evaluation]:
     """Adapt with few labels, then score on the held-out phantoms beside the baselines."""
-    organs, spleen = gathered.files.labels / "labels.json", gathered.files.tables["spleen"]
+    organs, spleen = out / "organs.json", gathered.files.tables["spleen"]
+    write_whole(organs, json.dumps({"classes": dict(enumerate(ORGANS, start=1))}).encode())
     wanted = {
         "segment_1": Wanted(labels=organs, task="segment", mode="probe", budget=1),
         f"segment_{size.few}": Wanted(labels=organs, task="segment", mode="probe", budget=size.few),
         "spleen_probe": Wanted(labels=spleen, task="classify", mode="probe", budget=size.labelled),
         "spleen_knn": Wanted(labels=spleen, task="classify", mode="knn", budget=size.labelled),
     }
-    runs = {name: out / "adapted" / name for name in wanted}
+    # A run's folder names it in the table.
+    runs = {name: out / "adapted" / name / "pretrained" for name in wanted}
     for name, how in wanted.items():
         if not (runs[name] / "adapt.json").exists():
             adapt.run(
@@ -282,7 +285,7 @@ def _trained(run: Path) -> str:
     records = read_journal(run)
     steps = int(records[-1]["step"])
     seconds = records[-2]["seconds"]
-    return f"{steps} steps of the recipe `tiny` in {seconds / 60:.1f} minutes on this machine, without any label."
+    return f"{steps} steps of the recipe tiny in {seconds / 60:.1f} minutes on this machine, without any label."
 
 
 def _shown(store: Store, gathered: Gathered) -> list[tuple[Store, Record]]:
@@ -309,9 +312,7 @@ def _neighbours(store: Store, model: Model, cache: Path) -> figures.Picture:
     """Held-out scans only, phantoms and real ones together."""
     records = [record for record in store if record.split == "test"][:16]
     embedded = np.stack([embed_volume_cached(model, store, r.key, cache, tokens=True).scan for r in records])
-    captions = [
-        f"phantom, spleen {record.labels.get('spleen', '?')}" if record.report else "real CT" for record in records
-    ]
+    captions = ["phantom" if record.report else "real CT" for record in records]
     return figures.neighbours([store.volume(r.key) for r in records], embedded, captions, queries=(0, 1))
 
 

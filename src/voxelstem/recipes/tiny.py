@@ -25,7 +25,7 @@ def base() -> PretrainConfig:
     return PretrainConfig(
         recipe="tiny.base",
         steps=500,
-        spec=InputSpec(spacing_mm=(4.0, 4.0, 4.0), low_hu=-200.0, high_hu=300.0, block_ijk=BLOCK),
+        spec=InputSpec(spacing_mm=(4.0, 4.0, 4.0), low_hu=-1000.0, high_hu=300.0, block_ijk=BLOCK),
         backbone=ScanVitConfig(
             patch_ijk=(4, 4, 4),
             block_ijk=BLOCK,
@@ -33,15 +33,15 @@ def base() -> PretrainConfig:
             scan=EncoderConfig(dim=96, depth=2, heads=4, rope_base=100.0),
         ),
         objective=MaeConfig(
-            grid=(2, 1, 2),
+            grid=(2, 2, 2),
             keep=0.25,
             decode=0.125,
             normalise_targets=False,
             position_weight=1.0,
             decoder=EncoderConfig(dim=48, depth=1, heads=2),
         ),
-        views=ViewsConfig(global_=ViewKind(size_ijk=(64, 32, 64), min_scale=0.85, max_scale=1.15), region_scale=1.2),
-        loader=LoaderConfig(batch=4),
+        views=ViewsConfig(global_=ViewKind(size_ijk=(64, 64, 64), min_scale=0.85, max_scale=1.15), region_scale=1.2),
+        loader=LoaderConfig(batch=2),
         optim=OptimConfig(lr=2e-3),
         checkpoint=CheckpointConfig(every=250),
     )
