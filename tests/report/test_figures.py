@@ -102,11 +102,11 @@ def test_a_token_picture_without_tokens_is_refused() -> None:
         figures.token_pca(scan(), {"a": bare}, low=0.0, high=1.0)
 
 
-def test_neighbours_are_ranked_by_cosine_and_never_the_query_itself() -> None:
-    rows = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+def test_neighbours_are_ranked_by_cosine_without_the_common_mean_and_never_the_query_itself() -> None:
+    rows = np.array([[2.0, 0.0], [1.0, 1.0], [-1.0, 1.5], [-2.0, -2.5]]) + 100.0
     picture = figures.neighbours([scan()] * 4, rows, ["a", "b", "c", "d"], queries=[0, 2], count=2)
-    assert "a: b (cosine 0.99), c (cosine 0.00)" in picture.alt
-    assert "c: b (cosine 0.11), a (cosine 0.00)" in picture.alt
+    assert "a: b (cosine 0.71), c (cosine -0.55)" in picture.alt
+    assert "c: b (cosine 0.20), d (cosine -0.30)" in picture.alt
 
 
 def test_the_segmentation_shows_dice_in_words_too() -> None:

@@ -132,8 +132,8 @@ def neighbours(
     return Picture(
         png=_png(figure),
         alt="Nearest scans by embedding. " + "; ".join(told),
-        caption="Left the query, then its nearest scans by cosine similarity of the whole-scan embedding, after the mean "
-        "over these scans was taken off.",
+        caption="Left the query, then its nearest scans by cosine similarity of the whole-scan embedding, "
+        "after the mean over these scans was taken off.",
     )
 
 
