@@ -13,11 +13,12 @@ import platform
 import resource
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from voxelstem.errors import StoreError, VoxelstemError
 from voxelstem.ingest import IngestReport, ingest
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
+from voxelstem.progress import Advance, progress
 from voxelstem.recipes import named
 from voxelstem.report import figures, page
 from voxelstem.sources.phantom import PhantomConfig, PhantomFiles, phantom_files
@@ -42,6 +44,7 @@ PUBLIC_KEY = hashlib.sha256(b"voxelstem demo 205").digest()
 """A key that anyone may know: nobody in the demo is private. Under this one `MANY_ORGANS` are test subjects, so no
 model of the demo was ever trained on them, and the other real scans are training subjects."""
 SCRATCH_SEEDS = 3
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,8 +141,9 @@ def public_key(out: Path) -> Generator[None]:
 
 def gather(out: Path, size: Size, data: Path | None) -> Gathered:
     """Draw the phantoms, fetch the real scans, and ingest both; the two many-organ scans get a store of their own."""
-    configs = [PhantomConfig(seed=seed) for seed in range(size.phantoms)]
-    files = phantom_files(out / "phantoms", configs)
+    with progress("draw phantoms", size.phantoms) as advance:
+        configs = (PhantomConfig(seed=seed) for seed in range(size.phantoms))
+        files = phantom_files(out / "phantoms", _counted(configs, advance))
     store, remarks = out / "store", []
     reports = [ingest([files.scans], store, labels=files.labels, reports=files.reports, modality="CT")]
     try:
@@ -213,11 +217,19 @@ def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:
         for tested in records
     ]
     repeats: dict[str, evaluate.Repeats] = {}
-    for name, several in makers.items():
-        outcomes = [[contest.fit_and_score(features) for features in several] for contest in contests]
-        repeats[name] = _by_subject(outcomes)
+    with progress("real CTs", sum(map(len, makers.values())) * len(contests)) as advance:
+        for name, several in makers.items():
+            # Each list is made before the next contest comes: generators would all see the last one.
+            outcomes = [list(_counted((c.fit_and_score(features) for features in several), advance)) for c in contests]
+            repeats[name] = _by_subject(outcomes)
     repeats["atlas"] = _by_subject([[contest.atlas(model.spec)] for contest in contests])
     return evaluate.table_of(contests[0], repeats, task="segment, real CT", budget=1)
+
+
+def _counted(items: Iterable[Item], advance: Advance) -> Iterator[Item]:
+    for item in items:
+        yield item
+        advance()
 
 
 def _by_subject(outcomes: Sequence[Sequence[evaluate.Outcomes]]) -> evaluate.Repeats:

@@ -142,11 +142,9 @@ class Model:
 
 def make_model(card: Card, *, seed: int) -> Model:
     """An untrained model of the card's architecture; the same seed gives the same weights."""
-    kind = BACKBONES[str(card.architecture["name"])]
-    config = overlay(kind.Config(), card.architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = kind(config)
+        backbone = _build(card)
     return Model(backbone=backbone.eval().requires_grad_(False), card=card)
 
 
@@ -154,16 +152,27 @@ def load(path: str | Path) -> Model:
     """Load the weights folder `path` and check its digest.
 
     Raises:
-        CheckpointError: no weights there, or they are damaged.
+        CheckpointError: no weights there, they are damaged, or config.json describes other ones.
     """
     folder = Path(path)
     card = read_card(folder)
-    model = make_model(card, seed=0)
     tensors = read_tensors(folder, card)
-    try:
-        model.backbone.load_state_dict(tensors)
-    except RuntimeError as error:
+    # First without memory: a config.json must not make us allocate more than the file beside it holds.
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in _build(card).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(
-            f"{folder.name}/model.safetensors does not fit the architecture in its config.json: {error}"
-        ) from error
+            f"{folder.name}/model.safetensors does not fit the architecture in its config.json: {len(odd)} tensors "
+            f"differ, such as {odd[0]} (wanted {wanted.get(odd[0])}, found {found.get(odd[0])})",
+            hint="copy the whole folder again: the two files belong together",
+        )
+    model = make_model(card, seed=0)
+    model.backbone.load_state_dict(tensors)
     return model
+
+
+def _build(card: Card) -> Any:
+    kind = BACKBONES[str(card.architecture["name"])]
+    return kind(overlay(kind.Config(), card.architecture))
