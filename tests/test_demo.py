@@ -12,7 +12,7 @@ from voxelstem.errors import StoreError
 from voxelstem.store.splits import split_of
 from voxelstem.store.subjects import pseudonym
 
-SMALL = demo.Size(phantoms=14, steps=4, few=2, labelled=4)
+SMALL = demo.Size(phantoms=18, steps=2, few=2, labelled=4)
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ class Size:
 
 
 FULL = Size(phantoms=72, steps=500, few=5, labelled=16)
-QUICK = Size(phantoms=24, steps=60, few=3, labelled=8)
+QUICK = Size(phantoms=18, steps=40, few=3, labelled=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
