@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,20 +89,7 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
     optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
     start = checkpoint.resume(out / "checkpoints", objective, optimizer)
     loader = make_loader(config, opened, records)
-    probe = monitor.draw_probe_set(
-        opened, records, config.spec, patch_ijk=config.backbone.patch_ijk, blocks=config.probe_blocks, seed=config.seed
-    )
-
-    if probe is not None:
-        probe = replace(probe, blocks=probe.blocks.to(device))
-    watched = loader.batch(config.steps).views["global"].flatten(0, 1)[:4].to(device) if probe is None else probe.blocks
-
-    def look() -> dict[str, float]:
-        rank = {"effective_rank": monitor.token_rank(objective.backbone, watched)}
-        if probe is None:
-            return rank
-        return rank | {"probe/patch_balanced_accuracy": monitor.probe_patches(objective.backbone, probe)}
-
+    look = _health(config, loader, objective.backbone, device)
     settings = LoopConfig(
         steps=config.steps,
         optim=config.optim,
@@ -114,6 +102,28 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
         batches = loader.batches(start, config.steps)
         train(objective, optimizer, batches, run=out, start=start, config=settings, monitor=look, advance=advance)
     return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, records))
+
+
+def _health(
+    config: PretrainConfig, loader: Loader, backbone: Any, device: torch.device
+) -> Callable[[], dict[str, float]]:
+    """What the loop looks at now and then; the probe only where subjects carry voxel labels."""
+    probe = monitor.draw_probe_set(
+        loader.store,
+        loader.records,
+        config.spec,
+        patch_ijk=config.backbone.patch_ijk,
+        blocks=config.probe_blocks,
+        seed=config.seed,
+    )
+    if probe is None:
+        views = loader.batch(config.steps).views["global"].flatten(0, 1)[:4].to(device)
+        return lambda: {"effective_rank": monitor.token_rank(backbone, views)}
+    probe = replace(probe, blocks=probe.blocks.to(device))
+    return lambda: {
+        "effective_rank": monitor.token_rank(backbone, probe.blocks),
+        "probe/patch_balanced_accuracy": monitor.probe_patches(backbone, probe),
+    }
 
 
 def trainable(store: Store, spec: InputSpec) -> list[Record]:
