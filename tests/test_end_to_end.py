@@ -31,7 +31,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ph
 def walk(root: Path) -> PhantomFiles:
     files = phantom_files(root / "files", [PhantomConfig(seed=seed, spacing_mm=(5.0, 5.0, 6.0)) for seed in range(12)])
     ingest([files.scans], root / "store", labels=files.labels, reports=files.reports)
-    config = overlay(named("tiny"), {"steps": 70, "checkpoint.every": 35})
+    config = overlay(named("tiny"), {"steps": 100, "checkpoint.every": 50})
     pretrain.run(config, store=root / "store", out=root / "run")
     (root / "labels.json").write_text('{"classes": {"1": "lung_left", "2": "lung_right", "3": "liver"}}')
     adapt.run(
