@@ -211,6 +211,7 @@ def arguments(place: Path, out: Path, **changes: object) -> dict[str, object]:
         ({"settings": {"head.neigbours": 3}}, "neighbours"),
         ({"settings": {"budget": 3}}, "use --budget"),
         ({"settings": {"like": "x"}}, "scratch only"),
+        ({"weights": "scratch"}, "add like=<weights folder>"),
     ],
 )
 def test_wrong_use_is_one_clear_sentence(place: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -224,6 +225,13 @@ def test_labels_of_strangers_are_refused_without_naming_them(place: Path, tmp_pa
     with pytest.raises(ConfigError, match="none of the 1 labelled subjects") as caught:
         adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
     assert "mueller" not in str(caught.value)
+
+
+def test_labels_without_a_scan_are_counted(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = (place / "contrast.csv").read_text() + "mueller,yes\nmaier,no\n"
+    (tmp_path / "labels.csv").write_text(text)
+    adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
+    assert caplog.messages == ["2 of 14 labelled subjects are not in the store (no CT scan)"]
 
 
 def test_one_class_only_is_refused(place: Path, tmp_path: Path) -> None:

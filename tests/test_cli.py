@@ -13,7 +13,7 @@ from voxelstem import cli
 from voxelstem.sources.phantom import PhantomConfig, phantom_files
 
 COMMANDS = {
-    "samples": ["--out"],
+    "samples": ["--out", "--json"],
     "demo": ["--out", "--quick", "--data"],
     "ingest": ["--store", "--workers", "--labels", "--reports", "--json"],
     "show": ["--json"],
@@ -157,6 +157,16 @@ def test_an_ingest_that_refuses_one_scan_keeps_the_others_and_says_so(say, tmp_p
     code, out, _ = say("ingest", files.scans / "phantom-0001", "--store", tmp_path / "store")
     assert code == cli.DONE
     assert "0 kept, 1 there already, 0 refused" in out
+
+
+def test_an_ingest_says_which_reports_found_no_scan(say, tmp_path: Path):
+    files = phantom_files(tmp_path, [PhantomConfig(seed=1, spacing_mm=(8.0, 8.0, 8.0))])
+    (tmp_path / "reports.csv").write_text("scan,report\nelsewhere/ct.nii.gz,nothing\n")
+    code, out, _ = say("ingest", files.scans, "--store", tmp_path / "store", "--reports", tmp_path / "reports.csv")
+    assert code == cli.DONE
+    assert "reports unused: 1 " in out
+    _, out, _ = say("ingest", files.scans, "--store", tmp_path / "store")
+    assert "unused" not in out
 
 
 def test_a_store_without_ct_is_refused_by_a_ct_recipe(say, tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from voxelstem import demo
-from voxelstem.errors import StoreError
+from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.store.splits import split_of
 from voxelstem.store.subjects import pseudonym
 
@@ -78,3 +78,18 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot write into"):
         demo.journey(tmp_path / "file" / "demo", SMALL, None)
+
+
+def test_a_full_demo_does_not_go_on_from_a_quick_one(tmp_path: Path) -> None:
+    demo._claim(tmp_path, demo.QUICK)
+    demo._claim(tmp_path, demo.QUICK)
+    with pytest.raises(ConfigError, match="another size"):
+        demo._claim(tmp_path, demo.FULL)
+
+
+def test_a_data_folder_that_is_no_samples_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    data = tmp_path / "mine"
+    data.mkdir()
+    with pytest.raises(VoxelstemError, match="samples"):
+        demo.journey(tmp_path / "demo", demo.Size(phantoms=1, steps=1, few=1, labelled=2), data)
+    assert not list(data.iterdir())

@@ -13,11 +13,11 @@ from voxelstem import embed
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.model import Model, make_model
-from voxelstem.sources import nifti
+from voxelstem.sources import Source, nifti
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Store, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Study
 
 SPEC = InputSpec(spacing_mm=(10.0, 10.0, 10.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 ARCHITECTURE = {
@@ -73,6 +73,41 @@ def test_one_bad_scan_is_refused_and_the_others_go_on(scans: Path, tmp_path: Pat
     assert {path.stem for path in (tmp_path / "out").glob("*.npz")} == {row["key"] for row in kept}
     assert all(row["modality"] == "CT" and row["coverage"] == "1.0000" for row in kept)
     assert {row["subject"] for row in kept} == {pseudonym(name, site_key()) for name in (TOKENS[0], "other")}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "reason"),
+    [
+        (ValueError("an odd number"), "unreadable", "an odd number"),
+        (MemoryError(), "too-large", "not enough memory"),
+        (OSError(5, "Input/output error"), "unreadable", "cannot be read: Input/output error"),
+    ],
+)
+def test_whatever_ends_a_reader_ends_only_its_own_scan(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, code: str, reason: str
+):
+    read = Source.read
+
+    def fail_once(source: Source) -> Study:
+        if source.relative.startswith("bad"):
+            raise fault
+        return read(source)
+
+    monkeypatch.setattr(Source, "read", fail_once)
+    report = embed.run([scans], weights=weights(tmp_path), out=tmp_path / "out")
+    assert (report.kept, report.refused, report.refusals[0].code) == (2, 1, code)
+    assert reason in report.refusals[0].reason
+    assert sorted(row["code"] for row in manifest(tmp_path / "out")) == ["", "", code]
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"weights": ', b"\xff\xfe"])
+def test_a_folder_whose_mark_is_damaged_is_refused(scans: Path, tmp_path: Path, damaged: bytes):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "embed.json").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"embed\.json in 'out' is damaged") as caught:
+        embed.run([scans / "other"], weights=weights(tmp_path), out=tmp_path / "out")
+    assert "--out" in caught.value.hint
+    assert (tmp_path / "out" / "embed.json").read_bytes() == damaged
 
 
 def test_a_file_holds_what_the_model_says(scans: Path, tmp_path: Path):

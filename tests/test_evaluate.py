@@ -88,6 +88,29 @@ def test_a_scan_level_run_stands_beside_scratch_intensity_and_majority(place: Pa
     assert {score.value.subjects for score in found.scores} == {found.test_subjects}
 
 
+@pytest.mark.parametrize(("run", "labels"), [("contrast", "contrast.csv"), ("organs", "labels.json")])
+def test_every_scan_that_is_scored_moves_a_bar(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, labels: str
+) -> None:
+    found = evaluate.run([place / run], store=place / "store", labels=place / labels, out=tmp_path / "report")
+    scans = len(adapt.read_run(place / run).labelled) + found.test_scans
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith(f"evaluate: {run} {found.test_scans}/{found.test_scans} ")]
+    total = (evaluate.INITS + 2) * scans
+    (last,) = [line for line in lines if line.startswith(f"evaluate: baselines {total}/")]
+    assert last.startswith(f"evaluate: baselines {total}/{total} ")
+
+
+def test_the_page_says_what_was_checked_and_nothing_of_the_model_s_size(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    found = evaluate.run([place / "contrast"], store=place / "store", labels=place / "contrast.csv", out=out)
+    words = "of this store on both sides of the split; what the weights saw elsewhere is not checked"
+    assert words in found.checked[0]
+    html = (out / "index.html").read_text()
+    assert words in html
+    assert "tiny" not in html
+
+
 def test_a_voxel_level_run_stands_beside_the_nearest_atlas_and_shows_every_organ(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     found = evaluate.run([place / "organs"], store=place / "store", labels=place / "labels.json", out=out)

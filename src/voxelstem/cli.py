@@ -178,6 +178,8 @@ def ingest(
     facts["refusals"] = _listed(outcome.refusals)
     lines = _refused(outcome.refusals)
     lines += [f"{outcome.kept} kept, {outcome.skipped} there already, {outcome.refused} refused"]
+    if outcome.reports_unused:
+        lines += [f"reports unused: {outcome.reports_unused} (their scans were not among the sources)"]
     lines += [f"{outcome.subjects} subjects in {store}"]
     _answer(facts, "\n".join(lines), as_json=json)
     return _verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")
@@ -211,7 +213,7 @@ def pretrain(
     dry_run: bool = False,
     json: bool = False,
 ) -> int:
-    """Train a backbone on the scans of a store, without labels. Started again on the same RUN it resumes.
+    """Train a backbone on the scans of a store, without labels. Started again, it resumes; when finished, it stays.
 
     For example:
 
@@ -288,11 +290,13 @@ def adapt(
 
     For example:
 
-        voxelstem adapt --weights scratch --store store --labels labels.csv --task classify --mode knn --out runs/knn
+        voxelstem adapt --weights weights --store store --labels labels.csv --task classify --mode knn --out runs/knn
+
+    The same on that network untrained: `voxelstem adapt like=weights --weights scratch`, and the rest as above.
 
     Args:
         settings: Differences from the task's own settings, such as `seed=1`.
-        weights: Weights folder, or `scratch` for the same network untrained.
+        weights: Weights folder, or `scratch` for an untrained network; then `like=WEIGHTS` says of which kind.
         store: Folder of the store.
         labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes.
         task: What to learn, such as `classify` or `segment`.

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ import numpy as np
 from voxelstem import adapt, evaluate, pretrain, samples
 from voxelstem.embed import embed_volume_cached, write_whole
 from voxelstem.engine.journal import read_journal
-from voxelstem.errors import StoreError, VoxelstemError
+from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.ingest import IngestReport, ingest
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
@@ -60,7 +60,7 @@ class Size:
 
 
 FULL = Size(phantoms=72, steps=500, few=5, labelled=16)
-QUICK = Size(phantoms=18, steps=40, few=3, labelled=6)
+QUICK = Size(phantoms=16, steps=20, few=2, labelled=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ def run(out: Path, *, quick: bool = False, data: Path | None = None) -> Path:
     Args:
         out: The demo's folder.
         quick: Take two minutes instead of ten: fewer phantoms, fewer steps.
-        data: A folder that `voxelstem samples` made, or a copy of one, instead of fetching the samples.
+        data: A folder that `voxelstem samples` made, or a copy of one; it is read and never written to.
 
     Raises:
         VoxelstemError: a step failed; its message says which and what to do.
@@ -104,6 +104,7 @@ def journey(out: Path, size: Size, data: Path | None) -> Path:
     target = out / "report" / "index.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        _claim(out, size)
         with public_key(out):
             gathered = gather(out, size, data)
             weights = out / "run" / "weights"
@@ -122,6 +123,16 @@ def journey(out: Path, size: Size, data: Path | None) -> Path:
             hint="free about 1 GB or choose another --out, then start it again: it goes on where it stopped",
         ) from error
     return target
+
+
+def _claim(out: Path, size: Size) -> None:
+    """A demo goes on only where one of the same size began: heads of a quick one would pass for those of a full one."""
+    mark, now = out / "demo.json", json.dumps({"voxelstem": version("voxelstem"), **asdict(size)})
+    if mark.exists() and mark.read_text(encoding="utf-8") != now:
+        raise ConfigError(
+            f"'{out.name}' holds a demo of another size or version", hint="remove that folder, or choose another --out"
+        )
+    write_whole(mark, now.encode())
 
 
 @contextmanager
@@ -147,8 +158,10 @@ def gather(out: Path, size: Size, data: Path | None) -> Gathered:
     store, remarks = out / "store", []
     reports = [ingest([files.scans], store, labels=files.labels, reports=files.reports, modality="CT")]
     try:
-        found = samples.fetch(data or out / "samples")
+        found = samples.fetch(out / "samples") if data is None else samples.there(data)
     except VoxelstemError as error:
+        if data is not None:
+            raise
         remarks.append(f"No real scans in this run, phantoms only: {error.problem}")
         return Gathered(store=store, real=None, files=files, reports=tuple(reports), remarks=tuple(remarks))
     # The MR goes along on purpose: a store for CT refuses it, and the ledger says so. Here the real scans have no
@@ -217,12 +230,12 @@ def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:
         for tested in records
     ]
     repeats: dict[str, evaluate.Repeats] = {}
-    with progress("real CTs", sum(map(len, makers.values())) * len(contests)) as advance:
+    with progress("real CTs", (1 + sum(map(len, makers.values()))) * len(contests)) as advance:
         for name, several in makers.items():
             # Each list is made before the next contest comes: generators would all see the last one.
             outcomes = [list(_counted((c.fit_and_score(features) for features in several), advance)) for c in contests]
             repeats[name] = _by_subject(outcomes)
-    repeats["atlas"] = _by_subject([[contest.atlas(model.spec)] for contest in contests])
+        repeats["atlas"] = _by_subject([list(_counted([c.atlas(model.spec)], advance)) for c in contests])
     return evaluate.table_of(contests[0], repeats, task="segment, real CT", budget=1)
 
 
@@ -261,7 +274,11 @@ def tell(
     ]
     if real:
         sections.append(page.scores_section(real, "The two real many-organ CTs (n=2, no interval)"))
-    sections.append(page.limits_section(evaluation.test_subjects, phantoms=True, remarks=gathered.remarks))
+    small = (
+        "The model is tiny and saw few scans for minutes. It shows that the machinery works, not what a model of "
+        "useful size can do."
+    )
+    sections.append(page.limits_section(evaluation.test_subjects, phantoms=True, remarks=(small, *gathered.remarks)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     sections.append(
         page.environment_section(
@@ -285,6 +302,7 @@ def _ingested(store: Store, gathered: Gathered) -> page.Section:
     formats = Counter(record.provenance.source_format for record in store)
     remarks = (
         f"Sources: {', '.join(f'{count} {name}' for name, count in sorted(formats.items()))}.",
+        f"{sum(record.has_labels for record in store)} of them are phantoms, written as NIfTI files.",
         "Phantoms are drawn by a program and real scans come from two public packages; nobody here is a patient of "
         "yours.",
         *gathered.remarks,
@@ -296,8 +314,10 @@ def _ingested(store: Store, gathered: Gathered) -> page.Section:
 def _trained(run: Path) -> str:
     records = read_journal(run)
     steps = int(records[-1]["step"])
-    seconds = records[-2]["seconds"]
-    return f"{steps} steps of the recipe tiny in {seconds / 60:.1f} minutes on this machine, without any label."
+    # A resumed run counts its seconds anew: add up what each start spent.
+    clock = [record["seconds"] for record in records if "seconds" in record]
+    spent = sum(now for now, then in zip(clock, [*clock[1:], 0.0], strict=True) if then < now)
+    return f"{steps} steps of the recipe tiny in {spent / 60:.1f} minutes on this machine, without any label."
 
 
 def _shown(store: Store, gathered: Gathered) -> list[tuple[Store, Record]]:

@@ -9,7 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from voxelstem.sources import Source, iterate
 from voxelstem.store import Store
 from voxelstem.store.subjects import pseudonym, site_key, source_name
 from voxelstem.store.writer import encode
-from voxelstem.study import Volume
+from voxelstem.study import Study
 
 COLUMNS = ("source", "key", "subject", "modality", "coverage", "weights", "code")
 
@@ -58,7 +58,7 @@ def run(
 
     Raises:
         IngestError: a source does not exist or holds no scan at all.
-        ConfigError: `out` was made with other weights or another precision.
+        ConfigError: `out` was made with other weights or another precision, or its embed.json is damaged.
         CheckpointError: the weights cannot be read.
         StoreError: `out` cannot be written.
     """
@@ -71,13 +71,14 @@ def run(
             for source in found:
                 name = source_name(source.relative, key)
                 try:
-                    row, known = _embed_source(source, model, out, precision=precision, tokens=tokens)
-                    rows.append({"source": name, "subject": pseudonym(row.pop("subject"), key), "code": "", **row})
+                    study = _read_source(source, model.spec.modality)
+                    row, known = _embed_study(study, model, out, precision=precision, tokens=tokens)
+                    rows.append({"source": name, "subject": pseudonym(study.subject, key), "code": "", **row})
                     skipped += known
-                except (IngestError, ConfigError) as error:
-                    code = error.code if isinstance(error, IngestError) else "wrong-modality"
+                except (IngestError, ConfigError, MemoryError, ValueError) as error:
+                    code, reason = _why(error)
                     rows.append({"source": name, "code": code})
-                    refusals.append(Refused(relative=source.relative, code=code, reason=error.problem))
+                    refusals.append(Refused(relative=source.relative, code=code, reason=reason))
                 advance()
         _write_manifest(out / "manifest.csv", rows)
     except OSError as error:
@@ -98,7 +99,7 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
         ConfigError: the volume has another modality than the weights.
     """
     card = model.card
-    what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), sorted(card.trained), key, tokens]
+    what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), model.use_scan_level, key, tokens]
     path = cache / (hashlib.sha256(json.dumps(what).encode()).hexdigest() + ".npz")
     known = _read(path)
     if known is None:
@@ -146,17 +147,22 @@ def _read(path: Path) -> Embedding | None:
         return None
 
 
-def _embed_source(
-    source: Source, model: Model, out: Path, *, precision: str, tokens: bool
-) -> tuple[dict[str, str], bool]:
-    study = source.read()
-    wanted = [volume for volume in study.volumes if volume.modality == model.spec.modality]
+def _read_source(source: Source, modality: str) -> Study:
+    """Read a scan and keep its one volume of the wanted modality."""
+    try:
+        study = source.read()
+    except OSError as error:  # told apart here from an `out` that cannot be written
+        raise IngestError(f"it cannot be read: {error.strerror}", code="unreadable") from error
+    wanted = tuple(volume for volume in study.volumes if volume.modality == modality)
     if len(wanted) != 1:
         seen = ", ".join(volume.modality for volume in study.volumes)
-        raise IngestError(
-            f"{source.relative}: one {model.spec.modality} volume is wanted, it holds {seen}", code="wrong-modality"
-        )
-    volume: Volume = wanted[0]
+        raise IngestError(f"{source.relative}: one {modality} volume is wanted, it holds {seen}", code="wrong-modality")
+    return replace(study, volumes=wanted)
+
+
+def _embed_study(study: Study, model: Model, out: Path, *, precision: str, tokens: bool) -> tuple[dict[str, str], bool]:
+    """Embed a study's only volume, or find what was embedded before; returns its row, and whether it was found."""
+    (volume,) = study.volumes
     key = encode(volume).key
     path = out / f"{key}.npz"
     known = _read(path)
@@ -166,12 +172,24 @@ def _embed_source(
         write_whole(path, pack(embedding))
     row = {
         "key": key,
-        "subject": study.subject,
         "modality": volume.modality,
         "coverage": f"{embedding.coverage:.4f}",
         "weights": model.card.sha256,
     }
     return row, known is not None
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """The short code and the sentence of what kept a scan out."""
+    match error:
+        case IngestError():
+            return error.code, error.problem
+        case ConfigError():
+            return "wrong-modality", error.problem
+        case MemoryError():
+            return "too-large", "there is not enough memory to embed it"
+        case _:
+            return "unreadable", str(error)
 
 
 def _write_manifest(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -193,7 +211,15 @@ def _claim(out: Path, model: Model, precision: str) -> None:
     mark, now = out / "embed.json", {"weights": model.card.sha256, "precision": precision}
     if not mark.exists():
         write_whole(mark, json.dumps(now).encode())
-    elif json.loads(mark.read_text(encoding="utf-8")) != now:
+        return
+    try:
+        claimed = json.loads(mark.read_text(encoding="utf-8"))
+    except ValueError as error:  # also what is no UTF-8
+        raise ConfigError(
+            f"embed.json in '{out.name}' is damaged, so nobody knows which weights made the embeddings",
+            hint="choose another --out, or delete this folder and embed again",
+        ) from error
+    if claimed != now:
         raise ConfigError(
             f"'{out.name}' holds embeddings of other weights or another precision", hint="choose another --out"
         )

@@ -16,7 +16,7 @@ from voxelstem.embed import write_whole
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
-from voxelstem.progress import progress
+from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Head, Task
 from voxelstem.report import page
 from voxelstem.store import Record, Store
@@ -83,12 +83,18 @@ class Contest:
             for record in self.tested
         )
 
-    def atlas(self, spec: InputSpec) -> Outcomes:
+    def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:
         """Carry the labels of the labelled scan with the most similar body over each held-out scan."""
-        known = [self._body(record, spec) for record in self.labelled]
+
+        def look(record: Record) -> tuple[Any, baselines.Body]:
+            if advance is not None:
+                advance(1, note="atlas")
+            return self._body(record, spec)
+
+        known = [look(record) for record in self.labelled]
 
         def outcome(record: Record) -> tuple[str, Any]:
-            scan, body = self._body(record, spec)
+            scan, body = look(record)
             nearest = baselines.nearest(scan, [other for other, _ in known])
             labels = self.store.labels(self.labelled[nearest].key)
             truth = self.store.labels(record.key)
@@ -134,7 +140,9 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evalua
         contests.append(contest)
         mark = _mark(adapted, model)
         name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
-        mine = {name: _once(contest.score(adapted.head, _features(contest, model, out)))}
+        with progress(f"evaluate: {adapted.name}", len(contest.tested)) as advance:
+            features = _counted(_features(contest, model, out), advance)
+            mine = {name: _once(contest.score(adapted.head, features))}
         fresh = mark not in known
         if fresh:
             known[mark] = _baselines(contest, model, out)
@@ -146,7 +154,8 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evalua
         test_subjects=len(set(tested.values())),
         test_scans=len(tested),
         checked=(
-            "no subject, scan or identical voxels on both sides of the split",
+            "no subject, scan or identical voxels of this store on both sides of the split; "
+            "what the weights saw elsewhere is not checked",
             "baselines fitted to the same labelled scans as each run",
         ),
     )
@@ -156,6 +165,8 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evalua
 
 def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Record]) -> None:
     """See that nobody who was learned from is tested on, neither as a subject nor as a copy of a scan.
+
+    This covers the store's own splits: weights that were pretrained on another store cannot be checked here.
 
     Raises:
         AuditError: somebody is.
@@ -298,17 +309,17 @@ def _features(contest: Contest, model: Model, out: Path) -> FeaturesOf:
 def _baselines(contest: Contest, model: Model, out: Path) -> dict[str, Repeats]:
     """Outcomes of everything that a model must beat, fitted to the same labels."""
     voxels = contest.task.voxels
-    with progress("evaluate: baselines", INITS + 2) as advance:
+    scans = len(contest.labelled) + len(contest.tested)
+    with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
         untrained: list[Outcomes] = []
         for seed in range(INITS):
-            untrained.append(contest.fit_and_score(_features(contest, model.scratch(seed=seed), out)))
-            advance(1, note="scratch")
-        bright = contest.fit_and_score(
-            intensity_features(contest.store, model.spec, token_mm(model) if voxels else None)
-        )
-        advance(1, note="intensity")
-        floor = _once(contest.atlas(model.spec) if voxels else contest.majority())
-        advance(1, note="atlas" if voxels else "majority")
+            fresh = _features(contest, model.scratch(seed=seed), out)
+            untrained.append(contest.fit_and_score(_counted(fresh, advance, note="scratch")))
+        bright = intensity_features(contest.store, model.spec, token_mm(model) if voxels else None)
+        bright = contest.fit_and_score(_counted(bright, advance, note="intensity"))
+        floor = _once(contest.atlas(model.spec, advance) if voxels else contest.majority())
+        if not voxels:
+            advance(scans, note="majority")
     scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
     return {"scratch": scratch, "intensity": _once(bright), "atlas" if voxels else "majority": floor}
 
@@ -326,6 +337,17 @@ def _parts(contest: Contest, metric: str, organs: tuple[str, ...], own: Repeats)
 
 def _once(outcomes: Outcomes) -> Repeats:
     return {subject: (outcome,) for subject, outcome in outcomes.items()}
+
+
+def _counted(features: FeaturesOf, advance: Advance, note: str = "") -> FeaturesOf:
+    """The same features; each scan moves the bar on."""
+
+    def count(key: str) -> Any:
+        found = features(key)
+        advance(1, note=note)
+        return found
+
+    return count
 
 
 def _remembered(features: FeaturesOf) -> FeaturesOf:
@@ -356,6 +378,7 @@ def _plain(value: Any) -> Any:
 def _write(out: Path, evaluation: Evaluation) -> None:
     sections = [
         page.scores_section(evaluation.scores),
+        page.section("What was checked", page.bullets(evaluation.checked)),
         page.limits_section(evaluation.test_subjects),
     ]
     try:

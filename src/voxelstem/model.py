@@ -45,6 +45,8 @@ class Model:
 
     backbone: Any
     card: Card
+    use_scan_level: bool
+    """Whether a scan's embedding comes from the scan level: where that was trained, and in the `scratch` of such."""
     blocks_per_pass: int = 8
 
     @property
@@ -54,7 +56,9 @@ class Model:
 
     def scratch(self, *, seed: int) -> Model:
         """The same architecture and spec, untrained: the baseline that keeps everyone honest."""
-        return make_model(dataclasses.replace(self.card, trained=(), sha256=f"scratch-{seed}"), seed=seed)
+        untrained = make_model(dataclasses.replace(self.card, trained=(), sha256=f"scratch-{seed}"), seed=seed)
+        # By the same way through the network, or the comparison would be one of two poolings as well.
+        return dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
 
     @torch.inference_mode()
     def embed(self, scan: Study | Volume, *, precision: str = "fp32", tokens: bool = False) -> Embedding:
@@ -132,7 +136,7 @@ class Model:
         return torch.cat(cls), torch.cat(patches)
 
     def _pool(self, cls: Tensor, patches: Tensor, share: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        if "scan" in self.card.trained and self.backbone.has_scan_level:
+        if self.use_scan_level:
             whole, rows = self.backbone.look_at_scan(cls[None], patches[None], grid)
             rows = rows[0].float()
             return rows, torch.cat([whole[0].float(), rows.mean(dim=0)])
@@ -145,7 +149,8 @@ def make_model(card: Card, *, seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _build(card)
-    return Model(backbone=backbone.eval().requires_grad_(False), card=card)
+    use = "scan" in card.trained and backbone.has_scan_level
+    return Model(backbone=backbone.eval().requires_grad_(False), card=card, use_scan_level=use)
 
 
 def load(path: str | Path) -> Model:

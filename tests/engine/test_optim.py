@@ -79,8 +79,22 @@ def test_a_step_moves_far_layers_less(make):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"lr": 0.0}, {"end_lr": -1.0}, {"warm_up": 1.0}, {"layer_decay": 0.0}, {"weight_decay": -0.1}, {"clip_norm": 0.0}],
+    [
+        {"lr": 0.0},
+        {"end_lr": -1.0},
+        {"warm_up": 1.0},
+        {"layer_decay": 0.0},
+        {"weight_decay": -0.1},
+        {"clip_norm": 0.0},
+        {"lr": float("inf")},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="need"):
         OptimConfig(**wrong)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 1.5), (-0.1, 0.9), (1.0, 0.9)])
+def test_betas_out_of_range_are_refused(betas: tuple[float, float]):
+    with pytest.raises(ValueError, match="betas lie in"):
+        OptimConfig(betas=betas)

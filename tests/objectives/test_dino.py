@@ -10,6 +10,7 @@ import torch
 from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.objectives.dino import Dino, DinoConfig
 from voxelstem.protocols import Batch
+from voxelstem.views.crop import ViewKind
 
 K = 16
 
@@ -135,3 +136,43 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make, batch: Batch):
 def test_it_works_without_local_views(make, batch: Batch):
     only = replace(batch, views={"global": batch.views["global"]})
     assert dino(make).step(only, progress=0.1).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"koleo_weight": -1.0}, "koleo_weight >= 0"),
+        ({"teacher_temperature_end": 0.0}, "temperatures"),
+        ({"mask_ratio": 1.5}, "mask_ratio"),
+        ({"momentum_start": -0.1}, "momentum_start"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float], said: str):
+    with pytest.raises(ValueError, match=said):
+        DinoConfig(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def view(count: int, edge: int = 8) -> ViewKind:
+    return ViewKind(count=count, size_ijk=(edge, edge, edge))
+
+
+@pytest.mark.parametrize(
+    ("global_", "local", "batch", "said"),
+    [
+        (view(1), view(0), 2, "two views or more"),
+        (view(2, 6), view(0), 2, r"views\.global_\.size_ijk must be a multiple"),
+        (view(2), view(1, 6), 2, r"views\.local\.size_ijk must be a multiple"),
+        (view(2), view(0), 1, r"loader\.batch >= 2"),
+    ],
+)
+def test_views_without_pairs_patches_or_neighbours_are_refused(
+    make, global_: ViewKind, local: ViewKind, batch: int, said: str
+):
+    with pytest.raises(ValueError, match=said):
+        DinoConfig().check(global_, local, batch=batch, backbone=make.backbone().config)
+
+
+@pytest.mark.parametrize(("global_", "local"), [(view(2), view(0, 3)), (view(1), view(1, 4))])
+def test_two_views_of_any_kind_are_a_pair(make, global_: ViewKind, local: ViewKind):
+    DinoConfig().check(global_, local, batch=2, backbone=make.backbone().config)
+    DinoConfig(koleo_weight=0.0).check(global_, local, batch=1, backbone=make.backbone().config)

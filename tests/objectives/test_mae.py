@@ -11,6 +11,7 @@ from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.layers import grid_positions
 from voxelstem.objectives.mae import Mae, MaeConfig, place_of, take
 from voxelstem.protocols import Batch
+from voxelstem.views.crop import ViewKind
 
 DECODER = EncoderConfig(dim=24, depth=1, heads=2)
 
@@ -164,3 +165,22 @@ def test_a_batch_needs_no_local_views(make):
     only = replace(batch, views={"global": batch.views["global"]}, places_mm={"global": batch.places_mm["global"]})
     one, two = (mae(make).step(b, progress=0.0).loss for b in (batch, only))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("wrong", [{"grid": (0, 1, 1)}, {"position_weight": -1.0}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MaeConfig(**wrong)
+
+
+def test_a_view_must_be_the_grid_of_blocks(make):
+    config, backbone = MaeConfig(grid=(2, 1, 1)), make.backbone().config
+    config.check(ViewKind(size_ijk=(16, 8, 8)), ViewKind(count=0), batch=1, backbone=backbone)
+    with pytest.raises(ValueError, match=r"which is \(16, 8, 8\), got \(8, 8, 8\)"):
+        config.check(ViewKind(size_ijk=(8, 8, 8)), ViewKind(count=0), batch=1, backbone=backbone)
+
+
+def test_a_share_that_rounds_to_no_patch_is_refused(make):
+    config, backbone = MaeConfig(keep=0.01), make.backbone().config
+    with pytest.raises(ValueError, match="leave no patch of the 8 in a block"):
+        config.check(ViewKind(size_ijk=(8, 8, 8)), ViewKind(count=0), batch=1, backbone=backbone)

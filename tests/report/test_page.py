@@ -152,6 +152,11 @@ def test_the_limits_are_said_plainly() -> None:
     assert "1 held-out subject." in page.limits_section(1).body
 
 
+def test_only_the_caller_knows_how_large_the_model_is() -> None:
+    assert "tiny" not in page.limits_section(1).body
+    assert "The model is tiny." in page.limits_section(1, remarks=["The model is tiny."]).body
+
+
 def test_two_subjects_are_shown_one_by_one() -> None:
     two = Interval(estimate=0.45, low=None, high=None, subjects=2, note="n=2, no interval")
     body = page.scores_section([score("run", value=two, each=(0.4, 0.5), over_scratch=two)]).body

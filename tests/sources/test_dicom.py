@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom.config import disable_value_validation
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -219,6 +221,50 @@ def drop(keyword):
 def test_each_fault_has_its_code(tmp_path, spoil, code):
     with refused(code):
         dicom.read(save(tmp_path / "a", spoil(series())), subject="s")
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        "NumberOfFrames",
+        "SamplesPerPixel",
+        "Rows",
+        "Columns",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "PixelSpacing",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+    ],
+)
+@pytest.mark.parametrize("value", ["JaneDoe", "nan", "1e999"])
+def test_a_header_value_that_is_no_number_is_refused_by_its_keyword_only(tmp_path, keyword, value):
+    with disable_value_validation():
+        datasets = series()
+        datasets[1][keyword] = DataElement(keyword, "LO", value)
+        folder = save(tmp_path / "a", datasets)
+    with refused("corrupt") as caught:
+        dicom.read(folder, subject="s")
+    assert f"{keyword} is not a" in caught.value.problem
+    assert value not in str(caught.value).replace("is not a number", "")
+
+
+def test_a_number_cut_in_half_is_refused(tmp_path):
+    folder = save(tmp_path / "a", series())
+    victim = folder / "001.dcm"
+    rows = b"US" + b"\2\0" + bytes([ROWS, 0])  # the first short number after the header's texts
+    whole = victim.read_bytes()
+    at = whole.index(b"\x28\0\x10\0" + rows)
+    victim.write_bytes(whole[: at + 4] + b"US" + b"\3\0" + bytes([ROWS, 0, 0]) + whole[at + 10 :])
+    with refused("corrupt"):
+        dicom.read(folder, subject="s")
+
+
+def test_an_image_type_of_one_word_is_read_as_a_word(tmp_path):
+    datasets = series()
+    datasets[1].ImageType = "LOCALIZER"
+    with refused("localizer"):
+        dicom.read(save(tmp_path / "a", datasets), subject="s")
 
 
 def test_an_mr_needs_no_rescale(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,17 @@ class EncoderConfig:
         """Guard the numbers.
 
         Raises:
-            ValueError: the head dimension does not divide by 6 (three axes of pairs).
+            ValueError: a size out of range, or a head dimension that does not divide by 6 (three axes of pairs).
         """
+        if min(self.dim, self.heads) < 1 or min(self.depth, self.registers) < 0:
+            raise ValueError(
+                f"need dim >= 1, heads >= 1, depth >= 0 and registers >= 0, got "
+                f"{self.dim}, {self.heads}, {self.depth}, {self.registers}"
+            )
+        if not (1 <= self.dim * self.mlp_ratio < math.inf and self.eps > 0 and self.rope_base > 0):
+            raise ValueError(
+                f"need mlp_ratio > 0, eps > 0 and rope_base > 0, got {self.mlp_ratio}, {self.eps}, {self.rope_base}"
+            )
         if self.dim % self.heads or (self.dim // self.heads) % 6:
             raise ValueError(f"dim / heads must be a multiple of 6 for 3D RoPE, got {self.dim} / {self.heads}")
 

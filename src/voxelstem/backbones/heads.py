@@ -20,6 +20,18 @@ class ProjectorConfig:
     bottleneck: int = 96
     prototypes: int = 1024
 
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        if min(self.hidden, self.bottleneck, self.prototypes) < 1:
+            raise ValueError(
+                f"hidden, bottleneck and prototypes must be >= 1, got "
+                f"{self.hidden}, {self.bottleneck}, {self.prototypes}"
+            )
+
 
 class Projector(nn.Module):
     """MLP, unit sphere, then cosine to each prototype (Caron et al. 2021, DINO, appendix C)."""

@@ -33,8 +33,14 @@ class ScanVitConfig:
         """Guard the numbers.
 
         Raises:
-            ValueError: patches do not fill the block.
+            ValueError: no channel, a patch or block without voxels, or patches that do not fill the block.
         """
+        if self.channels < 1:
+            raise ValueError(f"channels must be >= 1, got {self.channels}")
+        if min(*self.patch_ijk, *self.block_ijk) < 1:
+            raise ValueError(
+                f"patch_ijk and block_ijk must be at least one voxel, got {self.patch_ijk} and {self.block_ijk}"
+            )
         if any(block % patch for block, patch in zip(self.block_ijk, self.patch_ijk, strict=True)):
             raise ValueError(f"patch_ijk {self.patch_ijk} must divide block_ijk {self.block_ijk}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 
 from voxelstem.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
 _FILES = ("objective.safetensors", "optimizer.safetensors")
+
+
+class _DamagedError(CheckpointError):
+    """The files are not what was written; the checkpoint before may be whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,24 +160,31 @@ def _check(path: Path) -> int:
     return step
 
 
-def _damaged(what: str) -> CheckpointError:
-    return CheckpointError(f"{what} is damaged", hint="delete this folder to resume from the one before")
+def _damaged(what: str) -> _DamagedError:
+    return _DamagedError(f"{what} is damaged", hint="delete this folder to resume from the one before")
 
 
 def resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint that is whole, and return its step; 0 if there is none.
 
+    A damaged one that is passed over is told by a warning.
+
     Raises:
-        CheckpointError: there are some, and none can be loaded.
+        CheckpointError: there are some and all are damaged, or the newest whole one is of another architecture.
     """
     for leftover in [*folder.glob(".step-*.unfinished"), *folder.glob(".step-*.dropped")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    damaged: CheckpointError | None = None
-    for path in reversed(checkpoints(folder)):
+    damaged: _DamagedError | None = None
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
-            return read_checkpoint(path, objective, optimizer)
-        except CheckpointError as error:
+            step = read_checkpoint(path, objective, optimizer)
+        except _DamagedError as error:
             damaged = damaged or error
+            continue
+        if damaged is not None:
+            _log.warning("checkpoint %s is damaged: resuming from step %d", found[-1].name, step)
+        return step
     if damaged is not None:
         raise damaged
     return 0

@@ -80,9 +80,25 @@ def _full(error: OSError) -> CheckpointError:
 
 
 def read_journal(run: Path) -> list[dict[str, float]]:
-    """All whole records of a run; a last line cut off by a kill is left out."""
+    """All whole records of a run; a last line cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     path = run / "journal.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_parse(line, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, number: int) -> dict[str, float]:
+    try:
+        record: dict[str, float] = json.loads(line)
+        int(record["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"line {number} of journal.jsonl is damaged",
+            hint="delete this line: the journal only reports, a run resumes from its checkpoints",
+        ) from error
+    return record

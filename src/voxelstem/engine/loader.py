@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,19 @@ class ViewsConfig:
     overhang: float = 0.25
     """The region may reach past the body by this share of its size: whole-scan tiles overhang the scan too, and a
     network that never saw an edge of the scan is lost there."""
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: no global view, a region without extent, or one that reaches less than to the body's edge.
+        """
+        if self.global_.count < 1:
+            raise ValueError(f"global_.count must be >= 1, got {self.global_.count}")
+        if not 0 < self.region_scale < math.inf:
+            raise ValueError(f"region_scale must be > 0, got {self.region_scale}")
+        if not 0 <= self.overhang < math.inf:
+            raise ValueError(f"overhang must be >= 0, got {self.overhang}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

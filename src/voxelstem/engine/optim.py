@@ -1,7 +1,8 @@
-"""AdamW with layer-wise decay; learning rate and weight decay follow the run's progress."""
+"""AdamW with layer-wise decay. The learning rate follows the run's progress; weight decay stays as it is set."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from voxelstem import schedules
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW's settings (Loshchilov and Hutter 2017) and their schedules."""
+    """AdamW's settings (Loshchilov and Hutter 2017) and the schedule of its rate."""
 
     lr: float = 1e-3
     end_lr: float = 1e-5
@@ -30,12 +31,15 @@ class OptimConfig:
         """Guard the numbers.
 
         Raises:
-            ValueError: a rate, share or decay outside its range.
+            ValueError: a rate, share, decay or beta outside its range.
         """
-        if not (self.lr > 0 and 0 <= self.end_lr and 0 <= self.warm_up < 1 and 0 < self.layer_decay <= 1):
+        rates = 0 < self.lr < math.inf and 0 <= self.end_lr < math.inf
+        if not (rates and 0 <= self.warm_up < 1 and 0 < self.layer_decay <= 1):
             raise ValueError("need lr > 0, end_lr >= 0, 0 <= warm_up < 1 and 0 < layer_decay <= 1")
         if not (self.weight_decay >= 0 and self.clip_norm > 0):
             raise ValueError("need weight_decay >= 0 and clip_norm > 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas lie in [0, 1), got {self.betas}")
 
 
 def make_optimizer(

@@ -6,6 +6,7 @@ token of global views). Teacher outputs are centred by a running mean.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from voxelstem.losses.dino import centred_softmax, dino
 from voxelstem.losses.ibot import ibot
 from voxelstem.losses.koleo import koleo
 from voxelstem.protocols import Batch, StepOutput
+from voxelstem.views.crop import ViewKind
 from voxelstem.views.mask import draw_cuboids
 
 
@@ -41,6 +43,40 @@ class DinoConfig:
     momentum_start: float = 0.99
     momentum_end: float = 1.0
     centre_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: a weight, share, temperature or momentum outside its range.
+        """
+        if not (0 <= self.ibot_weight < math.inf and 0 <= self.koleo_weight < math.inf):
+            raise ValueError(f"need ibot_weight and koleo_weight >= 0, got {self.ibot_weight} and {self.koleo_weight}")
+        warmths = (self.student_temperature, self.teacher_temperature_start, self.teacher_temperature_end)
+        if not all(0 < warmth < math.inf for warmth in warmths):
+            raise ValueError(f"temperatures must be > 0, got {warmths}")
+        shares = ("mask_ratio", "teacher_temperature_share", "momentum_start", "momentum_end", "centre_momentum")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} lies in [0, 1], got {getattr(self, name)}")
+
+    def check(self, global_: ViewKind, local: ViewKind, *, batch: int, backbone: Any) -> None:
+        """Hold the other parts of a recipe against what a step needs.
+
+        Raises:
+            ValueError: views that patches do not fill, no two views to compare, or no two samples to keep apart.
+        """
+        for name, kind in (("global_", global_), ("local", local)):
+            if kind.count and any(size % patch for size, patch in zip(kind.size_ijk, backbone.patch_ijk, strict=True)):
+                raise ValueError(
+                    f"views.{name}.size_ijk must be a multiple of patch_ijk {backbone.patch_ijk}, got {kind.size_ijk}"
+                )
+        if global_.count + local.count < 2:  # noqa: PLR2004 - a pair
+            raise ValueError(
+                "dino compares two views or more, got one: need views.global_.count >= 2 or views.local.count >= 1"
+            )
+        if self.koleo_weight and batch < 2:  # noqa: PLR2004 - a sample and its neighbour
+            raise ValueError(f"koleo needs loader.batch >= 2, got {batch} (objective.koleo_weight=0 switches it off)")
 
 
 class Projected(nn.Module):

@@ -6,6 +6,7 @@ scan-level transformer gave this block after looking at its neighbours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from voxelstem.backbones.scan_vit import patchify
 from voxelstem.losses.mae import normalise_patches
 from voxelstem.losses.position import relative_position
 from voxelstem.protocols import Batch, StepOutput
+from voxelstem.views.crop import ViewKind
 from voxelstem.views.tile import split_blocks
 
 
@@ -42,10 +44,35 @@ class MaeConfig:
         """Guard the numbers.
 
         Raises:
-            ValueError: nothing is kept or decoded, or together more than there is.
+            ValueError: no block, a negative weight, nothing is kept or decoded, or together more than there is.
         """
+        if min(self.grid) < 1:
+            raise ValueError(f"grid must be at least one block, got {self.grid}")
+        if not 0 <= self.position_weight < math.inf:
+            raise ValueError(f"position_weight must be >= 0, got {self.position_weight}")
         if not (self.keep > 0 and self.decode > 0 and self.keep + self.decode <= 1):
             raise ValueError(f"need keep > 0, decode > 0 and keep + decode <= 1, got {self.keep} and {self.decode}")
+
+    def check(self, global_: ViewKind, local: ViewKind, *, batch: int, backbone: Any) -> None:
+        """Hold the other parts of a recipe against what a step needs.
+
+        Raises:
+            ValueError: a global view is not a whole grid of blocks, or a block has too few patches for the shares.
+        """
+        del local, batch
+        block_ijk = backbone.block_ijk
+        wanted = tuple(cells * edge for cells, edge in zip(self.grid, block_ijk, strict=True))
+        if global_.size_ijk != wanted:
+            raise ValueError(
+                f"views.global_.size_ijk must be objective.grid {self.grid} times block_ijk {block_ijk}, "
+                f"which is {wanted}, got {global_.size_ijk}"
+            )
+        patches = math.prod(block_ijk) // math.prod(backbone.patch_ijk)
+        if min(round(patches * self.keep), round(patches * self.decode)) < 1:
+            raise ValueError(
+                f"objective.keep {self.keep} and objective.decode {self.decode} leave no patch "
+                f"of the {patches} in a block"
+            )
 
 
 class Mae(nn.Module):

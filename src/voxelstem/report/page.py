@@ -188,8 +188,6 @@ def limits_section(test_subjects: int, *, phantoms: bool = False, remarks: Seque
         f"These figures rest on {people}. Intervals say how much they would move with other subjects of the same "
         "kind; they say nothing about other hospitals, scanners or diseases.",
         "With fewer than three subjects there is no interval at all, only each subject's own figure.",
-        "The model is tiny and saw few scans for minutes. It shows that the machinery works, not what a model of "
-        "useful size can do.",
         "If the difference to scratch includes zero, pretraining has not been shown to help here.",
         *(
             ["Phantoms are drawn by a program and are not patients: a result on them proves nothing about patients."]

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.uid import UID
 
 from voxelstem import geometry
@@ -67,17 +68,47 @@ class _Slice:
     open: Callable[[], bytes]
     header: Dataset
 
+    def values(self, keyword: str) -> list[object]:
+        """What a header holds under a keyword, decoded; empty where it holds nothing."""
+        try:
+            value = self.header[keyword].value if keyword in self.header else None
+            return [] if value in (None, "") else list(value) if isinstance(value, MultiValue) else [value]
+        except UNREADABLE as problem:
+            raise raster.corrupt(self.name, f"its {keyword} cannot be decoded") from problem
+
+    def text(self, keyword: str) -> str:
+        """A header's text; empty where it has none."""
+        return "\\".join(map(str, self.values(keyword)))
+
+    def numbers(self, keyword: str) -> Float[np.ndarray, "n"]:
+        """A header's numbers. A message names the keyword, never the value, which may be anything."""
+        try:
+            numbers = np.array([float(str(value)) for value in self.values(keyword)])
+        except ValueError as problem:
+            raise raster.corrupt(self.name, f"its {keyword} is not a number") from problem
+        if not np.isfinite(numbers).all():
+            raise raster.corrupt(self.name, f"its {keyword} is not a finite number")
+        return numbers
+
+    def number(self, keyword: str, default: float | None = None) -> float:
+        """A header's one number, or `default` where it has none."""
+        numbers = self.numbers(keyword)
+        if not numbers.size and default is not None:
+            return default
+        if numbers.size != 1:
+            raise raster.corrupt(self.name, f"{keyword} must hold one number")
+        return float(numbers[0])
+
     def vector(self, keyword: str, count: int) -> Float[np.ndarray, "n"]:
         """A header's numbers, or the refusal of a series that lacks them."""
-        try:
-            numbers = np.array([float(number) for number in self.header[keyword].value])
-        except (KeyError, TypeError, ValueError) as problem:
+        numbers = self.numbers(keyword)
+        if not numbers.size:
             raise IngestError(
-                f"{self.name} lacks a readable {keyword}, so the series has no place in the patient",
+                f"{self.name} lacks {keyword}, so the series has no place in the patient",
                 code="no-geometry",
                 hint="export the original series from the archive",
-            ) from problem
-        if numbers.shape != (count,) or not np.isfinite(numbers).all():
+            )
+        if numbers.shape != (count,):
             raise raster.corrupt(self.name, f"{keyword} must hold {count} numbers")
         return numbers
 
@@ -181,7 +212,7 @@ def _may_be_picture(header: FileDataset) -> bool:
 def _check_kind(slices: list[_Slice]) -> None:
     """Refuse what is no plain CT or MR acquisition, before any geometry."""
     # De-identified series may have no number at all; they count as one.
-    series = {str(one.header.get("SeriesInstanceUID", "")) for one in slices}
+    series = {one.text("SeriesInstanceUID") for one in slices}
     if len(series) > 1:
         raise IngestError(
             f"the folder holds {len(series)} series in {len(slices)} images",
@@ -189,10 +220,9 @@ def _check_kind(slices: list[_Slice]) -> None:
             hint="put each series into its own folder",
         )
     for one in slices:
-        header = one.header
-        modality = str(header.get("Modality", ""))
-        words = [str(word).upper() for word in (header.get("ImageType") or [])]
-        capture = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+        modality = one.text("Modality")
+        words = [str(word).upper() for word in one.values("ImageType")]
+        capture = one.text("SOPClassUID").startswith(SECONDARY_CAPTURE)
         if "LOCALIZER" in words or capture or words[:2] == ["DERIVED", "SECONDARY"]:
             raise IngestError(
                 f"{one.name} is a localizer or a derived picture, not part of an acquired volume",
@@ -205,13 +235,13 @@ def _check_kind(slices: list[_Slice]) -> None:
                 code="unsupported",
                 hint="give a CT or MR series",
             )
-        if int(header.get("NumberOfFrames") or 1) > 1:
+        if one.number("NumberOfFrames", 1.0) > 1:
             raise IngestError(
                 f"{one.name} is a multi-frame image",
                 code="unsupported",
                 hint="export the series as single-frame images",
             )
-        if int(header.get("SamplesPerPixel") or 1) != 1:
+        if one.number("SamplesPerPixel", 1.0) != 1:
             raise IngestError(f"{one.name} is a colour picture", code="unsupported", hint="export the original series")
     if len(slices) < FEWEST_SLICES:
         raise IngestError(
@@ -226,7 +256,7 @@ def _place(slices: list[_Slice]) -> _Grid:
     first = slices[0]
     cosines = np.array([one.vector("ImageOrientationPatient", 6) for one in slices])
     pixel = np.array([one.vector("PixelSpacing", 2) for one in slices])
-    sizes = {(int(one.header.Rows), int(one.header.Columns)) for one in slices}
+    sizes = {(int(one.number("Rows")), int(one.number("Columns"))) for one in slices}
     odd = int(np.count_nonzero(np.abs(cosines - cosines[0]).max(axis=1) > COSINE_TOLERANCE))
     if odd:
         raise IngestError(
@@ -294,8 +324,8 @@ def _step_mm(positions: Float[np.ndarray, "slice 3"], normal: Float[np.ndarray, 
 
 def _assemble(grid: _Grid, subject: str) -> Study:
     """Decode every slice in order, rescale each by its own numbers, and turn the volume to RAS+ once."""
-    header = grid.slices[0].header
-    modality = str(header.Modality)
+    first = grid.slices[0]
+    modality = first.text("Modality")
     columns, rows, count = grid.shape
     array = np.empty((columns, rows, count), np.float32)
     content = hashlib.sha256()
@@ -317,13 +347,12 @@ def _assemble(grid: _Grid, subject: str) -> Study:
         source_format="dicom", sha256=content.hexdigest(), orientation=geometry.orientation(grid.affine_ras)
     )
     volume = Volume(array=turned[None], affine_ras=affine, modality=modality, provenance=provenance)
-    return Study(subject=str(header.get("PatientID") or "").strip() or subject, volumes=(volume,))
+    return Study(subject=first.text("PatientID").strip() or subject, volumes=(volume,))
 
 
 def _rescale(one: _Slice, modality: str) -> tuple[float, float]:
     """Slope and intercept of one slice; a CT without them has no Hounsfield units."""
-    slope, intercept = one.header.get("RescaleSlope"), one.header.get("RescaleIntercept")
-    if slope is None or intercept is None:
+    if not (one.values("RescaleSlope") and one.values("RescaleIntercept")):
         if modality == "CT":
             raise IngestError(
                 f"{one.name} has no rescale slope and intercept, so its values are not Hounsfield units",
@@ -331,4 +360,4 @@ def _rescale(one: _Slice, modality: str) -> tuple[float, float]:
                 hint="export the original series",
             )
         return 1.0, 0.0
-    return float(slope), float(intercept)
+    return one.number("RescaleSlope"), one.number("RescaleIntercept")
