@@ -3,6 +3,8 @@
 The names below are imported when they are first used, so that `import voxelstem` stays light.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
