@@ -153,8 +153,8 @@ def test_reports_are_found_by_scan_before_subject(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     reports = read_reports(path, KEY)
     seven = pseudonym("7", KEY)
-    assert reports.find("b/ct.nii.gz", seven) == "Findings: Liver: clear.\nImpression: Normal."
-    assert reports.find("a/ct.nii.gz", seven) == "A cyst."
+    assert reports.find("b/ct.nii.gz", seven).text == "Findings: Liver: clear.\nImpression: Normal."
+    assert reports.find("a/ct.nii.gz", seven).text == "A cyst."
     assert reports.find("c/ct.nii.gz", "s0") is None
     assert reports.unused() == 1
 
@@ -162,7 +162,7 @@ def test_reports_are_found_by_scan_before_subject(tmp_path):
 def test_reports_come_as_csv_too(tmp_path):
     path = tmp_path / "reports.csv"
     path.write_text('scan,report\na/ct,"A cyst, 2 cm."\n')
-    assert read_reports(path, KEY).find("a/ct.nii.gz", "s0") == "A cyst, 2 cm."
+    assert read_reports(path, KEY).find("a/ct.nii.gz", "s0").text == "A cyst, 2 cm."
 
 
 @pytest.mark.parametrize(

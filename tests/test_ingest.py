@@ -281,7 +281,7 @@ def test_reports_are_found_by_scan_and_by_subject_and_may_come_later(paths):
     reports.write_text("\n".join(json.dumps(row) for row in rows))
     report = take(src, store=root, reports=reports)
     assert (report.skipped, report.reports_unused) == (2, 0)
-    assert {record.report for record in Store.open(root)} == {"clear", "cyst"}
+    assert {record.report.text for record in Store.open(root)} == {"clear", "cyst"}
 
 
 def test_phantoms_as_files_make_the_journey(paths):

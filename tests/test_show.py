@@ -9,7 +9,7 @@ from nibabel.nifti1 import Nifti1Image
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.show import describe, show
 from voxelstem.store import Refusal, Store, Writer, write
-from voxelstem.study import LabelMap, Provenance, Study, Volume
+from voxelstem.study import LabelMap, Provenance, Report, Study, Volume
 
 
 @pytest.fixture
@@ -24,7 +24,10 @@ def store(tmp_path):
             provenance=Provenance(source_format="phantom", sha256="", orientation="RAS"),
             labels=LabelMap(array=np.ones((8, 6, 5 + number), np.int16), classes={1: "liver"}),
         )
-        write(store, Study(subject=f"s{number:024x}", volumes=(volume,), report="clear" if number else None))
+        write(
+            store,
+            Study(subject=f"s{number:024x}", volumes=(volume,), report=Report(rest_text="clear") if number else None),
+        )
     with Writer(store.path) as writer:
         writer.refuse(Refusal(source="0123456789abcdef.nii.gz", code="corrupt", reason="it is cut off"))
     return store.path

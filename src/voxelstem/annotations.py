@@ -16,7 +16,7 @@ from voxelstem.errors import ConfigError, IngestError
 from voxelstem.sources import MASKS, iterate, read_labels, stem
 from voxelstem.store.labels import read_table
 from voxelstem.store.subjects import pseudonym
-from voxelstem.study import LabelMap, Study, Volume
+from voxelstem.study import LabelMap, Report, Study, Volume
 from voxelstem.table import closest
 
 LABELS_FILE = "labels.json"
@@ -211,11 +211,11 @@ def _apart_mm(volume: Volume, shape: tuple[int, ...], affine_ras: Float[np.ndarr
 class Reports:
     """Report texts, and which of them found a scan."""
 
-    by_scan: dict[str, str] = field(default_factory=dict)
-    by_subject: dict[str, str] = field(default_factory=dict)
+    by_scan: dict[str, Report] = field(default_factory=dict)
+    by_subject: dict[str, Report] = field(default_factory=dict)
     used: set[tuple[str, str]] = field(default_factory=set)
 
-    def find(self, relative: str, subject: str) -> str | None:
+    def find(self, relative: str, subject: str) -> Report | None:
         """Return the report of a scan, by its path below SRC, else by its subject's pseudonym."""
         for kind, texts, name in (
             ("scan", self.by_scan, relative),
@@ -244,8 +244,8 @@ def read_reports(path: Path, key: bytes) -> Reports:
     rows = read_table(path, ()) if path.suffix.lower() == ".csv" else _read_lines(path)
     reports = Reports()
     for row, cells in rows:
-        text = cells.get("report") or _join(cells)
-        if not text:
+        text = _sections(cells)
+        if not text.text:
             raise ConfigError(f"{path.name}: row {row} has no text in 'report', 'findings' or 'impression'", hint=_ROW)
         if cells.get("scan"):
             reports.by_scan[cells["scan"]] = text
@@ -259,9 +259,9 @@ def read_reports(path: Path, key: bytes) -> Reports:
 _ROW = 'a row is {"scan" or "subject": …, "report": …} as JSON, or the same names as columns of a CSV file'
 
 
-def _join(cells: Mapping[str, str]) -> str:
-    sections = [(name, cells.get(name, "").strip()) for name in ("findings", "impression")]
-    return "\n".join(f"{name.capitalize()}: {text}" for name, text in sections if text)
+def _sections(cells: Mapping[str, str]) -> Report:
+    found, thought, whole = (cells.get(name, "").strip() for name in ("findings", "impression", "report"))
+    return Report(findings_text=found, impression_text=thought, rest_text=whole, language=cells.get("language", ""))
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,53 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Acquisition:
+    """What the source says of how, when and of whom a volume was made; an empty word where it says nothing.
+
+    A reader fills in what the file says, and only what the keep-list (`sources/keep.py`) names. `deidentify.py`
+    replaces everything that could identify a person before any of it reaches a store.
+    """
+
+    series: str = ""
+    """DICOM's SeriesInstanceUID; a keyed hash behind the door."""
+    study: str = ""
+    """DICOM's StudyInstanceUID, or the BIDS subject and session; a keyed hash behind the door."""
+    group: str = ""
+    """What near-copies share: all kernels and reconstructions of one acquisition. A keyed hash behind the door."""
+    session: str = ""
+    """The BIDS `ses-` label, without `ses-`."""
+    date: str = ""
+    """Day of the acquisition, `YYYY-MM-DD`; behind the door shifted by as many days for all scans of a person."""
+    age_years: float | None = None
+    """At the acquisition; behind the door 90 stands for everybody over 89."""
+    sex: str = ""
+    """`F`, `M` or `O`."""
+    contrast: str = ""
+    """What makes it look different from others of the session: `T1w`, `FLAIR`, …; for CT the contrast agent."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Other kept header values by DICOM keyword, such as `ConvolutionKernel`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """A radiology report by its sections. It must not name the patient: texts are kept as they are."""
+
+    findings_text: str = ""
+    impression_text: str = ""
+    rest_text: str = ""
+    """History, technique, and what stands under no heading."""
+    language: str = ""
+    """Two letters (ISO 639-1) where the file says it."""
+
+    @property
+    def text(self) -> str:
+        """The whole report, each section under its heading."""
+        headed = (("Findings: ", self.findings_text), ("Impression: ", self.impression_text))
+        parts = [self.rest_text, *(heading + text for heading, text in headed if text)]
+        return "\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LabelMap:
     """An expert's voxel labels on the grid of the volume that carries them.
 
@@ -44,6 +92,7 @@ class Volume:
     modality: str
     """DICOM's word: `CT` or `MR`."""
     provenance: Provenance
+    acquisition: Acquisition = field(default_factory=Acquisition)
     labels: LabelMap | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +125,7 @@ class Study:
 
     subject: str
     volumes: tuple[Volume, ...]
-    report: str | None = None
+    report: Report | None = None
     labels: dict[str, str] = field(default_factory=dict)
     """Scan-level facts that the source itself knows (the phantom does), such as `lesion: yes`."""
 

@@ -98,10 +98,10 @@ def test_a_lesion_larger_than_every_organ_is_refused():
 
 def test_the_report_says_what_the_anatomy_holds():
     anatomy = anatomy_of(1, enlarged=True)
-    assert "without lesion" in report(anatomy)
-    assert "plenomegaly" in report(anatomy)
+    assert "without lesion" in report(anatomy).text
+    assert "plenomegaly" in report(anatomy).text
     lesion = replace(draw_lesion(np.random.default_rng(2), anatomy, taken=(), radius_mm=(9.0, 9.0)), organ="liver")
-    text = report(replace(anatomy, lesions=(lesion,)))
+    text = report(replace(anatomy, lesions=(lesion,))).text
     assert "Hypodense lesion in the liver, 18 mm" in text
     assert "Impression: Liver lesion, largest 18 mm" in text
 

@@ -70,7 +70,7 @@ def test_facts_report_and_voxels_agree(lesions):
     study = phantom(PhantomConfig(seed=8, lesions=lesions, spleen="enlarged", phase="portal", spacing_mm=COARSE))
     assert study.labels == {"lesion": "yes" if lesions else "no", "spleen": "enlarged", "contrast": "yes"}
     assert (study.volumes[0].labels.array == 9).any() == bool(lesions)
-    assert "splenomegaly" in study.report.lower()
+    assert "splenomegaly" in study.report.text.lower()
 
 
 def test_brightness_alone_does_not_tell_organs_apart_but_place_does():

@@ -18,7 +18,9 @@ from voxelstem.store import writer
 from voxelstem.store.catalogue import Refusal
 from voxelstem.store.reader import Store, decode, file_path
 from voxelstem.store.writer import Writer, encode, encode_study, quantise, write
+from voxelstem.study import Report
 
+CLEAR = Report(rest_text="clear")
 SMALL = hnp.array_shapes(min_dims=4, max_dims=4, max_side=6)
 
 
@@ -136,10 +138,10 @@ def test_a_later_visit_adds_labels_and_report_and_takes_nothing_away(make, tmp_p
     store = Store.create(tmp_path)
     (key,) = write(store, make.study())
     assert not store.record(key).has_labels
-    write(store, make.study(make.volume(labels=make.mask()), report="clear", labels={"lesion": "no"}))
+    write(store, make.study(make.volume(labels=make.mask()), report=CLEAR, labels={"lesion": "no"}))
     write(store, make.study())
     record = store.record(key)
-    assert (record.report, record.labels, record.classes) == ("clear", {"lesion": "no"}, {1: "liver", 2: "spleen"})
+    assert (record.report, record.labels, record.classes) == (CLEAR, {"lesion": "no"}, {1: "liver", 2: "spleen"})
     np.testing.assert_array_equal(store.labels(key).array, make.mask().array)
     write(store, make.study(make.volume(labels=make.mask(seed=1))))
     np.testing.assert_array_equal(store.labels(key).array, make.mask(seed=1).array)

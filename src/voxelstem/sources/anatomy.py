@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from voxelstem.study import Report
+
 CLASSES = {
     1: "lung_left",
     2: "lung_right",
@@ -299,7 +301,7 @@ def draw_lesion(
     )
 
 
-def report(anatomy: Anatomy) -> str:
+def report(anatomy: Anatomy) -> Report:
     """What a radiologist would dictate about this patient, findings and impression."""
     contrast = "in the portal venous phase" if anatomy.phase == "portal" else "without contrast medium"
     by_size = sorted(anatomy.lesions, key=lambda lesion: -lesion.radius_mm)
@@ -319,4 +321,4 @@ def report(anatomy: Anatomy) -> str:
     named = [f"{host} lesion, largest {sizes[0]}" for host, sizes in places.items() if sizes]
     named += ["splenomegaly"] if anatomy.spleen_enlarged else []
     impression = "; ".join(named).capitalize() if named else "No focal lesion"
-    return f"Findings: {findings}\nImpression: {impression}."
+    return Report(findings_text=findings, impression_text=f"{impression}.", language="en")

@@ -22,7 +22,7 @@ from voxelstem.errors import VoxelstemError
 from voxelstem.sources import nifti
 from voxelstem.sources.anatomy import CLASSES, Anatomy, draw_anatomy, draw_lesion, report
 from voxelstem.sources.canvas import SPACING_STEP_MM, render
-from voxelstem.study import LabelMap, Provenance, Study, Volume
+from voxelstem.study import LabelMap, Provenance, Report, Study, Volume
 
 ORIENTATIONS = tuple(
     "".join(("RL", "AP", "SI")[axis][sign >> axis & 1] for axis in order)
@@ -187,8 +187,8 @@ def _write_files(files: PhantomFiles, configs: Iterable[PhantomConfig]) -> None:
     (files.labels / "labels.json").write_text(json.dumps({"classes": classes}, indent=1) + "\n")
     with files.reports.open("w", encoding="utf-8") as lines:
         for study in studies:
-            findings, _, impression = (study.report or "").partition("\nImpression: ")
-            sections = {"findings": findings.removeprefix("Findings: "), "impression": impression}
+            said = study.report or Report()
+            sections = {"findings": said.findings_text, "impression": said.impression_text, "language": said.language}
             lines.write(json.dumps({"subject": study.subject, **sections}) + "\n")
     for fact, path in files.tables.items():
         with path.open("w", newline="", encoding="utf-8") as handle:

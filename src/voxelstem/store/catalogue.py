@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from voxelstem.errors import StoreError
 from voxelstem.store.splits import Fractions, Split
-from voxelstem.study import Provenance
+from voxelstem.study import Provenance, Report
 
 FORMAT_VERSION = 1
 """Raised when an older version of voxelstem could no longer read what a newer one writes."""
@@ -73,7 +73,7 @@ class Record:
     """Names of the voxel labels' values."""
     labels: Mapping[str, str]
     """Scan-level facts, such as `lesion: yes`."""
-    report: str | None
+    report: Report | None
     provenance: Provenance
     ingested: str
     """When, ISO 8601 in UTC."""
@@ -327,7 +327,7 @@ def _to_row(record: Record) -> dict[str, Any]:
         "label_bytes": record.label_bytes,
         "classes": json.dumps({str(value): name for value, name in sorted(record.classes.items())}),
         "labels": json.dumps(dict(record.labels), sort_keys=True),
-        "report": record.report,
+        "report": None if record.report is None else json.dumps(asdict(record.report)),
         "provenance": json.dumps(asdict(record.provenance), sort_keys=True),
         "ingested": record.ingested,
     }
@@ -341,6 +341,7 @@ def _to_record(row: sqlite3.Row) -> Record:
     affine.flags.writeable = False
     provenance = json.loads(cells.pop("provenance"))
     provenance["notes"] = tuple(provenance["notes"])
+    said = cells.pop("report")
     cells["bytes"] += cells["label_bytes"]
     cells["labels"] = json.loads(cells["labels"])
     cells["classes"] = {int(value): name for value, name in json.loads(cells["classes"]).items()}
@@ -352,5 +353,6 @@ def _to_record(row: sqlite3.Row) -> Record:
         body_start_ijk=tuple(start),
         body_size_ijk=tuple(size),
         provenance=Provenance(**provenance),
+        report=None if said is None else Report(**json.loads(said)),
         **cells,
     )

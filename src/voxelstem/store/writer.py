@@ -24,7 +24,7 @@ from voxelstem.store.catalogue import Catalogue, Record, Refusal
 from voxelstem.store.reader import Store, Triple, decode, digest, file_path
 from voxelstem.store.splits import split_of
 from voxelstem.store.subjects import PSEUDONYM
-from voxelstem.study import LabelMap, Provenance, Study, Volume
+from voxelstem.study import LabelMap, Provenance, Report, Study, Volume
 
 CHUNKS = (1, 128, 128, 64)
 BLOCKS = (1, 32, 32, 16)
@@ -71,7 +71,7 @@ class EncodedStudy:
 
     subject: str
     volumes: tuple[Encoded, ...]
-    report: str | None = None
+    report: Report | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
