@@ -4,11 +4,22 @@ import hashlib
 import hmac
 import os
 import stat
+import uuid
 
 import pytest
 
 from voxelstem.errors import ConfigError
-from voxelstem.store.subjects import PSEUDONYM, key_mark, pseudonym, site_key, site_key_path, source_name
+from voxelstem.store.subjects import (
+    PSEUDONYM,
+    key_mark,
+    keyed_id,
+    keyed_uid,
+    pseudonym,
+    shift_days,
+    site_key,
+    site_key_path,
+    source_name,
+)
 
 
 def test_the_key_is_made_once_and_only_its_owner_reads_it(site_key_file, caplog):
@@ -69,3 +80,35 @@ def test_the_ledgers_name_for_a_source_keeps_only_the_format(relative, ending):
     assert name[16:] == ending
     assert set(name[:16]) <= set("0123456789abcdef")
     assert name != source_name(relative + "x", bytes(32))
+
+
+def test_any_other_id_is_hashed_by_its_kind():
+    key = bytes(range(32))
+    plain = hmac.new(key, b"series\0" + b"1.2.3", hashlib.sha256).hexdigest()
+    assert keyed_id("series", "1.2.3", key) == keyed_id("series", " 1.2.3\0", key) == plain[:24]
+    assert keyed_id("study", "1.2.3", key) != plain[:24]
+    assert keyed_id("series", "1.2.3", bytes(32)) != plain[:24]
+    assert keyed_id("subject", "Anna", key) == pseudonym("Anna", key)[1:]  # kinds alone keep hashes apart
+    assert keyed_id("series", " \0", key) == ""
+
+
+def test_a_uid_becomes_a_uid_of_a_uuid():
+    uids = {keyed_uid(f"1.2.{n}", bytes(32)) for n in range(50)}
+    assert len(uids) == 50
+    for uid in uids:
+        root, _, number = uid.rpartition(".")
+        assert root == "2.25"
+        assert uuid.UUID(int=int(number)).variant == uuid.RFC_4122
+    assert keyed_uid("1.2.3", bytes(32)) == keyed_uid("1.2.3 ", bytes(32)) != keyed_uid("1.2.3", bytes([1] * 32))
+
+
+def test_days_are_shifted_to_both_sides_by_a_year_at_most_and_never_by_none():
+    shifts = [shift_days(f"patient {n}", bytes(32)) for n in range(3_000)]
+    assert min(shifts) >= -365
+    assert max(shifts) <= 365
+    assert 0 not in shifts
+    assert len(set(shifts)) > 650
+    assert 0.45 < sum(shift > 0 for shift in shifts) / len(shifts) < 0.55
+    assert shift_days(" patient 1", bytes(32)) == shifts[1] != shift_days("patient 1", bytes([1] * 32))
+    with pytest.raises(ValueError, match="empty"):
+        shift_days(" ", bytes(32))

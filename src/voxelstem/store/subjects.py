@@ -9,11 +9,13 @@ import os
 import re
 import secrets
 import unicodedata
+import uuid
 from pathlib import Path
 
 from voxelstem.errors import ConfigError
 
 KEY_BYTES = 32
+MOST_SHIFTED_DAYS = 365
 PSEUDONYM = re.compile(r"s[0-9a-f]{24}")
 _log = logging.getLogger(__name__)
 
@@ -83,10 +85,45 @@ def pseudonym(raw_subject: str, key: bytes) -> str:
     Raises:
         ValueError: the id is empty.
     """
+    return "s" + _keyed("subject", _plain(raw_subject), key).hex()[:24]
+
+
+def keyed_id(kind: str, raw: str, key: bytes) -> str:
+    """Replace any other id (a UID, a device's number) by 24 hex digits, as `pseudonym` does for people.
+
+    The same id gives another hash as another `kind`, so that nothing can be joined which was not meant to be.
+    Empty stays empty.
+    """
+    return _keyed(kind, raw.strip().strip("\0"), key).hex()[:24] if raw.strip().strip("\0") else ""
+
+
+def keyed_uid(raw: str, key: bytes) -> str:
+    """Replace a UID by another valid one: `2.25.` and a UUID in decimals (PS3.5, B.2)."""
+    return f"2.25.{uuid.UUID(bytes=_keyed('uid', raw.strip().strip(chr(0)), key)[:16], version=5).int}"
+
+
+def shift_days(raw_subject: str, key: bytes) -> int:
+    """By how many days all dates of a person are shifted: 1 to 365, to either side.
+
+    One shift for all scans of the person, so the intervals between them stay (PS3.15, option 113107).
+
+    Raises:
+        ValueError: the id is empty.
+    """
+    drawn = int.from_bytes(_keyed("days", _plain(raw_subject), key)[:8], "big") % (2 * MOST_SHIFTED_DAYS)
+    return drawn - MOST_SHIFTED_DAYS if drawn < MOST_SHIFTED_DAYS else drawn - MOST_SHIFTED_DAYS + 1
+
+
+def _plain(raw_subject: str) -> str:
     plain = unicodedata.normalize("NFC", raw_subject).strip()
     if not plain:
         raise ValueError("a subject's id is empty")
-    return "s" + hmac.new(key, b"subject\0" + plain.encode(), hashlib.sha256).hexdigest()[:24]
+    return plain
+
+
+def _keyed(kind: str, text: str, key: bytes) -> bytes:
+    """HMAC-SHA256 of a text of some kind; a kind holds no NUL, so no two kinds' texts are ever alike."""
+    return hmac.new(key, kind.encode() + b"\0" + text.encode("utf-8", "surrogateescape"), hashlib.sha256).digest()
 
 
 def key_mark(key: bytes) -> str:
@@ -101,6 +138,6 @@ def source_name(relative: str, key: bytes) -> str:
     of a keyed hash of the path below SRC, and the ending if it is one of the formats we know. Whoever has the key
     and the files can find the source again.
     """
-    digest = hmac.new(key, b"source\0" + relative.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
+    digest = _keyed("source", relative, key).hex()[:16]
     ending = re.search(r"\.(nii|nii\.gz|nrrd|nhdr|mha|mhd|dcm|zip|json)$", relative.lower())
     return digest + (ending.group() if ending else "")
