@@ -176,12 +176,13 @@ def argmax_at(logits: Float[Tensor, "kinds ci cj ck"], grid: cells.CellGrid) -> 
         np.clip(place, member.min(), member.max())  # never between a cell of the scan and one of the padding
         for place, member in zip(grid.places(), grid.members(), strict=True)
     ]
+    steps = (grid.scale[0] * grid.sub, grid.scale[1] * grid.sub, grid.scale[2] * grid.sub)
     _, count_j, count_k = grid.shape_ijk
     rows = max(1, ROWS_AT_ONCE // (logits.shape[0] * count_j * count_k))
     winners = np.empty(grid.shape_ijk, dtype=np.int16)
     for start in range(0, grid.shape_ijk[0], rows):
         part = slice(start, start + rows)
-        dense = resample.sample(logits, (places[0][part], places[1], places[2]), outside=0.0)
+        dense = resample.sample(logits, (places[0][part], places[1], places[2]), step_ijk=steps, outside=0.0)
         best, winner = dense[0].numpy().copy(), winners[part]
         winner[...] = 0
         for kind in range(1, len(dense)):  # six times as fast as argmax over the first axis

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from voxelstem.resampling import grid_coordinates
 from voxelstem.study import InputSpec
 from voxelstem.views import resample
 
@@ -119,12 +120,14 @@ def apply_view(
     outside: float,
 ) -> Float[Tensor, "channel a b c"]:
     """Resample the view out of `voxels`, which were read at `crop` from a scan of `spacing_mm`."""
+    steps = [plan.extent_mm[axis] / plan.size_ijk[axis] / spacing_mm[axis] for axis in range(3)]
     coordinates = [
-        resample.grid_coordinates(
+        grid_coordinates(
             plan.size_ijk[axis],
             start=plan.start_mm[axis] / spacing_mm[axis] - crop.start_ijk[axis],
-            step=plan.extent_mm[axis] / plan.size_ijk[axis] / spacing_mm[axis],
+            step=steps[axis],
         )
         for axis in range(3)
     ]
-    return resample.sample(voxels, (coordinates[0], coordinates[1], coordinates[2]), outside=outside)
+    places = (coordinates[0], coordinates[1], coordinates[2])
+    return resample.sample(voxels, places, step_ijk=(steps[0], steps[1], steps[2]), outside=outside)
