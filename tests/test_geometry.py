@@ -99,6 +99,27 @@ def test_an_oblique_scan_keeps_its_obliqueness(affine: np.ndarray):
     )
 
 
+@pytest.mark.parametrize("letters", ["RAS", "LPS", "SAL", "IRP"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_turning_converts_while_it_copies_and_copies_once(letters: str, order: str):
+    array = np.asarray(np.arange(60).reshape(3, 4, 5), np.int16, order=order)
+    view, affine = geometry.turn_to_ras(array, affine_of(letters))
+    assert np.shares_memory(view, array)
+    turned, affine_ras = geometry.to_ras(array, affine_of(letters), np.float32)
+    assert turned.dtype == np.float32
+    assert turned.flags.c_contiguous
+    assert turned.flags.writeable
+    np.testing.assert_array_equal(turned, view)
+    np.testing.assert_array_equal(affine_ras, affine)
+
+
+def test_what_is_right_already_is_not_copied():
+    array = np.zeros((2, 3, 4), np.float32)
+    assert np.shares_memory(geometry.to_ras(array, np.eye(4))[0], array)
+    assert np.shares_memory(geometry.to_ras(array, np.eye(4), np.float32)[0], array)
+    assert not np.shares_memory(geometry.to_ras(array, np.eye(4), np.float64)[0], array)
+
+
 def test_turning_to_ras_leaves_the_given_affine_alone():
     affine = affine_of("LPI")
     before = affine.copy()

@@ -76,17 +76,45 @@ def test_masks_keep_their_numbers(tmp_path):
         ("MET_SHORT", "MET_STRING", "unsupported-dtype"),
         ("NDims = 3", "ElementNumberOfChannels = 3", "unsupported-dtype"),
         ("Offset", "Nowhere", "bad-affine"),
-        ("ElementSpacing = 1.5", "ElementSpacing = 0", "bad-affine"),
+        ("ElementSpacing = 1.5", "ElementSpacing = 0", "bad-spacing"),
+        ("ElementSpacing = 1.5", "ElementSpacing = nan", "bad-spacing"),
+        ("TransformMatrix = 0 1 0", "TransformMatrix = 0.3 1 0", "bad-affine"),
+        ("BinaryData = True", "BinaryData = False", "unsupported"),
+        ("BinaryData = True", "HeaderSize = -1", "unsupported"),
+        ("BinaryData = True", "DistanceUnits = inch", "unsupported"),
+        ("BinaryData = True", "ElementToIntensityFunctionSlope = 2", "unsupported"),
+        ("BinaryData = True", "Position = 10 -20 31", "affine-conflict"),
+        ("BinaryData = True", "Offset = 10 -20 30", "corrupt"),
+        ("NDims = 3", "NDims = 2", "corrupt"),
+        ("NDims = 3", "NDims = three", "corrupt"),
+        ("LOCAL", "../../x", "unsupported"),
+        ("LOCAL", "x" * 70_000, "corrupt"),
+        ("MET_SHORT", "MET_\0", "unsupported-dtype"),
         ("Offset = 10", "Offset = ten", "corrupt"),
         ("DimSize = 6 7 8", "DimSize = 6 7 9", "corrupt"),
-        ("DimSize = 6 7 8", "DimSize = 6 56", "not-3d"),
+        ("DimSize = 6 7 8", "DimSize = 6 56", "corrupt"),
         ("DimSize = 6 7 8", "DimSize = 9999 99999 9999", "too-large"),
         ("ObjectType = Image", "\0\0\0", "corrupt"),
     ],
 )
 def test_each_fault_of_a_header_has_its_code(tmp_path, old, new, code):
-    with refused(code):
+    with refused(code) as caught:
         mha.read(save(tmp_path / "a.mha", replace=(old, new)), subject="s")
+    assert caught.value.problem.isprintable()
+    assert len(caught.value.problem) < 300
+
+
+def test_a_picture_is_no_scan(tmp_path):
+    path = save(tmp_path / "a.mha", ct()[0], replace=("NDims = 3", "NDims = 2"))
+    with refused("not-3d"):
+        mha.read(path, subject="s")
+
+
+def test_other_units_become_millimetres_with_a_note(tmp_path):
+    path = save(tmp_path / "a.mha", replace=("BinaryData = True", "DistanceUnits = cm"))
+    volume = mha.read(path, subject="s").volumes[0]
+    assert volume.spacing_mm == (20.0, 15.0, 30.0)
+    assert "positions converted from cm to millimetres" in volume.provenance.notes
 
 
 @pytest.mark.parametrize("packed", [False, True])

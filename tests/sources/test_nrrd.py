@@ -105,7 +105,15 @@ def test_a_file_cut_short_is_refused(tmp_path, keep, encoding):
         (b"(10,-20,30)", b"(nan,1,1)", "bad-affine"),
         (b"(10,-20,30)", b"(one,1,1)", "corrupt"),
         (b"sizes: 6 7 8", b"sizes: 6 7 9", "corrupt"),
-        (b"sizes: 6 7 8", b"sizes: 6 56", "not-3d"),
+        (b"sizes: 6 7 8", b"sizes: 6 56", "corrupt"),
+        (b"dimension: 3", b"sizes: 6 7 8", "corrupt"),
+        (b"(0,1.5,0)", b"(0,0,0)", "bad-spacing"),
+        (b"(0,1.5,0)", b"(0,nan,0)", "bad-spacing"),
+        (b"(0,1.5,0)", b"(0,1.5,1)", "bad-affine"),
+        (b"endian: little", b'space units: "in" "in" "in"\nendian: little', "unsupported"),
+        (b"endian: little", b"data file: ../../x\nendian: little", "unsupported"),
+        (b"type: int16", b"type: " + b"x" * 60_000, "unsupported-dtype"),
+        (b"type: int16", b"type: \0", "unsupported-dtype"),
         (b"sizes: 6 7 8", b"sizes: 60000 60000 60000", "too-large"),
         (b"type: int16", b"type: block", "unsupported-dtype"),
         (b"endian: little", b"endian: middle", "corrupt"),
@@ -117,5 +125,19 @@ def test_each_fault_of_a_header_has_its_code(tmp_path, old, new, code):
     before = path.read_bytes()
     edit(path, old, new)
     assert path.read_bytes() != before
-    with refused(code):
+    with refused(code) as caught:
         nrrd.read(path, subject="s")
+    assert caught.value.problem.isprintable()
+    assert len(caught.value.problem) < 300
+
+
+def test_a_picture_is_no_scan(tmp_path):
+    pynrrd.write(str(tmp_path / "a.nrrd"), ct()[0], {"encoding": "raw"})
+    with refused("not-3d"):
+        nrrd.read(tmp_path / "a.nrrd", subject="s")
+
+
+def test_other_units_become_millimetres_with_a_note(tmp_path):
+    volume = nrrd.read(save(tmp_path / "a.nrrd", **{"space units": ["cm", "cm", "cm"]}), subject="s").volumes[0]
+    assert volume.spacing_mm == (20.0, 15.0, 30.0)
+    assert "positions converted from cm to millimetres" in volume.provenance.notes

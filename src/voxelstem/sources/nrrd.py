@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from voxelstem.errors import IngestError
 from voxelstem.sources import raster
@@ -41,9 +41,9 @@ def read(path: Path, *, subject: str) -> Study:
 
     Raises:
         IngestError: `missing`, `corrupt`, `unsupported` (detached data, other encodings or spaces), `too-large`,
-            `not-3d`, `unsupported-dtype`, `bad-affine`, `not-finite`, `constant` or `label-map`.
+            `not-3d`, `unsupported-dtype`, `bad-affine`, `bad-spacing`, `not-finite`, `constant` or `label-map`.
     """
-    return raster.to_study(parse(path), name=path.name, subject=subject)
+    return raster.to_study(parse(path), name=raster.shown(path.name), subject=subject)
 
 
 def read_labels(path: Path) -> LabelGrid:
@@ -52,22 +52,28 @@ def read_labels(path: Path) -> LabelGrid:
     Raises:
         IngestError: as for `read`, and `not-labels`.
     """
-    return raster.to_labels(parse(path), name=path.name)
+    return raster.to_labels(parse(path), name=raster.shown(path.name))
 
 
 def parse(path: Path) -> Raster:
     """Read the voxels on the grid of the file."""
     data = raster.read_bytes(path)
-    name = path.name
-    fields, start = _header(data, name)
+    name = raster.shown(path.name)
+    sha256 = raster.digest(data)
+    fields, start = _header(data[: raster.HEADER_BYTES], name)
     try:
         shape = tuple(int(edge) for edge in fields["sizes"].split())
         kind = fields["type"].lower()
         encoding = fields["encoding"].lower()
+        axes = int(fields.get("dimension", len(shape)))
     except (KeyError, ValueError) as problem:
         raise raster.corrupt(name, f"its header lacks a readable field ({problem})") from problem
+    if axes != len(shape):
+        raise raster.corrupt(name, f"its header says {axes} axes and gives the sizes of {len(shape)}")
     if kind not in DTYPES:
-        raise IngestError(f"'{name}' stores '{kind}'", code="unsupported-dtype", hint="give one real number a voxel")
+        raise IngestError(
+            f"'{name}' stores '{raster.shown(kind)}'", code="unsupported-dtype", hint="give one real number a voxel"
+        )
     dtype = np.dtype(DTYPES[kind])
     if dtype.itemsize > 1:
         if fields.get("endian") not in ("little", "big"):
@@ -76,25 +82,29 @@ def parse(path: Path) -> Raster:
     size = raster.check_size(name, shape, dtype.itemsize)
     _check_plain(fields, encoding, name)
     spatial = raster.spatial_shape(name, shape)
-    body = data[start:]
+    affine, notes = _affine(fields, name)
+    body: memoryview | Shaped[np.ndarray, "bytes"] = memoryview(data)[start:]
+    del data  # a packed file is given back as soon as it is unpacked
     if encoding in ("gzip", "gz"):
         body = raster.inflate(body, name=name, limit=lambda _: size, wbits=raster.GZIP)
     array = raster.voxels(body, name=name, offset=0, shape=shape, dtype=dtype).reshape(spatial, order="F")
-    affine = _affine(fields, name)
-    return Raster(array=array, affine_ras=affine, source_format="nrrd", sha256=raster.digest(data))
+    return Raster(array=array, affine_ras=affine, source_format="nrrd", sha256=sha256, notes=notes)
 
 
 def _header(data: bytes, name: str) -> tuple[dict[str, str], int]:
     """The header's fields (names in small letters) and where the data begins, behind an empty line."""
     if not data.startswith(b"NRRD000"):
         raise raster.corrupt(name, "it does not begin as an NRRD file")
-    end = re.search(rb"\r?\n\r?\n", data[: raster.HEADER_BYTES])
-    text = data[: end.start() if end else raster.HEADER_BYTES].decode("latin-1")
+    end = re.search(rb"\r?\n\r?\n", data)
+    text = data[: end.start() if end else len(data)].decode("latin-1")
     fields: dict[str, str] = {}
     for line in text.splitlines()[1:]:
         key, colon, value = line.partition(":")
         if colon and not line.startswith("#") and not value.startswith("="):
-            fields[key.strip().lower()] = value.strip()
+            key = key.strip().lower()
+            if key in fields:
+                raise raster.corrupt(name, f"its header says '{raster.shown(key)}' twice")
+            fields[key] = value.strip()
     if "data file" in fields or "datafile" in fields:
         raise IngestError(
             f"'{name}' keeps its voxels in another file",
@@ -109,14 +119,17 @@ def _header(data: bytes, name: str) -> tuple[dict[str, str], int]:
 def _check_plain(fields: dict[str, str], encoding: str, name: str) -> None:
     if encoding not in ("raw", "gzip", "gz"):
         raise IngestError(
-            f"'{name}' is encoded as '{encoding}'", code="unsupported", hint="save it with raw or gzip encoding"
+            f"'{name}' is encoded as '{raster.shown(encoding)}'",
+            code="unsupported",
+            hint="save it with raw or gzip encoding",
         )
     skips = [key for key in ("line skip", "lineskip", "byte skip", "byteskip") if fields.get(key, "0") != "0"]
     if skips:
         raise IngestError(f"'{name}' skips data ('{skips[0]}')", code="unsupported", hint="save it without skips")
 
 
-def _affine(fields: dict[str, str], name: str) -> Float[np.ndarray, "4 4"]:
+def _affine(fields: dict[str, str], name: str) -> tuple[Float[np.ndarray, "4 4"], tuple[str, ...]]:
+    """The placement in millimetres, and what was converted."""
     space = fields.get("space", "").lower()
     space = SHORT.get(space, space)
     vectors = re.findall(r"\(([^()]*)\)", fields.get("space directions", ""))
@@ -128,7 +141,9 @@ def _affine(fields: dict[str, str], name: str) -> Float[np.ndarray, "4 4"]:
             hint="convert the scan again from its DICOM series",
         )
     if space not in TO_RAS:
-        raise IngestError(f"'{name}' lies in the space '{space}'", code="unsupported", hint="save it in LPS or RAS")
+        raise IngestError(
+            f"'{name}' lies in the space '{raster.shown(space)}'", code="unsupported", hint="save it in LPS or RAS"
+        )
     affine = np.eye(4)
     try:
         columns = [[float(number) for number in text.split(",")] for text in (*vectors, *origin)]
@@ -136,5 +151,7 @@ def _affine(fields: dict[str, str], name: str) -> Float[np.ndarray, "4 4"]:
     except ValueError as problem:
         raise raster.corrupt(name, f"a vector of its header cannot be read ({problem})") from problem
     affine[:3] *= np.array(TO_RAS[space])[:, None]
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) or {"mm"}
+    affine, notes = raster.to_millimetres(affine, units, name=name)
     raster.check_placed(affine, name=name)
-    return affine
+    return affine, notes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int16, Shaped
 
 from voxelstem import geometry
 from voxelstem.errors import IngestError
+from voxelstem.sources import gates
 from voxelstem.study import Provenance, Study, Volume
 
 MOST_BYTES = 4 * 2**30
@@ -23,15 +25,14 @@ GZIP, ZLIB = 31, 15
 """zlib's numbers for the two packed formats."""
 
 CHUNK_BYTES = 2**20
+DEFLATE_RATIO = 1100  # deflate packs at most 1032 to 1 (zlib, "Technical Details"); a little more for small files
+FRAME_BYTES = 2**24  # what a file may hold beside its voxels: headers and their extensions
+NAME_LENGTH = 120  # characters of a file's name that a message repeats
 HEADER_BYTES = 2**16  # what a text header may take before its end must have come
 
-AIR_HU = -500.0
-LOWEST_HU = -4000.0  # GE pads with -3024; phase images of MR begin at -4096
-AIR_SHARE = 0.005
-BONE_HU = 300.0
-MOST_CLASSES = 256
-FLAT_SHARE = 0.85  # measured: expert masks 0.977 and more, 8-bit MR 0.66 and less
 THREE = 3
+MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 0.001, "µm": 0.001}
+FINEST_MM, COARSEST_MM = 0.005, 50.0  # a voxel's edge outside is a wrong unit, not a scan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,19 +59,41 @@ def read_bytes(path: Path) -> bytes:
     """The whole file.
 
     Raises:
-        IngestError: `missing`, or `corrupt` when the disk cannot read it.
+        IngestError: `missing`, `too-large`, or `corrupt` when the disk cannot read it.
     """
-    if not path.is_file():
-        raise IngestError(f"there is no file '{path.name}'", code="missing", hint="check the path")
+    name = shown(path.name)
     try:
+        # A name that no disk can hold (64 kB, or with a NUL inside) is an error of its own to some systems.
+        if not path.is_file():
+            raise IngestError(f"there is no file '{name}'", code="missing", hint="check the path")
+        size = path.stat().st_size
+        if size > MOST_BYTES + FRAME_BYTES:
+            raise too_large(name, f"is {size / 2**30:.1f} GiB large")
         return path.read_bytes()
     except OSError as problem:
-        raise corrupt(path.name, f"it cannot be read ({problem.strerror})") from problem
+        if problem.errno == errno.ENAMETOOLONG:
+            raise IngestError(f"there is no file '{name}'", code="missing", hint="check the path") from problem
+        raise corrupt(name, f"it cannot be read ({problem.strerror})") from problem
+
+
+def shown(name: str) -> str:
+    """A file's name as messages repeat it: on one line, printable and not endless."""
+    clean = "".join(letter if letter.isprintable() else "?" for letter in name[: NAME_LENGTH + 1])
+    return clean if len(clean) <= NAME_LENGTH else f"{clean[:NAME_LENGTH]}…"
 
 
 def corrupt(name: str, what: str) -> IngestError:
     """The refusal of damaged bytes, said the same way everywhere."""
     return IngestError(f"'{name}' is damaged: {what}", code="corrupt", hint="copy or export the file again")
+
+
+def too_large(name: str, what: str) -> IngestError:
+    """The refusal of more than `MOST_BYTES`."""
+    return IngestError(
+        f"'{name}' {what}; at most {MOST_BYTES / 2**30:g} GiB of voxels are read",
+        code="too-large",
+        hint="if the scan is really this large, split it; otherwise its header is wrong",
+    )
 
 
 def check_size(name: str, shape: tuple[int, ...], itemsize: int) -> int:
@@ -83,11 +106,7 @@ def check_size(name: str, shape: tuple[int, ...], itemsize: int) -> int:
         raise corrupt(name, f"its header declares the shape {shape}")
     size = math.prod(int(edge) for edge in shape) * itemsize
     if size > MOST_BYTES:
-        raise IngestError(
-            f"'{name}' declares {size / 2**30:.1f} GiB of voxels {shape}; at most {MOST_BYTES / 2**30:g} GiB are read",
-            code="too-large",
-            hint="if the scan is really this large, split it; otherwise its header is wrong",
-        )
+        raise too_large(name, f"declares {size / 2**30:.1f} GiB of voxels {shape}")
     return size
 
 
@@ -106,21 +125,26 @@ def spatial_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def inflate(data: bytes, *, name: str, limit: Callable[[bytes], int], wbits: int) -> bytes:
+def inflate(
+    data: bytes | memoryview, *, name: str, limit: Callable[[bytes], int], wbits: int
+) -> Shaped[np.ndarray, "..."]:
     """Unpack zlib or gzip data to its very end, so that the checksum in the trailer is compared.
 
     Args:
         data: The packed bytes.
         name: What to call the file in a message.
-        limit: Says from the first unpacked bytes how many there may be in all.
+        limit: Says from the first unpacked bytes how many there may be in all; only so many are reserved, once.
         wbits: `GZIP` or `ZLIB`.
+
+    Returns:
+        The unpacked bytes (uint8).
 
     Raises:
         IngestError: `corrupt` when the data is cut, flipped, longer than it should be or followed by anything else.
     """
-    parts: list[bytes] = []
     view = memoryview(data)
-    size, offset, allowed = 0, 0, -1
+    unpacked = np.empty(0, np.uint8)
+    size, offset = 0, 0
     while True:
         stream = zlib.decompressobj(wbits)
         while not stream.eof:
@@ -132,12 +156,12 @@ def inflate(data: bytes, *, name: str, limit: Callable[[bytes], int], wbits: int
                 part = stream.decompress(piece, CHUNK_BYTES)
             except zlib.error as problem:
                 raise corrupt(name, f"unpacking failed ({problem})") from problem
+            if part and not size:
+                unpacked = _reserve(limit(part), len(view), name)
+            if size + len(part) > unpacked.size:
+                raise corrupt(name, f"it holds more than the {unpacked.size} bytes that its header declares")
+            unpacked[size : size + len(part)] = np.frombuffer(part, np.uint8)
             size += len(part)
-            parts.append(part)
-            if allowed < 0 and part:
-                allowed = limit(part)
-            if 0 <= allowed < size:
-                raise corrupt(name, f"it holds more than the {allowed} bytes that its header declares")
             if not part and not piece and not stream.eof:
                 raise corrupt(name, "it is cut off before its end")
         offset -= len(stream.unused_data)
@@ -145,66 +169,40 @@ def inflate(data: bytes, *, name: str, limit: Callable[[bytes], int], wbits: int
             continue  # gzip may consist of several members
         if bytes(view[offset:]).strip(b"\0"):  # zeros are allowed as padding
             raise corrupt(name, f"{len(view) - offset} bytes follow its end")
-        return b"".join(parts)
+        return unpacked[:size]
 
 
-def tell_kind(array: Shaped[np.ndarray, "i j k"]) -> tuple[str, str]:
-    """Decide from the values alone what files without a modality hold: `CT`, `MR` or `label-map`.
-
-    A CT has an air peak: its minimum lies between -4000 and -500 HU and either 0.5 % of the voxels are below
-    -500 or the values run from below -900 to above 300. A label map has few whole numbers from zero up, and
-    neighbours inside its regions are equal. Everything else counts as MR.
-
-    Returns:
-        The word and the reason for it, for the provenance.
-    """
-    low, high = float(array.min()), float(array.max())
-    if LOWEST_HU < low <= AIR_HU:
-        share = float(np.count_nonzero(array < AIR_HU)) / array.size
-        if share >= AIR_SHARE or (low <= -900.0 and high > BONE_HU):  # noqa: PLR2004 - air, as in the docstring
-            return "CT", f"taken for CT: values {low:g} to {high:g}, {share:.1%} below {AIR_HU:g}"
-    if low >= 0 and _is_label_map(array, high):
-        return "label-map", f"few whole numbers from {low:g} to {high:g} in even regions"
-    return "MR", f"taken for MR: values {low:g} to {high:g}, no air peak of a CT"
-
-
-def _is_label_map(array: Shaped[np.ndarray, "i j k"], high: float) -> bool:
-    if high > np.iinfo(np.int16).max:
-        return False
-    whole = array.astype(np.int16)
-    if array.dtype.kind == "f" and not np.array_equal(whole, array):
-        return False
-    if np.count_nonzero(np.bincount(whole.ravel())) > MOST_CLASSES:
-        return False
-    equal = pairs = 0
-    for axis in range(THREE):
-        lines = np.moveaxis(whole, axis, 0)
-        both = (lines[1:] > 0) & (lines[:-1] > 0)
-        pairs += int(np.count_nonzero(both))
-        equal += int(np.count_nonzero(both & (lines[1:] == lines[:-1])))
-    return equal >= FLAT_SHARE * pairs
+def _reserve(declared: int, packed: int, name: str) -> Shaped[np.ndarray, "bytes"]:
+    """Room for what is declared, unless so few packed bytes could never hold it."""
+    if declared > DEFLATE_RATIO * packed:
+        raise corrupt(name, f"its header declares {declared} bytes, and {packed} packed bytes cannot hold so many")
+    return np.empty(declared, np.uint8)
 
 
 def to_study(raster: Raster, *, name: str, subject: str) -> Study:
     """Turn a file's voxels to RAS+ float32, decide the modality, and refuse what is no scan.
 
     Raises:
-        IngestError: `not-finite`, `constant`, `label-map` or `bad-affine`.
+        IngestError: `not-finite`, `constant`, `label-map`, `bad-affine`, or what `gates.check_hu` (CT) and
+            `gates.check_mr` (anything else) refuse.
     """
     check_values(raster, name=name)
-    kind, reason = tell_kind(raster.array)
+    kind, reason = gates.tell_kind(raster.array)
     if kind == "label-map":
         raise IngestError(
             f"'{name}' looks like a mask, not a scan: {reason}",
             code="label-map",
             hint="give masks with --labels, beside the scans",
         )
-    single = raster.array.astype(np.float32)
+    turned, affine = geometry.to_ras(raster.array, raster.affine_ras, np.float32)
+    if kind == "CT":
+        gates.check_hu(turned, name=name)
+    elif turned.min() <= gates.LOWEST_HU and _is_padded_ct(turned, name):
+        kind, reason = "CT", "taken for CT: Hounsfield units round a padding below -4000"
     notes = [*raster.notes, reason]
-    exact = np.can_cast(raster.array.dtype, np.float32) or np.array_equal(single, raster.array)
-    if not exact:
-        notes.append(f"{raster.array.dtype} rounded to float32")
-    turned, affine = geometry.to_ras(single, raster.affine_ras)
+    stored, _ = geometry.turn_to_ras(raster.array, raster.affine_ras)
+    if not np.can_cast(stored.dtype, np.float32) and not np.array_equal(turned, stored):
+        notes.append(f"{stored.dtype} rounded to float32")
     provenance = Provenance(
         source_format=raster.source_format,
         sha256=raster.sha256,
@@ -213,6 +211,21 @@ def to_study(raster: Raster, *, name: str, subject: str) -> Study:
     )
     volume = Volume(array=turned[None], affine_ras=affine, modality=kind, provenance=provenance)
     return Study(subject=subject, volumes=(volume,))
+
+
+def _is_padded_ct(array: Float[np.ndarray, "i j k"], name: str) -> bool:
+    """Whether values that reach below any Hounsfield unit are some beside their padding (some sets pad with -8192).
+
+    Raises:
+        IngestError: as `gates.check_mr` calls it where they were before an intercept was added once too often.
+    """
+    try:
+        gates.check_mr(array, name=name)
+    except IngestError as error:
+        if error.code == "wrong-modality":
+            return True
+        raise
+    return False
 
 
 def to_labels(raster: Raster, *, name: str) -> LabelGrid:
@@ -230,7 +243,7 @@ def to_labels(raster: Raster, *, name: str) -> LabelGrid:
             code="not-labels",
             hint="export the mask as whole class numbers",
         )
-    turned, affine = geometry.to_ras(array.astype(np.int16), raster.affine_ras)
+    turned, affine = geometry.to_ras(array, raster.affine_ras, np.int16)
     return LabelGrid(array=turned, affine_ras=affine, sha256=raster.sha256)
 
 
@@ -241,26 +254,34 @@ def check_values(raster: Raster, *, name: str) -> None:
         IngestError: `not-finite` or `constant`.
     """
     array = raster.array
-    if array.dtype.kind == "f":
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if bad:
-            raise IngestError(
-                f"'{name}' holds {bad} of {array.size} voxels that are not numbers (NaN or infinite)",
-                code="not-finite",
-                hint="export the scan again, or fill these voxels and say so",
-            )
-    if array.min() == array.max():
+    low, high = float(array.min()), float(array.max())  # NaN makes both NaN
+    most = float(np.finfo(np.float32).max)
+    if not (-most <= low and high <= most):
+        bad = int(np.count_nonzero(~(np.abs(array) <= most)))
         raise IngestError(
-            f"every voxel of '{name}' is {array.flat[0]:g}", code="constant", hint="export the scan again"
+            f"'{name}' holds {bad} of {array.size} voxels that are not numbers (NaN or infinite) or beyond float32",
+            code="not-finite",
+            hint="export the scan again, or fill these voxels and say so",
         )
+    if low == high:
+        raise IngestError(f"every voxel of '{name}' is {low:g}", code="constant", hint="export the scan again")
 
 
 def check_placed(affine_ras: Float[np.ndarray, "4 4"], *, name: str) -> None:
-    """Refuse an affine that does not say where the voxels lie.
+    """Refuse an affine that does not say where the voxels lie. A mirrored one (negative determinant) is legal.
 
     Raises:
-        IngestError: `bad-affine`.
+        IngestError: `bad-spacing` when a voxel's edge is zero, not a number, or no size that a scanner makes;
+            `bad-affine` when the affine is not finite or its axes are not perpendicular.
     """
+    edges = geometry.spacing_mm(affine_ras)
+    if np.isfinite(affine_ras[:3, 3]).all() and not all(FINEST_MM <= edge <= COARSEST_MM for edge in edges):
+        raise IngestError(
+            f"'{name}' says that a voxel measures {edges[0]:g} x {edges[1]:g} x {edges[2]:g} mm; "
+            f"a scan's edges are {FINEST_MM:g} to {COARSEST_MM:g} mm",
+            code="bad-spacing",
+            hint="mend the spacing or its unit (micron, mm, metre), or convert the scan again from its DICOM series",
+        )
     try:
         geometry.check_affine(affine_ras)
     except ValueError as problem:
@@ -271,13 +292,41 @@ def check_placed(affine_ras: Float[np.ndarray, "4 4"], *, name: str) -> None:
         ) from problem
 
 
+def to_millimetres(
+    affine_ras: Float[np.ndarray, "4 4"], units: Collection[str], *, name: str
+) -> tuple[Float[np.ndarray, "4 4"], tuple[str, ...]]:
+    """Convert a placement that a file gives in another unit, and say so.
+
+    Raises:
+        IngestError: `unsupported` when the unit is not known, or differs between axes.
+    """
+    unit = next(iter(units)).strip().lower() if len(units) == 1 else ""
+    if unit not in MILLIMETRES:
+        raise IngestError(
+            f"'{name}' measures in '{shown(' and '.join(sorted(units)))}'",
+            code="unsupported",
+            hint=f"save it with distances in mm; known are {', '.join(MILLIMETRES)}",
+        )
+    factor = MILLIMETRES[unit]
+    if factor == 1.0:
+        return affine_ras, ()
+    return affine_ras * np.array([[factor], [factor], [factor], [1.0]]), (
+        f"positions converted from {unit} to millimetres",
+    )
+
+
 def digest(data: bytes) -> str:
     """The sha256 that provenance keeps."""
     return hashlib.sha256(data).hexdigest()
 
 
 def voxels(
-    data: bytes, *, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype
+    data: bytes | memoryview | Shaped[np.ndarray, "bytes"],
+    *,
+    name: str,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
 ) -> Shaped[np.ndarray, "..."]:
     """View voxels that lie with the first axis fastest, as NIfTI, NRRD and MetaImage store them.
 
