@@ -38,6 +38,7 @@ from voxelstem.evaluate import (
     token_mm,
 )
 from voxelstem.ingest import ingest, ingest_studies
+from voxelstem.intake import IntakeConfig
 from voxelstem.metrics import Score
 from voxelstem.model import Embedding, Model, load
 from voxelstem.protocols import Task
@@ -177,7 +178,7 @@ def on_real(bench: Bench, store: Store, data: Path) -> list[Score]:
     """The real CTs with many organs: learn from one and test on the other, then learn from phantoms only."""
     root = bench.out / "real"
     real = Store.open(root) if root.exists() else Store.create(root, fractions=Fractions(train=0, validation=0, test=1))
-    ingest([data / "scans"], root, labels=data / "labels", modality="CT")
+    ingest([data / "scans"], root, labels=data / "labels", config=IntakeConfig(modality="CT"))
     real.refresh()
     truth = Truth(records=tuple(r for r in real if set(ORGANS) <= set(r.classes.values())), labels={}, classes=ORGANS)
     whole = contest(real, truth, Segment(), "probe")

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from nibabel.nifti1 import Nifti1Image
 
-from voxelstem.annotations import lay_mask, read_masks, read_reports
+from voxelstem.annotations import Masks, lay_mask, read_masks
 from voxelstem.errors import ConfigError, IngestError
-from voxelstem.store.subjects import pseudonym
 from voxelstem.study import Provenance, Study, Volume
 
 KEY = bytes(32)
@@ -143,45 +143,12 @@ def test_a_value_without_a_name_is_refused(tmp_path, ones, study):
     assert caught.value.code == "label-values"
 
 
-def test_reports_are_found_by_scan_before_subject(tmp_path):
-    path = tmp_path / "reports.jsonl"
-    rows = [
-        {"subject": 7, "findings": "Liver: clear.", "impression": "Normal."},
-        {"scan": "a/ct.nii.gz", "report": "A cyst."},
-        {"subject": "stranger", "report": "?"},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    reports = read_reports(path, KEY)
-    seven = pseudonym("7", KEY)
-    assert reports.find("b/ct.nii.gz", seven).text == "Findings: Liver: clear.\nImpression: Normal."
-    assert reports.find("a/ct.nii.gz", seven).text == "A cyst."
-    assert reports.find("c/ct.nii.gz", "s0") is None
-    assert reports.unused() == 1
-
-
-def test_reports_come_as_csv_too(tmp_path):
-    path = tmp_path / "reports.csv"
-    path.write_text('scan,report\na/ct,"A cyst, 2 cm."\n')
-    assert read_reports(path, KEY).find("a/ct.nii.gz", "s0").text == "A cyst, 2 cm."
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"subject": "Miller"}', "row 1 has no text"),
-        ('\n{"report": "Miller"}', "row 2 does not say whose"),
-        ("Miller", "row 1 is not JSON"),
-        ('["Miller"]', "row 1 is not a JSON object"),
-    ],
-)
-def test_a_row_of_another_shape_is_named_by_its_number(tmp_path, text, said):
-    path = tmp_path / "reports.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
-        read_reports(path, KEY)
-    assert "Miller" not in str(caught.value)
-
-
-def test_absent_reports_are_a_clear_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"no file 'reports\.jsonl'"):
-        read_reports(tmp_path / "reports.jsonl", KEY)
+def test_masks_of_two_kinds_of_folder_are_joined_unless_their_classes_differ():
+    ours = Masks(root=Path("a"), classes={}, by_scan={"x": Path("a/x")}, files={Path("a/x")})
+    theirs = Masks(root=Path("b"), classes={1: "liver"}, by_scan={"x": Path("b/x"), "y": Path("b/y")})
+    theirs.files |= {Path("b/x"), Path("b/y")}
+    ours.join(theirs)
+    assert (ours.by_scan, ours.classes) == ({"x": Path("a/x"), "y": Path("b/y")}, {1: "liver"})
+    assert ours.unused() == [Path("a/x"), Path("b/x"), Path("b/y")]
+    with pytest.raises(ConfigError, match="name the classes differently"):
+        ours.join(Masks(classes={1: "spleen"}))

@@ -11,6 +11,7 @@ import pytest
 import voxelstem
 from voxelstem import cli
 from voxelstem.sources.phantom import PhantomConfig, phantom_files
+from voxelstem.terminal import DONE, SOME_REFUSED, WRONG
 
 COMMANDS = {
     "samples": ["--out", "--json"],
@@ -44,7 +45,7 @@ def say(capsys: pytest.CaptureFixture[str]):
 def check_refusal(answer: tuple[int, str, str]) -> str:
     """Hold an answer to the rule for wrong use."""
     code, out, err = answer
-    assert code == cli.WRONG
+    assert code == WRONG
     assert out == ""
     assert err.startswith("error: ")
     assert "Traceback" not in err
@@ -55,7 +56,7 @@ def check_refusal(answer: tuple[int, str, str]) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag_and_shows_an_example(say, command: str):
     code, out, _ = say(command, "--help")
-    assert code == cli.DONE
+    assert code == DONE
     assert f"voxelstem {command}" in out.split("For example:")[1]
     assert [flag for flag in COMMANDS[command] if flag not in out] == []
 
@@ -67,7 +68,7 @@ def test_help_lists_the_commands_in_the_order_of_the_journey(say):
 
 
 def test_the_version_is_the_package_s(say):
-    assert say("--version") == (cli.DONE, f"{voxelstem.__version__}\n", "")
+    assert say("--version") == (DONE, f"{voxelstem.__version__}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_an_answer_that_finds_the_disk_full_says_so():
             text=True,
             check=False,
         )
-    assert answer.returncode == cli.WRONG
+    assert answer.returncode == WRONG
     assert answer.stderr.startswith("error: the disk is full")
 
 
@@ -139,7 +140,7 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path):
     with os.fdopen(writing, "w") as pipe:
         words = [sys.executable, "-m", "voxelstem", "show", str(tmp_path / "store"), "--json"]
         answer = subprocess.run(words, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
-    assert (answer.returncode, answer.stderr) == (cli.DONE, "")
+    assert (answer.returncode, answer.stderr) == (DONE, "")
 
 
 def test_an_ingest_that_refuses_one_scan_keeps_the_others_and_says_so(say, tmp_path: Path):
@@ -147,15 +148,15 @@ def test_an_ingest_that_refuses_one_scan_keeps_the_others_and_says_so(say, tmp_p
     (files.scans / "broken.nii.gz").write_bytes(b"not a scan")
     code, out, err = say("ingest", files.scans, "--store", tmp_path / "store", "--json")
     facts = json.loads(out)
-    assert code == cli.SOME_REFUSED
+    assert code == SOME_REFUSED
     assert (facts["kept"], facts["refused"]) == (1, 1)
     assert facts["refusals"][0]["scan"] == "broken.nii.gz"
     assert "ingest 2/2" in err
     code, out, _ = say("show", tmp_path / "store", "--json")
     facts = json.loads(out)
-    assert (code, facts["kept"], facts["subjects"], len(facts["refused"])) == (cli.DONE, 1, 1, 1)
+    assert (code, facts["kept"], facts["subjects"], len(facts["refused"])) == (DONE, 1, 1, 1)
     code, out, _ = say("ingest", files.scans / "phantom-0001", "--store", tmp_path / "store")
-    assert code == cli.DONE
+    assert code == DONE
     assert "0 kept, 1 there already, 0 refused" in out
 
 
@@ -163,7 +164,7 @@ def test_an_ingest_says_which_reports_found_no_scan(say, tmp_path: Path):
     files = phantom_files(tmp_path, [PhantomConfig(seed=1, spacing_mm=(8.0, 8.0, 8.0))])
     (tmp_path / "reports.csv").write_text("scan,report\nelsewhere/ct.nii.gz,nothing\n")
     code, out, _ = say("ingest", files.scans, "--store", tmp_path / "store", "--reports", tmp_path / "reports.csv")
-    assert code == cli.DONE
+    assert code == DONE
     assert "reports unused: 1 " in out
     _, out, _ = say("ingest", files.scans, "--store", tmp_path / "store")
     assert "unused" not in out
@@ -178,8 +179,8 @@ def test_a_store_without_ct_is_refused_by_a_ct_recipe(say, tmp_path: Path):
 
 def test_the_module_is_the_command():
     answer = the_command("--version")
-    assert (answer.returncode, answer.stdout.strip()) == (cli.DONE, voxelstem.__version__)
-    assert the_command("paint").returncode == cli.WRONG
+    assert (answer.returncode, answer.stdout.strip()) == (DONE, voxelstem.__version__)
+    assert the_command("paint").returncode == WRONG
 
 
 def test_help_takes_no_torch():

@@ -19,6 +19,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from voxelstem.errors import IngestError, StoreError
 from voxelstem.ingest import ingest, ingest_studies
+from voxelstem.intake import IntakeConfig
 from voxelstem.sources.phantom import PhantomConfig, phantom, phantom_files
 from voxelstem.store import Store
 from voxelstem.store.subjects import pseudonym, site_key
@@ -29,8 +30,12 @@ TOKEN = "PlantedMiller1947"
 
 
 def scan(path, seed=0, *, shape=SHAPE, low=-1000):
-    array = np.random.default_rng(seed).integers(low, 1200, size=shape).astype(np.int16)
-    array[0, :2, 0] = low, 1200
+    """A body of water with some bone, in air; or noise from `low` on, which is no CT."""
+    rng = np.random.default_rng(seed)
+    array = rng.normal(40, 30, size=shape).astype(np.int16)
+    array[shape[0] // 2, 2:6, 2:6] = 900
+    array[: shape[0] // 3] = rng.normal(-1000, 10, size=array[: shape[0] // 3].shape)
+    array = array if low < 0 else rng.integers(low, 1200, size=shape).astype(np.int16)
     path.parent.mkdir(parents=True, exist_ok=True)
     Nifti1Image(array, AFFINE).to_filename(path)
     return array
@@ -182,7 +187,7 @@ def test_other_modalities_than_the_wanted_one_are_refused(paths):
     src, root = paths
     scan(src / "ct.nii.gz")
     scan(src / "mr.nii.gz", low=0)
-    report = take(src, store=root, modality="CT")
+    report = take(src, store=root, config=IntakeConfig(modality="CT"))
     assert [(line.relative, line.code) for line in report.refusals] == [("mr.nii.gz", "wrong-modality")]
     assert "MR" in report.refusals[0].reason
     assert take(src, store=root.with_name("both")).kept == 2
@@ -341,15 +346,16 @@ def test_a_reader_that_dies_takes_only_its_own_scan_with_it(paths):
     code = f"""
 import os, signal, sys
 from voxelstem import ingest as verb
+from voxelstem.intake import Intake
 
-real = verb.read_task
+real = Intake.__call__
 
-def deadly(task, key):
+def deadly(intake, task):
     if task.source.subject == "deadly":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(task, key)
+    return real(intake, task)
 
-verb.read_task = deadly
+Intake.__call__ = deadly
 if __name__ == "__main__":
     report = verb.ingest([{str(src)!r}], {str(root)!r}, workers=2)
     sys.stdout.write(f"{{report.kept}} {{[line.code for line in report.refusals]}}")
@@ -357,7 +363,7 @@ if __name__ == "__main__":
     script = root.with_name("deadly.py")
     script.write_text(code)
     answer = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert answer.stdout == "1 ['reader-died']"
+    assert answer.stdout == "1 ['worker-died']"
 
 
 def test_workers_that_cannot_start_are_not_the_scans_fault(paths):
@@ -459,4 +465,54 @@ def test_real_scans_and_their_masks_get_in(data, paths):
     assert (report.kept, report.refusals) == (2, ())
     store = Store.open(root)
     assert sum(record.has_labels for record in store) == 1
-    assert all(record.modality == "CT" and not record.provenance.notes[1:] for record in store)
+    assert all(record.modality == "CT" for record in store)
+    assert not [note for record in store for note in record.provenance.notes if "rounding" in note]
+
+
+def test_a_store_holds_scans_of_one_spacing(paths):
+    src, root = paths
+    scan(src / "a/ct.nii.gz")
+    coarse = IntakeConfig(spacing_mm=(8.0, 8.0, 8.0), keep_native=True)
+    assert take(src, store=root, config=coarse).kept == 1
+    (record,) = Store.open(root)
+    assert record.spacing_mm == (8.0, 8.0, 8.0)
+    assert Store.open(root).native(record.key).spacing_mm == pytest.approx(tuple(np.abs(np.diag(AFFINE)[:3])))
+    with pytest.raises(StoreError, match=r"at \[8.0, 8.0, 8.0\] mm"):
+        take(src, store=root)
+    with pytest.raises(StoreError, match="keeps every scan"):
+        take(src, store=root, config=IntakeConfig(spacing_mm=(4.0, 4.0, 4.0)))
+    assert take(src, store=root, config=coarse).skipped == 1
+
+
+@pytest.mark.slow
+def test_a_cluster_makes_the_same_store_also_when_a_node_is_killed_in_the_middle(paths):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'voxelstem[cluster]'")
+    from ray.cluster_utils import Cluster as Nodes
+
+    src, root = paths
+    for number in range(24):
+        scan(src / f"{number}/ct.nii.gz", seed=number, shape=(48, 48, 48))
+    (src / "broken.nii.gz").write_bytes(b"broken")
+    straight = root.with_name("straight")
+    take(src, store=straight)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        doomed, _ = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+
+        @contextmanager
+        def kill_in_the_middle(title, total):
+            def advance(amount=1, note=""):
+                advance.done += amount
+                if advance.done == 5:
+                    nodes.remove_node(doomed, allow_graceful=False)
+
+            advance.done = 0
+            yield advance
+
+        report = ingest([src], root, cluster=nodes.address, show=kill_in_the_middle)
+    finally:
+        nodes.shutdown()
+    assert (report.kept, [line.code for line in report.refusals]) == (24, ["corrupt"])
+    assert content(root) == content(straight)
+    assert take(src, store=root).skipped == 24

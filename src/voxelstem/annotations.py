@@ -1,4 +1,4 @@
-"""What experts said about scans in files of their own: masks and reports, matched by place or by subject."""
+"""What experts drew: masks in files of their own, each laid on the scan at its place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from jaxtyping import Float
 from voxelstem import geometry
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.sources import MASKS, iterate, read_labels, stem
-from voxelstem.store.labels import read_table
-from voxelstem.store.subjects import pseudonym
-from voxelstem.study import LabelMap, Report, Study, Volume
+from voxelstem.study import LabelMap, Study, Volume
 from voxelstem.table import closest
 
 LABELS_FILE = "labels.json"
@@ -54,6 +52,22 @@ class Masks:
             return self.classes
         wanted = self.annotated[max(fitting, key=len)]
         return {value: name for value, name in self.classes.items() if name in wanted}
+
+    def join(self, other: Masks) -> None:
+        """Take in the masks that lie among the scans in another program's layout; ours win where both name one.
+
+        Raises:
+            ConfigError: both name classes, and not the same.
+        """
+        if self.classes and other.classes and self.classes != other.classes:
+            raise ConfigError(
+                f"{LABELS_FILE} and the data set's own file name the classes differently",
+                hint=f"take --labels away, or make its {LABELS_FILE} say the same",
+            )
+        self.root = self.root if self.files else other.root
+        self.classes = self.classes or other.classes
+        self.by_scan = {**other.by_scan, **self.by_scan}
+        self.files |= other.files
 
     def unused(self) -> list[Path]:
         """Return the masks whose scan did not come by."""
@@ -205,82 +219,3 @@ def _apart_mm(volume: Volume, shape: tuple[int, ...], affine_ras: Float[np.ndarr
     corners = np.stack(np.meshgrid(*([0, edge - 1] for edge in shape), indexing="ij"), axis=-1).reshape(-1, 3)
     apart = geometry.voxel_to_patient(corners, affine_ras) - geometry.voxel_to_patient(corners, volume.affine_ras)
     return float(np.linalg.norm(apart, axis=1).max())
-
-
-@dataclass(kw_only=True, slots=True)
-class Reports:
-    """Report texts, and which of them found a scan."""
-
-    by_scan: dict[str, Report] = field(default_factory=dict)
-    by_subject: dict[str, Report] = field(default_factory=dict)
-    used: set[tuple[str, str]] = field(default_factory=set)
-
-    def find(self, relative: str, subject: str) -> Report | None:
-        """Return the report of a scan, by its path below SRC, else by its subject's pseudonym."""
-        for kind, texts, name in (
-            ("scan", self.by_scan, relative),
-            ("scan", self.by_scan, stem(relative)),
-            ("subject", self.by_subject, subject),
-        ):
-            if name in texts:
-                self.used.add((kind, name))
-                return texts[name]
-        return None
-
-    def unused(self) -> int:
-        """Count the reports whose scan did not come by."""
-        return len(self.by_scan) + len(self.by_subject) - len(self.used)
-
-
-def read_reports(path: Path, key: bytes) -> Reports:
-    """Read reports, one a line: a `.jsonl` file or a `.csv` file with these names.
-
-    `scan` (path below SRC) or `subject` says whose report it is; the text stands in `report`, or in `findings` and
-    `impression`. The text is kept as it is: it must not name the patient.
-
-    Raises:
-        ConfigError: no such file, or a row cannot be read; the message names the row.
-    """
-    rows = read_table(path, ()) if path.suffix.lower() == ".csv" else _read_lines(path)
-    reports = Reports()
-    for row, cells in rows:
-        text = _sections(cells)
-        if not text.text:
-            raise ConfigError(f"{path.name}: row {row} has no text in 'report', 'findings' or 'impression'", hint=_ROW)
-        if cells.get("scan"):
-            reports.by_scan[cells["scan"]] = text
-        elif cells.get("subject"):
-            reports.by_subject[pseudonym(cells["subject"], key)] = text
-        else:
-            raise ConfigError(f"{path.name}: row {row} does not say whose report it is", hint=_ROW)
-    return reports
-
-
-_ROW = 'a row is {"scan" or "subject": …, "report": …} as JSON, or the same names as columns of a CSV file'
-
-
-def _sections(cells: Mapping[str, str]) -> Report:
-    found, thought, whole = (cells.get(name, "").strip() for name in ("findings", "impression", "report"))
-    return Report(findings_text=found, impression_text=thought, rest_text=whole, language=cells.get("language", ""))
-
-
-def _read_lines(path: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file '{path.name}'", hint="check the path after --reports") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} cannot be read as UTF-8 text", hint=_ROW) from error
-    rows: list[tuple[int, dict[str, str]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            cells: Any = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path.name}: row {number} is not JSON", hint=_ROW) from error
-        if not isinstance(cells, dict):
-            raise ConfigError(f"{path.name}: row {number} is not a JSON object", hint=_ROW)
-        # Numbers as ids are common: 7 and "7" are one subject.
-        rows.append((number, {name: str(cell) for name, cell in cells.items() if isinstance(cell, str | int)}))
-    return rows

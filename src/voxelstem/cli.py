@@ -6,23 +6,21 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 all done, 2 w
 
 from __future__ import annotations
 
-import errno
-import json as jsonlib
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from voxelstem import __version__
 from voxelstem.config import overlay, parse_assignments, read_toml
-from voxelstem.errors import VoxelstemError
-
-DONE, WRONG, SOME_REFUSED, INTERRUPTED = 0, 2, 3, 130
+from voxelstem.errors import ConfigError, VoxelstemError
+from voxelstem.terminal import DONE, INTERRUPTED, SOME_REFUSED, answer, explain, listed, refused, tell, verdict
 
 app = App(
     name="voxelstem",
@@ -44,9 +42,9 @@ def run(words: Sequence[str]) -> int:
         code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()  # here, where a full disk can still be told in words
     except CycloptsError as error:
-        return _tell(str(error), "`voxelstem COMMAND --help` shows an example")
+        return tell(str(error), "`voxelstem COMMAND --help` shows an example")
     except VoxelstemError as error:
-        return _tell(error.problem, error.hint)
+        return tell(error.problem, error.hint)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return INTERRUPTED
@@ -55,57 +53,21 @@ def run(words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        return _tell(*_explain(error))
+        return tell(*explain(error))
     return code if isinstance(code, int) else DONE
 
 
-@runtime_checkable
-class _Refusal(Protocol):
-    """What a verb says of a scan that it did not take."""
-
-    @property
-    def relative(self) -> str: ...
-    @property
-    def code(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
-def _tell(problem: str, hint: str) -> int:
-    sys.stderr.write(f"error: {problem}\n" + (f"  hint: {hint}\n" if hint else ""))
-    return WRONG
-
-
-def _explain(error: OSError) -> tuple[str, str]:
-    name = f": '{Path(str(error.filename)).name}'" if error.filename else ""
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return "the disk is full", "free some space and run the same command again: what was finished is kept"
-        case errno.ENOENT:
-            return f"no such file or folder{name}", "check the path"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"no permission{name}", "check who may read and write there"
-        case _:
-            return f"{error.strerror or error}{name}".lower(), ""
-
-
-def _answer(data: Any, text: str, *, as_json: bool) -> None:
-    sys.stdout.write((jsonlib.dumps(data, indent=2, default=str) if as_json else text) + "\n")
-
-
-def _refused(refusals: Iterable[_Refusal]) -> list[str]:
-    return [f"refused ({line.code}) {line.relative}: {line.reason}" for line in refusals]
-
-
-def _listed(refusals: Iterable[_Refusal]) -> list[dict[str, str]]:
-    return [{"scan": line.relative, "code": line.code, "reason": line.reason} for line in refusals]
-
-
-def _verdict(through: int, refused: int, hint: str) -> int:
-    """The exit code of a command that takes many scans: all refused is refused input, not a job half done."""
-    if refused and not through:
-        return _tell("nothing got in: every scan was refused", hint)
-    return SOME_REFUSED if refused else DONE
+def _triple(text: str | None) -> tuple[float, float, float] | None:
+    """Read three lengths in mm."""
+    if text is None:
+        return None
+    try:
+        i, j, k = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"'{text}' is no spacing", hint="write three numbers, such as --spacing 1.5,1.5,3") from error
+    if not all(0 < edge < math.inf for edge in (i, j, k)):
+        raise ConfigError(f"'{text}' is no spacing: each number must be above 0", hint="such as --spacing 1.5,1.5,3")
+    return i, j, k
 
 
 def samples(*, out: Path = Path("samples"), json: bool = False) -> int:
@@ -122,7 +84,7 @@ def samples(*, out: Path = Path("samples"), json: bool = False) -> int:
     from voxelstem import samples as verb
 
     found = verb.fetch(out)
-    _answer(asdict(found), f"scans: {found.scans}\nlabels: {found.labels}\nmr: {found.mr}", as_json=json)
+    answer(asdict(found), f"scans: {found.scans}\nlabels: {found.labels}\nmr: {found.mr}", as_json=json)
     return DONE
 
 
@@ -141,8 +103,22 @@ def demo(*, out: Path = Path("demo"), quick: bool = False, data: Path | None = N
     from voxelstem import demo as verb
 
     page = verb.run(out, quick=quick, data=data)
-    _answer({"report": str(page)}, str(page), as_json=False)
+    answer({"report": str(page)}, str(page), as_json=False)
     return DONE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What is done with every scan."""
+
+    modality: Literal["CT", "MR"] | None = None
+    """Keep scans of this modality only; refuse all others."""
+    spacing: str | None = None
+    """Resample every scan to this spacing in mm along right, anterior and superior, such as 1.5,1.5,3."""
+    keep_native: bool = False
+    """Keep each scan as it was beside the resampled one."""
+    repair: bool = False
+    """Resample gantry tilt and uneven slices instead of refusing them; the provenance says what was done."""
 
 
 def ingest(
@@ -153,7 +129,8 @@ def ingest(
     workers: int = 1,
     labels: Path | None = None,
     reports: Path | None = None,
-    modality: Literal["CT", "MR"] | None = None,
+    cluster: str | None = None,
+    how: Annotated[Reading | None, Parameter(name="*")] = None,
     json: bool = False,
 ) -> int:
     """Read scans, check them and keep them in a store; what is refused stands in the store's ledger.
@@ -167,26 +144,36 @@ def ingest(
         store: Folder of the store; made when it is not there, added to when it is.
         workers: Processes that read scans side by side.
         labels: Folder of masks with the scans' relative paths; its labels.json names classes and what was looked for.
-        reports: File with the reports' texts, .jsonl or .csv.
-        modality: Keep scans of this modality only; refuse all others.
+        reports: File with the reports' texts, .jsonl, .csv or .xlsx; the columns of CT-RATE and Merlin are known.
+        cluster: Address of a Ray cluster that reads in place of the workers, such as head:6379.
+        how: What is done with every scan.
         json: Answer in JSON.
     """
     from voxelstem import ingest as verb
+    from voxelstem.intake import IntakeConfig
 
-    outcome = verb.ingest(sources, store, workers=workers, labels=labels, reports=reports, modality=modality)
+    how = how or Reading()
+    if how.keep_native and how.spacing is None:
+        raise ConfigError("--keep-native keeps the scan beside the resampled one", hint="add --spacing a,b,c")
+    config = IntakeConfig(
+        modality=how.modality, spacing_mm=_triple(how.spacing), keep_native=how.keep_native, repair=how.repair
+    )
+    outcome = verb.ingest(
+        sources, store, workers=workers, cluster=cluster, labels=labels, reports=reports, config=config
+    )
     facts = {name: value for name, value in asdict(outcome).items() if name != "refusals"}
-    facts["refusals"] = _listed(outcome.refusals)
-    lines = _refused(outcome.refusals)
+    facts["refusals"] = listed(outcome.refusals)
+    lines = refused(outcome.refusals)
     lines += [f"{outcome.kept} kept, {outcome.skipped} there already, {outcome.refused} refused"]
     if outcome.reports_unused:
         lines += [f"reports unused: {outcome.reports_unused} (their scans were not among the sources)"]
     lines += [f"{outcome.subjects} subjects in {store}"]
-    _answer(facts, "\n".join(lines), as_json=json)
-    return _verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")
+    answer(facts, "\n".join(lines), as_json=json)
+    return verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")
 
 
-def show(path: Path, /, *, json: bool = False) -> int:
-    """Explain a scan, a store, a run, weights or a report.
+def show(path: Path, /, *, verify: bool = False, against: Path | None = None, json: bool = False) -> int:
+    """Explain a scan, a store, a run, weights or a report; or say what two stores share.
 
     For example:
 
@@ -194,13 +181,67 @@ def show(path: Path, /, *, json: bool = False) -> int:
 
     Args:
         path: What to explain.
+        verify: Compare every voxel of a store with its checksum, however large the store is.
+        against: Another store, or a label file: lists subjects, acquisitions and copies that both hold. The same store
+            again compares its training, validation and test parts.
         json: Answer in JSON.
     """
+    if against is not None:
+        from voxelstem.store import leakage
+        from voxelstem.store.subjects import site_key
+
+        found = leakage.leakage(path, against, site_key())
+        answer(found.facts(), leakage.describe(found), as_json=json)
+        return SOME_REFUSED if found.found else DONE
     from voxelstem import show as verb
 
-    facts = verb.show(path)
-    _answer(facts, verb.describe(facts), as_json=json)
-    return DONE
+    facts = verb.show(path, verify=verify)
+    answer(facts, verb.describe(facts), as_json=json)
+    return SOME_REFUSED if facts.get("damaged") else DONE
+
+
+def export(
+    layout: Literal["nifti", "nnunet", "nnunet-b2nd", "nnssl", "tiles"],
+    /,
+    *,
+    store: Path,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Write a store for other programs, or its scans as raw tiles for reading straight to a GPU.
+
+    For example:
+
+        voxelstem export nifti --store store --out exported
+
+    Args:
+        layout: `nifti` (one .nii.gz a scan, labels beside), `nnunet` (its raw dataset), `nnunet-b2nd` and `nnssl`
+            (their preprocessed folders), or `tiles` (kept inside the store).
+        store: Folder of the store.
+        out: Folder that receives the files; not for tiles.
+        json: Answer in JSON.
+    """
+    from voxelstem import exchange
+    from voxelstem.store import Store
+    from voxelstem.store.tiles import write_all
+
+    opened = Store.open(store)
+    if layout == "tiles":
+        size = write_all(opened)
+        answer({"bytes": size}, f"{size / 1e6:.1f} MB of tiles in {store}", as_json=json)
+        return DONE
+    if out is None:
+        raise ConfigError(f"export {layout} needs a folder", hint="add --out DIR")
+    match layout:
+        case "nifti":
+            done = exchange.export_nifti(opened, out)
+        case "nnunet":
+            done = exchange.export_nnunet(opened, out)
+        case _:
+            done = exchange.export_b2nd(opened, out, layout="nnssl" if layout == "nnssl" else "nnunet")
+    left = f", {done.left_out} left out: the format has no place for them" if done.left_out else ""
+    answer(asdict(done), f"{done.kept} scans in {out}{left}", as_json=json)
+    return SOME_REFUSED if done.left_out else DONE
 
 
 def pretrain(
@@ -235,10 +276,10 @@ def pretrain(
     resolved = overlay(recipes.named(recipe), changes)
     if dry_run:
         cost = verb.estimate(resolved, store=store)
-        _answer(cost, "\n".join(f"{name}: {value}" for name, value in cost.items()), as_json=json)
+        answer(cost, "\n".join(f"{name}: {value}" for name, value in cost.items()), as_json=json)
         return DONE
     verb.run(resolved, store=store, out=out)
-    _answer({"weights": str(out / "weights")}, str(out / "weights"), as_json=json)
+    answer({"weights": str(out / "weights")}, str(out / "weights"), as_json=json)
     return DONE
 
 
@@ -270,10 +311,10 @@ def embed(
 
     outcome = verb.run(sources, weights=weights, out=out, precision=precision, tokens=tokens)
     facts = {"kept": outcome.kept, "skipped": outcome.skipped, "refused": outcome.refused, "out": str(out)}
-    facts |= {"refusals": _listed(outcome.refusals)}
-    text = "\n".join([*_refused(outcome.refusals), f"{outcome.kept} embedded, {outcome.refused} refused, in {out}"])
-    _answer(facts, text, as_json=json)
-    return _verdict(outcome.kept, outcome.refused, "give scans of the weights' modality that `voxelstem show` can read")
+    facts |= {"refusals": listed(outcome.refusals)}
+    text = "\n".join([*refused(outcome.refusals), f"{outcome.kept} embedded, {outcome.refused} refused, in {out}"])
+    answer(facts, text, as_json=json)
+    return verdict(outcome.kept, outcome.refused, "give scans of the weights' modality that `voxelstem show` can read")
 
 
 def adapt(
@@ -310,7 +351,7 @@ def adapt(
     done = verb.run(
         weights=weights, store=store, labels=labels, task=task, mode=mode, out=out, budget=budget, settings=changes
     )
-    _answer({"run": str(done)}, str(done), as_json=False)
+    answer({"run": str(done)}, str(done), as_json=False)
     return DONE
 
 
@@ -332,10 +373,10 @@ def evaluate(runs: list[Path], /, *, store: Path, labels: Path, out: Path, json:
 
     found = verb.run(runs, store=store, labels=labels, out=out)
     page = str(out / "index.html")
-    _answer(found.facts() | {"report": page}, page, as_json=json)
+    answer(found.facts() | {"report": page}, page, as_json=json)
     return DONE
 
 
 # In the order of the journey, which is also the order of --help.
-for _place, _command in enumerate((samples, demo, ingest, show, pretrain, embed, adapt, evaluate)):
+for _place, _command in enumerate((samples, demo, ingest, show, export, pretrain, embed, adapt, evaluate)):
     app.command(_command, sort_key=_place)

@@ -27,6 +27,7 @@ from voxelstem.embed import embed_volume_cached, write_whole
 from voxelstem.engine.journal import read_journal
 from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.ingest import IngestReport, ingest
+from voxelstem.intake import IntakeConfig
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
 from voxelstem.progress import Advance, progress
@@ -38,6 +39,7 @@ from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.tasks.segment import Segment, compare
 
 ORGANS = ("lung_left", "lung_right", "liver", "spleen", "kidney_left", "kidney_right", "spine", "heart")
+ONLY_CT = IntakeConfig(modality="CT")
 MANY_ORGANS = ("ts_abdomen", "ts_upper_abdomen")
 """The two real scans with many labelled organs."""
 PUBLIC_KEY = hashlib.sha256(b"voxelstem demo 205").digest()
@@ -156,7 +158,7 @@ def gather(out: Path, size: Size, data: Path | None) -> Gathered:
         configs = (PhantomConfig(seed=seed) for seed in range(size.phantoms))
         files = phantom_files(out / "phantoms", _counted(configs, advance))
     store, remarks = out / "store", []
-    reports = [ingest([files.scans], store, labels=files.labels, reports=files.reports, modality="CT")]
+    reports = [ingest([files.scans], store, labels=files.labels, reports=files.reports, config=ONLY_CT)]
     try:
         found = samples.fetch(out / "samples") if data is None else samples.there(data)
     except VoxelstemError as error:
@@ -166,11 +168,11 @@ def gather(out: Path, size: Size, data: Path | None) -> Gathered:
         return Gathered(store=store, real=None, files=files, reports=tuple(reports), remarks=tuple(remarks))
     # The MR goes along on purpose: a store for CT refuses it, and the ledger says so. Here the real scans have no
     # labels, so that the table over phantom subjects stays one of phantoms.
-    reports.append(ingest([found.scans, found.mr], store, modality="CT"))
+    reports.append(ingest([found.scans, found.mr], store, config=ONLY_CT))
     real = out / "real"
     if not real.exists():
         Store.create(real, fractions=Fractions(train=0.0, validation=0.0, test=1.0))
-    reports.append(ingest([found.scans], real, labels=found.labels, modality="CT"))
+    reports.append(ingest([found.scans], real, labels=found.labels, config=ONLY_CT))
     return Gathered(store=store, real=real, files=files, reports=tuple(reports), remarks=tuple(remarks))
 
 

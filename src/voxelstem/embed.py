@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from voxelstem.errors import ConfigError, IngestError, StoreError
+from voxelstem.intake import scrub
 from voxelstem.model import Embedding, Model, load
 from voxelstem.progress import progress
-from voxelstem.sources import Source, iterate
+from voxelstem.sources import Source, ct_rate, iterate
 from voxelstem.store import Store
+from voxelstem.store.encoding import encode
 from voxelstem.store.subjects import pseudonym, site_key, source_name
-from voxelstem.store.writer import encode
 from voxelstem.study import Study
 
 COLUMNS = ("source", "key", "subject", "modality", "coverage", "weights", "code")
@@ -76,7 +77,8 @@ def run(
                     rows.append({"source": name, "subject": pseudonym(study.subject, key), "code": "", **row})
                     skipped += known
                 except (IngestError, ConfigError, MemoryError, ValueError) as error:
-                    code, reason = _why(error)
+                    code, problem = _why(error)
+                    reason = scrub(problem, source.path, source)
                     rows.append({"source": name, "code": code})
                     refusals.append(Refused(relative=source.relative, code=code, reason=reason))
                 advance()
@@ -150,13 +152,13 @@ def _read(path: Path) -> Embedding | None:
 def _read_source(source: Source, modality: str) -> Study:
     """Read a scan and keep its one volume of the wanted modality."""
     try:
-        study = source.read()
+        study = ct_rate.annotate(source.read(), source.relative, None)
     except OSError as error:  # told apart here from an `out` that cannot be written
         raise IngestError(f"it cannot be read: {error.strerror}", code="unreadable") from error
     wanted = tuple(volume for volume in study.volumes if volume.modality == modality)
     if len(wanted) != 1:
         seen = ", ".join(volume.modality for volume in study.volumes)
-        raise IngestError(f"{source.relative}: one {modality} volume is wanted, it holds {seen}", code="wrong-modality")
+        raise IngestError(f"one {modality} volume is wanted, it holds {seen}", code="wrong-modality")
     return replace(study, volumes=wanted)
 
 

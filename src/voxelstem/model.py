@@ -16,6 +16,7 @@ from voxelstem.backbones import BACKBONES
 from voxelstem.card import Card, read_card, read_tensors
 from voxelstem.config import overlay
 from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.resampling import grid_affine, grid_coordinates, resampled_count
 from voxelstem.study import InputSpec, Study, Volume
 from voxelstem.views import resample
 from voxelstem.views.intensity import window
@@ -108,17 +109,18 @@ class Model:
 
     def _at_spacing(self, volume: Volume) -> tuple[np.ndarray, Tensor]:
         """The scan at the spec's spacing and the affine of that grid; both begin at the same low corner."""
-        coordinates, affine = [], volume.affine_ras.astype(np.float64).copy()
-        for axis, (size, have, want) in enumerate(
-            zip(volume.shape_ijk, volume.spacing_mm, self.spec.spacing_mm, strict=True)
-        ):
-            count = resample.resampled_count(size, have, want)
-            coordinates.append(resample.grid_coordinates(count, start=0.0, step=want / have))
-            affine[:3, axis] *= want / have
-            affine[:3, 3] += volume.affine_ras[:3, axis] * coordinates[-1][0]
+        steps = [want / have for have, want in zip(volume.spacing_mm, self.spec.spacing_mm, strict=True)]
+        coordinates = [
+            grid_coordinates(resampled_count(size, have, want), start=0.0, step=step)
+            for size, have, want, step in zip(
+                volume.shape_ijk, volume.spacing_mm, self.spec.spacing_mm, steps, strict=True
+            )
+        ]
+        step_ijk = (steps[0], steps[1], steps[2])
         array = torch.from_numpy(np.ascontiguousarray(volume.array, dtype=np.float32))
         picked = (coordinates[0], coordinates[1], coordinates[2])
-        return affine, resample.sample(array, picked, outside=self.spec.low_hu)
+        sampled = resample.sample(array, picked, step_ijk=step_ijk, outside=self.spec.low_hu)
+        return grid_affine(volume.affine_ras, step_ijk), sampled
 
     def _tokens_affine(self, grid_ras: np.ndarray, tiling: Tiling) -> np.ndarray:
         affine = grid_ras.copy()

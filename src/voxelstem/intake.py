@@ -1,0 +1,165 @@
+"""One scan's way into the store: read, check, lay its mask, resample, take identities away, encode.
+
+The same function for every scan, whichever process or machine it runs in; `ingest` hands out the tasks and writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import zipfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from voxelstem.annotations import lay_mask
+from voxelstem.deidentify import deidentify
+from voxelstem.errors import IngestError
+from voxelstem.sources import Source, bids, ct_rate
+from voxelstem.sources.bids import Bids
+from voxelstem.store.encoding import Encoded, EncodedStudy, encode
+from voxelstem.store.spacing import resample_volume
+from voxelstem.study import Study, Volume
+
+SHORTEST_NAME = 4
+"""Names shorter than this are only removed from a message where it quotes them: a folder may be called `1`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntakeConfig:
+    """What is done with every scan of an ingest."""
+
+    modality: str | None = None
+    """`CT` or `MR` refuses all others."""
+    spacing_mm: tuple[float, float, float] | None = None
+    """Resample every scan to this spacing (along R, A, S); as it is if none."""
+    keep_native: bool = False
+    """Keep the scan as it was beside the resampled one."""
+    repair: bool = False
+    """Resample gantry tilt and uneven slices instead of refusing them."""
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: a spacing without extent, or a native scan to keep where nothing is resampled.
+        """
+        if self.spacing_mm is not None and not all(0 < edge < math.inf for edge in self.spacing_mm):
+            raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
+        if self.keep_native and self.spacing_mm is None:
+            raise ValueError("keep_native needs a spacing_mm: without one the scan is kept as it is")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One source to be read, maybe on another machine."""
+
+    source: Source
+    name: str
+    """The ledger's name for it."""
+    known: str = ""
+    """Its fingerprint when it got in before; empty if it did not."""
+    mask: Path | None = None
+    classes: dict[int, str] = field(default_factory=dict)
+    dataset: int = 0
+    """Which of the intake's datasets it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of a task: a study, or why there is none. Holds nobody's name."""
+
+    fingerprint: str = ""
+    study: EncodedStudy | None = None
+    code: str = ""
+    reason: str = ""
+    mask_code: str = ""
+    mask_reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intake:
+    """Reads and encodes one source; whatever is wrong with it becomes the outcome's code and reason."""
+
+    key: bytes = field(repr=False)
+    config: IntakeConfig = field(default_factory=IntakeConfig)
+    datasets: tuple[Bids | None, ...] = (None,)
+    """What each of the folders to ingest says about its scans in tables, where it is BIDS."""
+
+    def __call__(self, task: Task) -> Outcome:
+        """Take one source in."""
+        try:
+            fingerprint = self._fingerprint(task)
+            if task.known == fingerprint:
+                return Outcome(fingerprint=fingerprint)
+            return self._encode(task, fingerprint)
+        except IngestError as error:
+            return Outcome(code=error.code, reason=scrub(error.problem, task.source.path, task.source))
+        except MemoryError:
+            return Outcome(code="too-large", reason="there is not enough memory to read it")
+        except OSError as error:
+            return Outcome(code="unreadable", reason=f"it cannot be read: {error.strerror}")
+        except ValueError as error:
+            return Outcome(code="unreadable", reason=scrub(str(error), task.source.path, task.source))
+
+    def _fingerprint(self, task: Task) -> str:
+        """Digest every byte that decides what gets into the store, file by file, and what is done with it."""
+        total = hashlib.sha256(repr(self.config).encode())
+        total.update(repr(bids.said(task.source.relative, self.datasets[task.dataset])).encode())
+        total.update(repr(sorted(task.classes.items())).encode() if task.mask else b"")
+        for file in [*task.source.all_files(), *([task.mask] if task.mask else [])]:
+            with file.open("rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+        return total.hexdigest()
+
+    def _encode(self, task: Task, fingerprint: str) -> Outcome:
+        study = _choose(task.source.read(repair=self.config.repair), self.config.modality)
+        for source in (bids, ct_rate):
+            study = source.annotate(study, task.source.relative, self.datasets[task.dataset])
+        mask_code = mask_reason = ""
+        if task.mask:
+            try:
+                study = lay_mask(study, task.mask, task.classes)
+            except IngestError as error:
+                mask_code, mask_reason = error.code, scrub(error.problem, task.mask)
+        study = deidentify(study, self.key)
+        encoded = EncodedStudy(
+            subject=study.subject,
+            volumes=tuple(self._fit(volume) for volume in study.volumes),
+            report=study.report,
+            labels=study.labels,
+        )
+        return Outcome(fingerprint=fingerprint, study=encoded, mask_code=mask_code, mask_reason=mask_reason)
+
+    def _fit(self, volume: Volume) -> Encoded:
+        """Bring a volume to the wanted spacing and into the form in which it is stored."""
+        if self.config.spacing_mm is None:
+            return encode(volume)
+        fitted = resample_volume(volume, self.config.spacing_mm)
+        keep = self.config.keep_native and fitted is not volume
+        return replace(encode(fitted), native=encode(volume) if keep else None)
+
+
+def _choose(study: Study, modality: str | None) -> Study:
+    volumes = tuple(volume for volume in study.volumes if modality in (None, volume.modality))
+    if not volumes:
+        seen = " and ".join(sorted({volume.modality for volume in study.volumes})) or "nothing"
+        raise IngestError(f"it holds {seen}, and {modality} is wanted", code="wrong-modality")
+    return replace(study, volumes=volumes)
+
+
+def scrub(message: str, path: Path, source: Source | None = None) -> str:
+    """Take out of a message every name that may be a person's: of files, of folders, of members of a zip."""
+    names = {str(path), str(path.resolve()), path.name, path.stem, path.name.split(".")[0]}
+    if source is not None:
+        names |= {source.subject, source.relative, *source.relative.split("/"), *(file.name for file in source.files)}
+    if path.is_dir():
+        names |= {entry.name for entry in path.iterdir()}
+    elif path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            names |= {Path(member).name for member in packed.namelist()}
+    for name in sorted(filter(None, names), key=len, reverse=True):
+        message = message.replace(f"'{name}'", "the file")
+        if len(name) >= SHORTEST_NAME:
+            message = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "the file", message)
+    return message

@@ -1,0 +1,269 @@
+"""Reports in a file of their own (`.csv`, `.xlsx` or `.jsonl`): whose they are, and their sections."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from voxelstem.errors import ConfigError
+from voxelstem.sources import stem
+from voxelstem.store.labels import read_table
+from voxelstem.store.subjects import pseudonym
+from voxelstem.study import Report
+
+MOST_BYTES = 2 * 2**30
+"""What a workbook may unpack to; 250,000 reports of 4,000 letters are half of it."""
+Rows = Iterable[tuple[int, dict[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Which columns of a file say what. A text in several columns is joined in this order."""
+
+    name: str
+    scan: tuple[str, ...] = ()
+    """Columns with the scan's path below SRC, or the name of its file."""
+    subject: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    impression: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    """Columns with a text whose sections stand under headings."""
+    language: str = ""
+
+    def fits(self, columns: Iterable[str]) -> bool:
+        """Whether a file with these columns has this layout."""
+        known = set(columns)
+        said = {*self.findings, *self.impression, *self.whole}
+        return bool(known & {*self.scan, *self.subject}) and bool(known & said)
+
+
+LAYOUTS = (
+    Layout(
+        name="CT-RATE",
+        scan=("VolumeName",),
+        findings=("Findings_EN",),
+        impression=("Impressions_EN",),
+        rest=("ClinicalInformation_EN", "Technique_EN"),
+        language="en",
+    ),
+    # Its column of findings holds the whole report, with headings. The `_EN` columns are those of its derivatives.
+    Layout(
+        name="Merlin",
+        scan=("study id",),
+        findings=("Findings_EN",),
+        impression=("Impressions_EN",),
+        whole=("Findings",),
+        language="en",
+    ),
+    Layout(
+        name="voxelstem",
+        scan=("scan",),
+        subject=("subject",),
+        findings=("findings",),
+        impression=("impression",),
+        rest=("rest",),
+        whole=("report",),
+    ),
+)
+"""Known by their columns; the first that fits is taken."""
+
+# Headings as radiologists write them, in the four languages that the sections are known in.
+HEADINGS = {
+    "findings_text": ("findings", "finding", "befund", "befunde", "bevindingen", "verslag", "résultats", "resultats"),
+    "impression_text": (
+        *("impression", "impressions", "conclusion", "conclusions", "opinion", "summary"),
+        *("beurteilung", "zusammenfassung", "conclusie", "synthèse"),
+    ),
+    "rest_text": (
+        *("history", "clinical history", "clinical information", "indication", "technique", "comparison", "procedure"),
+        *("anamnese", "klinische angaben", "fragestellung", "technik", "vergleich", "klinische gegevens", "techniek"),
+        *("renseignements cliniques", "comparaison", "exam", "examination", "study"),
+    ),
+}
+_SECTION = {heading: section for section, headings in HEADINGS.items() for heading in headings}
+_HEADING = re.compile(
+    rf"(?:^|(?<=[\n.;]))[ \t]*({'|'.join(sorted(map(re.escape, _SECTION), key=len, reverse=True))})[ \t]*:",
+    re.IGNORECASE,
+)
+
+
+def sections(text: str) -> Report:
+    """Part a report at its headings, which stand at the start of a line or sentence and end with a colon.
+
+    Text before the first heading, and under headings that are neither findings nor impression, is the rest.
+    """
+    marks = list(_HEADING.finditer(text))
+    parts: dict[str, list[str]] = {name: [] for name in HEADINGS}
+    parts["rest_text"].append(text[: marks[0].start() if marks else len(text)].strip())
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, end in zip(marks, ends, strict=False):
+        section = _SECTION[mark.group(1).lower()]
+        said = text[mark.end() : end].strip()
+        parts[section].append(f"{mark.group(1)}: {said}" if section == "rest_text" and said else said)
+    joined = {name: "\n".join(filter(None, said)) for name, said in parts.items()}
+    return Report(**joined)
+
+
+@dataclass(kw_only=True, slots=True)
+class Reports:
+    """Reports, and which of them found a scan."""
+
+    by_scan: dict[str, Report] = field(default_factory=dict)
+    """By path below SRC, or by the name of the scan's file."""
+    by_subject: dict[str, Report] = field(default_factory=dict)
+    used: set[tuple[str, str]] = field(default_factory=set)
+
+    def find(self, relative: str, subject: str) -> Report | None:
+        """Return the report of a scan: by its path below SRC, by its file's name, else by its subject's pseudonym."""
+        name = relative.rpartition("/")[2]
+        places = dict.fromkeys((relative, stem(relative), name, stem(name)))
+        for kind, texts, place in (
+            *(("scan", self.by_scan, place) for place in places),
+            ("subject", self.by_subject, subject),
+        ):
+            if place in texts:
+                self.used.add((kind, place))
+                return texts[place]
+        return None
+
+    def unused(self) -> int:
+        """Count the reports whose scan did not come by."""
+        return len(self.by_scan) + len(self.by_subject) - len(self.used)
+
+
+def read_reports(path: Path, key: bytes) -> Reports:
+    """Read reports, one a row, from a `.csv`, `.xlsx` or `.jsonl` file.
+
+    Known by their columns are CT-RATE's and Merlin's files, and ours: `scan` (path below SRC, or the file's name) or
+    `subject` says whose report it is; the text stands in `report`, which is parted at its headings, or in `findings`,
+    `impression` and `rest`; `language` is kept. The text is kept as it is: it must not name the patient.
+
+    Raises:
+        ConfigError: no such file, or a row cannot be read; the message names the row.
+    """
+    reports = Reports()
+    layout: Layout | None = None
+    for row, cells in _rows(path):
+        # One layout a table; the lines of a .jsonl may differ, so a line that lacks its columns is asked again.
+        if layout is None or not layout.fits(cells):
+            layout = _layout(path.name, row, cells)
+        report = _report(layout, cells)
+        if not report.text:
+            raise ConfigError(f"{path.name}: row {row} has no text in {_named(layout)}", hint=_ROW)
+        scan, subject = _first(layout.scan, cells), _first(layout.subject, cells)
+        if scan:
+            reports.by_scan[scan] = report
+        elif subject:
+            reports.by_subject[pseudonym(subject, key)] = report
+        else:
+            raise ConfigError(f"{path.name}: row {row} does not say whose report it is", hint=_ROW)
+    return reports
+
+
+_ROW = (
+    'a row is {"scan" or "subject": …, "report": …} or {…, "findings": …, "impression": …} as JSON, the same names as '
+    "columns of a table, or CT-RATE's or Merlin's columns"
+)
+
+
+def _rows(path: Path) -> Rows:
+    match path.suffix.lower():
+        case ".csv":
+            return read_table(path, ())
+        case ".xlsx":
+            return _read_workbook(path)
+        case _:
+            return _read_lines(path)
+
+
+def _layout(name: str, row: int, columns: Mapping[str, str]) -> Layout:
+    for layout in LAYOUTS:
+        if layout.fits(columns):
+            return layout
+    ours = LAYOUTS[-1]
+    whose = set(columns) & {column for layout in LAYOUTS for column in (*layout.scan, *layout.subject)}
+    lacks = f"has no text in {_named(ours)}" if whose else "does not say whose report it is"
+    raise ConfigError(f"{name}: row {row} {lacks}", hint=_ROW)
+
+
+def _named(layout: Layout) -> str:
+    columns = [f"'{column}'" for column in (*layout.whole, *layout.findings, *layout.impression)]
+    return ", ".join(columns[:-1]) + f" or {columns[-1]}"
+
+
+def _first(columns: Iterable[str], cells: Mapping[str, str]) -> str:
+    return next((cells[column].strip() for column in columns if cells.get(column, "").strip()), "")
+
+
+def _join(columns: Iterable[str], cells: Mapping[str, str]) -> list[str]:
+    return [cells[column].strip() for column in columns if cells.get(column, "").strip()]
+
+
+def _report(layout: Layout, cells: Mapping[str, str]) -> Report:
+    """Sections that have a column of their own win over those found in the whole text."""
+    own_findings, own_impression = _join(layout.findings, cells), _join(layout.impression, cells)
+    whole = sections("\n".join([] if own_findings and own_impression else _join(layout.whole, cells)))
+    # A column called findings that has no headings holds findings, not the rest.
+    bare = layout.name == "Merlin" and not (whole.findings_text or whole.impression_text)
+    return Report(
+        findings_text="\n".join(own_findings) or (whole.rest_text if bare else whole.findings_text),
+        impression_text="\n".join(own_impression) or whole.impression_text,
+        rest_text="\n".join(filter(None, [*_join(layout.rest, cells), "" if bare else whole.rest_text])),
+        language=cells.get("language", "").strip().lower() or layout.language,
+    )
+
+
+def _read_lines(path: Path) -> Rows:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file '{path.name}'", hint="check the path after --reports") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} cannot be read as UTF-8 text", hint=_ROW) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            cells: Any = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path.name}: row {number} is not JSON", hint=_ROW) from error
+        if not isinstance(cells, dict):
+            raise ConfigError(f"{path.name}: row {number} is not a JSON object", hint=_ROW)
+        # Numbers as ids are common: 7 and "7" are one subject.
+        yield number, {name: str(cell) for name, cell in cells.items() if isinstance(cell, str | int)}
+
+
+def _read_workbook(path: Path) -> Rows:
+    """The first sheet of a workbook, whose first row names the columns."""
+    try:
+        import openpyxl
+        from openpyxl.utils.exceptions import InvalidFileException
+    except ImportError as error:
+        raise ConfigError(
+            f"{path.name}: reading .xlsx needs openpyxl", hint="pip install 'voxelstem[reports]', or save it as CSV"
+        ) from error
+    if not path.is_file():
+        raise ConfigError(f"there is no file '{path.name}'", hint="check the path after --reports")
+    try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        if size > MOST_BYTES:
+            raise ConfigError(
+                f"{path.name} declares {size / 2**30:.1f} GiB; at most {MOST_BYTES / 2**30:g} are read",
+                hint="save it as CSV",
+            )
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
+        rows = book.worksheets[0].iter_rows(values_only=True)
+        names = ["" if name is None else str(name).strip() for name in next(rows, ())]
+        for number, cells in enumerate(rows, start=2):
+            told = {name: "" if cell is None else str(cell) for name, cell in zip(names, cells, strict=False) if name}
+            if any(cell.strip() for cell in told.values()):
+                yield number, told
+    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile, InvalidFileException) as error:
+        raise ConfigError(f"{path.name} cannot be read as a workbook", hint="save it as .xlsx or .csv again") from error

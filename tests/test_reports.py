@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+
+import pytest
+from openpyxl import Workbook
+
+from voxelstem import reports as verb
+from voxelstem.errors import ConfigError
+from voxelstem.reports import read_reports, sections
+from voxelstem.store.subjects import pseudonym
+from voxelstem.study import Report
+
+KEY = bytes(32)
+
+
+def test_reports_are_found_by_scan_before_subject(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    rows = [
+        {"subject": 7, "findings": "Liver: clear.", "impression": "Normal."},
+        {"scan": "a/ct.nii.gz", "report": "A cyst."},
+        {"subject": "stranger", "report": "?"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    reports = read_reports(path, KEY)
+    seven = pseudonym("7", KEY)
+    assert reports.find("b/ct.nii.gz", seven).text == "Findings: Liver: clear.\nImpression: Normal."
+    assert reports.find("a/ct.nii.gz", seven).text == "A cyst."
+    assert reports.find("c/ct.nii.gz", "s0") is None
+    assert reports.unused() == 1
+
+
+def test_reports_come_as_csv_too(tmp_path):
+    path = tmp_path / "reports.csv"
+    path.write_text('scan,report\na/ct,"A cyst, 2 cm."\n')
+    assert read_reports(path, KEY).find("a/ct.nii.gz", "s0").text == "A cyst, 2 cm."
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"subject": "Miller"}', "row 1 has no text"),
+        ('\n{"report": "Miller"}', "row 2 does not say whose"),
+        ("Miller", "row 1 is not JSON"),
+        ('["Miller"]', "row 1 is not a JSON object"),
+    ],
+)
+def test_a_row_of_another_shape_is_named_by_its_number(tmp_path, text, said):
+    path = tmp_path / "reports.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_reports(path, KEY)
+    assert "Miller" not in str(caught.value)
+
+
+def test_absent_reports_are_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file 'reports\.jsonl'"):
+        read_reports(tmp_path / "reports.jsonl", KEY)
+
+
+CT_RATE = {
+    "VolumeName": "train_1_a_1.nii.gz",
+    "ClinicalInformation_EN": "Cough.",
+    "Technique_EN": "Without contrast.",
+    "Findings_EN": "Nodule of 4 mm.",
+    "Impressions_EN": "Follow up.",
+}
+MERLIN = {
+    "study id": "AC4213",
+    "Findings": "TECHNIQUE: Portal phase.\nFINDINGS: Liver: smooth. Spleen: large.\nIMPRESSION:\n1. Splenomegaly.",
+    "Split": "train",
+}
+
+
+def write_csv(path, *rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def write_xlsx(path, *rows):
+    book = Workbook()
+    book.active.append(list(rows[0]))
+    for row in rows:
+        book.active.append(list(row.values()))
+    book.save(path)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_csv, write_xlsx])
+def test_the_columns_of_ct_rate_are_known_by_name(tmp_path, write):
+    path = write(tmp_path / f"reports.{write.__name__[6:]}", CT_RATE)
+    found = read_reports(path, KEY).find("train_1/train_1_a/train_1_a_1.nii.gz", "s0")
+    assert found == Report(
+        findings_text="Nodule of 4 mm.",
+        impression_text="Follow up.",
+        rest_text="Cough.\nWithout contrast.",
+        language="en",
+    )
+
+
+@pytest.mark.parametrize("write", [write_csv, write_xlsx])
+def test_merlins_whole_report_is_parted_at_its_headings(tmp_path, write):
+    path = write(tmp_path / f"reports.{write.__name__[6:]}", MERLIN, {**MERLIN, "study id": 7})
+    reports = read_reports(path, KEY)
+    assert reports.find("merlin_data/AC4213.nii.gz", "s0") == Report(
+        findings_text="Liver: smooth. Spleen: large.",
+        impression_text="1. Splenomegaly.",
+        rest_text="TECHNIQUE: Portal phase.",
+        language="en",
+    )
+    assert reports.find("merlin_data/7.nii.gz", "s0") is not None
+
+
+def test_merlins_findings_without_headings_are_findings(tmp_path):
+    path = write_csv(tmp_path / "reports.csv", {**MERLIN, "Findings": "Liver: smooth."})
+    assert read_reports(path, KEY).find("AC4213.nii.gz", "s0").findings_text == "Liver: smooth."
+
+
+@pytest.mark.parametrize(
+    ("text", "rest", "findings", "impression"),
+    [
+        ("All clear.", "All clear.", "", ""),
+        ("Findings: clear. Impression: normal.", "", "clear.", "normal."),
+        ("CT chest.\nBefund: frei.\nBeurteilung: normal.", "CT chest.", "frei.", "normal."),
+        ("Technique : sans.\nRésultats : normal.\nConclusion : rien.", "Technique: sans.", "normal.", "rien."),
+        ("Bevindingen: vrij.\nConclusie: normaal.", "", "vrij.", "normaal."),
+        ("No new findings: none were sought", "No new findings: none were sought", "", ""),
+    ],
+)
+def test_a_report_is_parted_at_headings_that_begin_a_line_or_sentence(text, rest, findings, impression):
+    assert sections(text) == Report(rest_text=rest, findings_text=findings, impression_text=impression)
+
+
+def test_the_language_is_kept(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    path.write_text(json.dumps({"scan": "a.nii", "findings": "frei", "language": "DE"}))
+    assert read_reports(path, KEY).find("a.nii", "s0").language == "de"
+
+
+def test_a_workbook_that_would_unpack_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = write_xlsx(tmp_path / "reports.xlsx", CT_RATE)
+    monkeypatch.setattr(verb, "MOST_BYTES", 1000)
+    with pytest.raises(ConfigError, match="GiB"):
+        read_reports(path, KEY)
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4 nothing", b"", None])
+def test_a_broken_or_absent_workbook_is_a_clear_error(tmp_path, content):
+    path = tmp_path / "reports.xlsx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"reports\.xlsx"):
+        read_reports(path, KEY)
+
+
+def test_a_zip_that_is_no_workbook_is_a_clear_error(tmp_path):
+    with zipfile.ZipFile(tmp_path / "reports.xlsx", "w") as packed:
+        packed.writestr("a.txt", "nothing")
+    with pytest.raises(ConfigError, match="cannot be read as a workbook"):
+        read_reports(tmp_path / "reports.xlsx", KEY)
