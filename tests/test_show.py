@@ -9,7 +9,7 @@ from nibabel.nifti1 import Nifti1Image
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.show import describe, show
 from voxelstem.store import Refusal, Store, Writer, write
-from voxelstem.study import LabelMap, Provenance, Report, Study, Volume
+from voxelstem.study import Acquisition, LabelMap, Provenance, Report, Study, Volume
 
 
 @pytest.fixture
@@ -52,6 +52,56 @@ def test_a_store_is_told_as_the_interface_says(store):
         "2 with a report",
     ):
         assert part in text
+
+
+def test_every_file_is_checked_and_what_is_damaged_is_named(store):
+    whole = show(store)
+    assert (whole["checked"], whole["checked_by"], whole["damaged"]) == (6, "digest", [])
+    assert "checked: 6 files (every voxel), 0 damaged" in describe(whole)
+    path = next((store / "volumes").rglob("*.b2nd"))
+    healthy = path.read_bytes()
+    path.write_bytes(healthy[:200] + bytes([healthy[200] ^ 4]) + healthy[201:])
+    (damage,) = json.loads(json.dumps(show(store)))["damaged"]
+    assert (damage["kind"], damage["name"]) == ("volumes", path.stem)
+    assert "1 damaged" in describe(show(store))
+
+
+def test_a_large_store_is_checked_by_size_unless_more_is_asked_for(store, monkeypatch):
+    monkeypatch.setattr("voxelstem.show.VERIFY_UP_TO", 10)
+    first, second = sorted((store / "volumes").rglob("*.b2nd"))[:2]
+    flipped = bytearray(first.read_bytes())
+    flipped[200] ^= 4
+    first.write_bytes(flipped)
+    assert (show(store)["checked_by"], show(store)["damaged"]) == ("size", [])
+    assert [file["name"] for file in show(store, verify=True)["damaged"]] == [first.stem]
+    second.write_bytes(second.read_bytes()[:-1])
+    (cut,) = show(store)["damaged"]
+    assert cut["name"] == second.stem
+    second.unlink()
+    assert "missing" in show(store)["damaged"][0]["reason"]
+
+
+def test_near_copies_are_told_apart_from_independent_scans(tmp_path):
+    store = Store.create(tmp_path / "store")
+    kernels = tuple(
+        Volume(
+            array=np.full((1, 4, 4, 4), float(number), np.float32),
+            affine_ras=np.eye(4),
+            modality="CT",
+            provenance=Provenance(source_format="dicom", sha256="", orientation="LPS"),
+            acquisition=Acquisition(group="g", contrast="venous", session="1"),
+        )
+        for number in range(2)
+    )
+    write(store, Study(subject=f"s{1:024x}", volumes=kernels, report=Report(rest_text="clear", language="de")))
+    facts = show(store.path)
+    assert (facts["kept"], facts["acquisitions"]) == (2, 1)
+    assert (facts["contrasts"], facts["formats"], facts["reports_by_language"]) == (
+        {"venous": 2},
+        {"dicom": 2},
+        {"de": 2},
+    )
+    assert "independent scans: 1" in describe(facts)
 
 
 def test_an_empty_store_is_told_too(tmp_path):

@@ -192,7 +192,9 @@ def show(path: Path, /, *, verify: bool = False, against: Path | None = None, js
 
         found = leakage.leakage(path, against, site_key())
         answer(found.facts(), leakage.describe(found), as_json=json)
-        return SOME_REFUSED if found.found else DONE
+        # What could not be compared (other keys) must not look like a clean answer; a label file holds no copies.
+        lacking = any(not why.startswith("copies:") for why in found.unchecked)
+        return SOME_REFUSED if found.found or lacking else DONE
     from voxelstem import show as verb
 
     facts = verb.show(path, verify=verify)

@@ -20,6 +20,7 @@ from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Head, Task
 from voxelstem.report import page
 from voxelstem.store import Record, Store
+from voxelstem.store.leakage import common
 from voxelstem.study import InputSpec
 from voxelstem.tasks.classify import Guess, majority
 from voxelstem.tasks.segment import compare, numbered
@@ -166,19 +167,17 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evalua
 def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Record]) -> None:
     """See that nobody who was learned from is tested on, neither as a subject nor as a copy of a scan.
 
-    This covers the store's own splits: weights that were pretrained on another store cannot be checked here.
+    This covers the store's own splits: weights that were pretrained on another store cannot be checked here, and near
+    copies under another subject are what `voxelstem show STORE --against STORE` looks for.
 
     Raises:
         AuditError: somebody is.
     """
     trained = [record for record in store if record.split == "train"]
-    seen = [*labelled, *trained]
-    for what in ("subject", "key", "voxels"):
-        both = {getattr(record, what) for record in seen} & {getattr(record, what) for record in tested}
-        if both:
-            word = {"subject": "subjects", "key": "scans", "voxels": "scans, voxel for voxel,"}[what]
+    for what, count in common([*labelled, *trained], tested).items():
+        if count:
             raise AuditError(
-                f"{len(both)} of the test {word} were also trained on: the scores would not be honest",
+                f"{count} of the test {what} were also trained on: the scores would not be honest",
                 hint="make a new store with `voxelstem ingest`: it splits by subject",
             )
 

@@ -122,7 +122,7 @@ class Intake:
                 study = lay_mask(study, task.mask, task.classes)
             except IngestError as error:
                 mask_code, mask_reason = error.code, scrub(error.problem, task.mask)
-        study = deidentify(study, self.key)
+        study = deidentify(_grouped(study), self.key)
         encoded = EncodedStudy(
             subject=study.subject,
             volumes=tuple(self._fit(volume) for volume in study.volumes),
@@ -138,6 +138,17 @@ class Intake:
         fitted = resample_volume(volume, self.config.spacing_mm)
         keep = self.config.keep_native and fitted is not volume
         return replace(encode(fitted), native=encode(volume) if keep else None)
+
+
+def _grouped(study: Study) -> Study:
+    """Let a file stand for its acquisition where nothing says which one it is of: its copies are known by that."""
+    volumes = tuple(
+        volume
+        if volume.acquisition.group
+        else replace(volume, acquisition=replace(volume.acquisition, group=f"file {volume.provenance.sha256}"))
+        for volume in study.volumes
+    )
+    return replace(study, volumes=volumes)
 
 
 def _choose(study: Study, modality: str | None) -> Study:

@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxelstem.config import read_toml
-from voxelstem.errors import ConfigError, IngestError
+from voxelstem.errors import ConfigError, IngestError, StoreError
+from voxelstem.progress import progress
 from voxelstem.sources import read
 from voxelstem.store.catalogue import is_store
-from voxelstem.store.reader import Store
+from voxelstem.store.reader import Store, check_size, file_path
 from voxelstem.store.splits import SPLITS
 
 Facts = dict[str, Any]
 MOST_LINES = 20
 NOT_SCANS = ("unknown-format", "empty")
 KIB = 1024
+VERIFY_UP_TO = 2 * KIB**3
+"""Bytes; the digests of a larger store, which take minutes, are only compared when asked for."""
+MOST_THREADS = 4
 
 
-def show(path: Path | str) -> Facts:
+def show(path: Path | str, *, verify: bool = False) -> Facts:
     """Say what a path holds, as plain values that JSON can take; `kind` says which thing it is.
 
-    A store gives `kept`, `refused` (each with `source`, `code`, `reason`), `subjects`, `bytes` and `splits`.
+    A store gives `kept`, `refused` (each with `source`, `code`, `reason`), `subjects`, `bytes` and `splits`. Its files
+    are checked: `checked` is their number, `checked_by` is `digest` (every voxel was read) or, for a store of more
+    than `VERIFY_UP_TO` bytes, only `size`, and `damaged` lists what is not as it was written.
+
+    Args:
+        path: A scan, a store, a run, a weights folder, a checkpoint or a report.
+        verify: Compare the digests of a store of any size.
 
     Raises:
         ConfigError: nothing is there, or nothing that voxelstem knows.
@@ -38,7 +49,7 @@ def show(path: Path | str) -> Facts:
     if not path.exists():
         raise ConfigError(f"there is no file or folder '{path.name}'", hint="check the path")
     if is_store(path):
-        return _store(path)
+        return _store(path, verify=verify)
     for marks, explain in _FOLDERS:
         if any((path / mark).is_file() for mark in marks):
             return explain(path)
@@ -53,32 +64,68 @@ def show(path: Path | str) -> Facts:
         ) from error
 
 
-def _store(path: Path) -> Facts:
+def _store(path: Path, *, verify: bool) -> Facts:
     store = Store.open(path)
     refused = [{"source": line.source, "code": line.code, "reason": line.reason} for line in store.refusals()]
-    classes = Counter(name for record in store for name in record.classes.values())
+    chosen = store.select()
+    size = int(chosen.bytes.sum())
     return {
         "kind": "store",
-        "kept": len(store),
+        "kept": len(chosen),
+        "acquisitions": chosen.acquisitions(),
+        "subjects": chosen.subjects(),
         "refused": refused,
-        "refused_by_code": dict(sorted(Counter(line["code"] for line in refused).items())),
-        "subjects": len(store.subjects()),
-        "bytes": sum(record.bytes for record in store),
+        "refused_by_code": _counts(line["code"] for line in refused),
+        "bytes": size,
         "splits": {split: len(store.subjects(split)) for split in SPLITS},
-        "scans_by_split": {split: sum(record.split == split for record in store) for split in SPLITS},
-        "modalities": dict(sorted(Counter(record.modality for record in store).items())),
-        "with_voxel_labels": sum(record.has_labels for record in store),
-        "with_report": sum(record.report is not None for record in store),
-        "classes": dict(sorted(classes.items())),
-        "shape_ijk": _span([record.shape_ijk for record in store]),
-        "spacing_mm": _span([record.spacing_mm for record in store]),
+        "scans_by_split": {split: int((chosen.split == split).sum()) for split in SPLITS},
+        "modalities": _counts(chosen.modality),
+        "contrasts": _counts(chosen.contrast),
+        "sessions": _counts(chosen.session),
+        "formats": store.tally("source_format"),
+        "with_voxel_labels": int(chosen.labelled.sum()),
+        "with_report": int(chosen.reported.sum()),
+        "reports_by_language": store.tally("language"),
+        "classes": store.tally("classes"),
+        "shape_ijk": _span(chosen.shape_ijk),
+        "spacing_mm": _span(chosen.spacing_mm),
+        **_check(store, by_digest=verify or size <= VERIFY_UP_TO),
     }
 
 
-def _span(triples: Sequence[tuple[float, float, float] | tuple[int, int, int]]) -> dict[str, list[float]]:
-    if not triples:
+def _check(store: Store, *, by_digest: bool) -> Facts:
+    """Compare every file's size, and if wanted the digest of its voxels, with what the catalogue has."""
+    files = store.files()
+
+    def look(file: tuple[str, str, str, int]) -> str:
+        key, kind, name, size = file
+        try:
+            if by_digest:
+                store.check_file(key, kind, name)
+            else:
+                check_size(file_path(store.path, kind, name), size)
+        except StoreError as error:
+            return error.problem
+        return ""
+
+    damaged: list[Facts] = []
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool, progress("check", len(files)) as advance:
+        for (_, kind, name, _), reason in zip(files, pool.map(look, files), strict=True):
+            advance(1)
+            if reason:
+                damaged.append({"kind": kind, "name": name, "reason": reason})
+    return {"checked": len(files), "checked_by": "digest" if by_digest else "size", "damaged": damaged}
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(filter(None, words)).items()))
+
+
+def _span(triples: np.ndarray[Any, np.dtype[Any]]) -> dict[str, list[float]]:
+    if not len(triples):
         return {}
-    low, middle, high = np.percentile(np.array(triples), [0, 50, 100], axis=0).round(3).tolist()
+    low, middle, high = np.percentile(triples, [0, 50, 100], axis=0).round(3).tolist()
     return {"least": low, "median": middle, "most": high}
 
 
@@ -202,12 +249,16 @@ def _describe_store(facts: Facts) -> list[str]:
         f"store: {facts['kept']} scans of {facts['subjects']} subjects, {_size(facts['bytes'])}",
         "subjects by split: " + _pairs(facts["splits"]),
     ]
+    if facts["acquisitions"] < facts["kept"]:
+        lines.append(f"independent scans: {facts['acquisitions']}; the others are reconstructions or copies of these")
     if facts["kept"]:
         lines += [
             f"modality: {_pairs(facts['modalities'])}; "
             f"{facts['with_voxel_labels']} with voxel labels, {facts['with_report']} with a report",
             f"shape: {_range(facts['shape_ijk'])} voxels; spacing: {_range(facts['spacing_mm'])} mm",
         ]
+    said = {"contrast": "contrasts", "session": "sessions", "format": "formats", "reports": "reports_by_language"}
+    lines += [f"{word}: {_pairs(facts[name])}" for word, name in said.items() if facts[name]]
     if facts["classes"]:
         lines.append(f"labels: {_pairs(facts['classes'])}")
     refused = facts["refused"]
@@ -215,7 +266,15 @@ def _describe_store(facts: Facts) -> list[str]:
         lines.append(f"refused: {len(refused)} ({_pairs(facts['refused_by_code'])})")
         lines += [f"  {line['source']}  {line['code']}: {line['reason']}" for line in refused[:MOST_LINES]]
         lines += [f"  … and {len(refused) - MOST_LINES} more (see --json)"] if len(refused) > MOST_LINES else []
-    return lines
+    return lines + _describe_check(facts)
+
+
+def _describe_check(facts: Facts) -> list[str]:
+    damaged = facts["damaged"]
+    how = "every voxel" if facts["checked_by"] == "digest" else "sizes only; --verify compares every voxel"
+    lines = [f"checked: {facts['checked']} files ({how}), {len(damaged)} damaged"]
+    lines += [f"  {file['name'][:16]}: {file['reason']}" for file in damaged[:MOST_LINES]]
+    return lines + ([f"  … and {len(damaged) - MOST_LINES} more (see --json)"] if len(damaged) > MOST_LINES else [])
 
 
 def _describe_scan(facts: Facts) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from voxelstem import sources
 from voxelstem.errors import IngestError
-from voxelstem.sources import nifti
+from voxelstem.sources import iterate, nifti
 
 
 def refused(code):
@@ -126,3 +126,11 @@ def test_masks_are_read_by_their_ending(folder):
 def test_every_kind_has_a_reader():
     assert set(sources.KINDS.values()) == set(sources.SOURCES)
     assert all(callable(sources.SOURCES[kind]) for kind in sources.SOURCES)
+
+
+def test_of_a_bids_data_set_only_scans_are_found(tmp_path):
+    for name in ("sub-1/anat/sub-1_T1w", "sub-1/anat/sub-1_mask", "derivatives/x/sub-1/anat/sub-1_T1w"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert [source.relative for source in iterate(tmp_path)] == ["sub-1/anat/sub-1_T1w.nii.gz"]

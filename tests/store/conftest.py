@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from voxelstem.store import Store, write
+from voxelstem.store.catalogue import FILE_NAME
 from voxelstem.store.subjects import pseudonym
-from voxelstem.study import LabelMap, Provenance, Study, Volume
+from voxelstem.study import LabelMap, Provenance, Report, Study, Volume
 
 SHAPE = (20, 17, 9)
+TABLES_OF_1 = """
+CREATE TABLE volumes (
+    key TEXT PRIMARY KEY, voxels TEXT NOT NULL, subject TEXT NOT NULL, study TEXT NOT NULL, modality TEXT NOT NULL,
+    shape TEXT NOT NULL, spacing TEXT NOT NULL, affine TEXT NOT NULL, body TEXT NOT NULL,
+    dtype TEXT NOT NULL, slope REAL NOT NULL, intercept REAL NOT NULL,
+    split TEXT NOT NULL, bytes INTEGER NOT NULL,
+    label_key TEXT NOT NULL, label_bytes INTEGER NOT NULL, classes TEXT NOT NULL,
+    labels TEXT NOT NULL, report TEXT, provenance TEXT NOT NULL, ingested TEXT NOT NULL
+);
+INSERT INTO volumes SELECT key, voxels, subject, study, modality, json_array(channels, size_i, size_j, size_k),
+    json_array(spacing_i, spacing_j, spacing_k), affine, body, dtype, slope, intercept, split, bytes, label_key,
+    label_bytes, classes, labels, json_extract(report, '$.rest_text'), provenance, ingested
+    FROM now JOIN details USING (number) ORDER BY number;
+DROP TABLE details; DROP TABLE thumbnails; DROP TABLE now;
+CREATE INDEX volumes_by_voxels ON volumes (voxels);
+PRAGMA user_version = 1;
+"""
 
 
 class Make:
@@ -47,3 +67,17 @@ class Make:
 @pytest.fixture(scope="session")
 def make() -> Make:
     return Make()
+
+
+@pytest.fixture
+def format_1(make, tmp_path):
+    """A store as 0.1 left it: the tables are put back into the shape that they had."""
+    store = Store.create(tmp_path / "old")
+    write(
+        store, make.study(make.volume(labels=make.mask()), report=Report(rest_text="a cyst"), labels={"lesion": "no"})
+    )
+    write(store, make.study(make.volume(np.full((2, 5, 6, 7), 0.5), modality="MR"), subject=make.bob))
+    with sqlite3.connect(store.path / FILE_NAME) as connection:
+        connection.executescript("DROP INDEX volumes_by_voxels; ALTER TABLE volumes RENAME TO now;" + TABLES_OF_1)
+    connection.close()
+    return store.path

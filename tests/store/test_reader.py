@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -186,3 +188,29 @@ def read_as_somebody_without_rights(make, root):
 def test_no_name_leads_out_of_the_store(tmp_path, name):
     with pytest.raises(StoreError, match="no digest"):
         file_path(tmp_path, "labels", name)
+
+
+@pytest.mark.parametrize("part", ["header", "trailer"])
+def test_a_flipped_bit_of_a_header_is_found_or_changes_nothing(make, tmp_path, part):
+    """Each byte in a process's own fork, because a lie that gets through may ask for petabytes or read for ever."""
+    (key,) = write(Store.create(tmp_path), make.study())
+    path = file_path(tmp_path, "volumes", key)
+    healthy = path.read_bytes()
+    places = range(0, 180, 3) if part == "header" else range(len(healthy) - 90, len(healthy), 3)
+    found = 0
+    for at in places:
+        path.write_bytes(healthy[:at] + bytes([healthy[at] ^ (1 << at % 8)]) + healthy[at + 1 :])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            try:
+                Store.open(tmp_path).check(key)
+                os._exit(0)
+            except StoreError:
+                os._exit(3)
+            except BaseException:
+                os._exit(1)
+        end = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert end in (0, 3), f"byte {at}"
+        found += end == 3
+    assert found

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import sqlite3
 from contextlib import suppress
 
 import blosc2
@@ -15,26 +14,14 @@ from hypothesis.extra import numpy as hnp
 
 from voxelstem.errors import IngestError, StoreError, VoxelstemError
 from voxelstem.store import writer
-from voxelstem.store.catalogue import Refusal
+from voxelstem.store.catalogue import Refusal, dump
+from voxelstem.store.encoding import encode, encode_study, quantise
 from voxelstem.store.reader import Store, decode, file_path
-from voxelstem.store.writer import Writer, encode, encode_study, quantise, write
+from voxelstem.store.writer import Writer, write
 from voxelstem.study import Report
 
 CLEAR = Report(rest_text="clear")
 SMALL = hnp.array_shapes(min_dims=4, max_dims=4, max_side=6)
-
-
-def dump(root):
-    """Every row of the catalogue but the time of writing."""
-    with sqlite3.connect(root / "catalogue.sqlite") as connection:
-        connection.row_factory = sqlite3.Row
-        rows = [
-            [(name, row[name]) for name in row.keys() if name != "ingested"]  # noqa: SIM118 - a Row is no dict
-            for table in ("meta", "volumes", "refusals", "sources")
-            for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1")
-        ]
-    connection.close()
-    return rows
 
 
 @given(hnp.arrays(np.int16, SMALL))
@@ -65,7 +52,7 @@ def test_rounding_stays_below_what_the_note_says_and_below_a_step(array):
     assert error <= slope / 2 + 3 * float32_digit
 
 
-@settings(max_examples=25)  # each makes a store on disk
+@settings(max_examples=25, deadline=None)  # each makes a store on disk
 @given(array=hnp.arrays(np.float32, SMALL, elements=finite))
 def test_a_volume_comes_back_from_disk(make, tmp_path_factory, array):
     store = Store.create(tmp_path_factory.mktemp("store"))

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxelstem.errors import IngestError
-from voxelstem.sources.raster import LabelGrid
+from voxelstem.sources.bids import is_dataset, is_scan
+from voxelstem.sources.raster import LabelGrid, shown
+from voxelstem.sources.series import Finder, Glance, Series, glance, in_zip
 from voxelstem.study import Study
 from voxelstem.table import Table
 
@@ -23,9 +25,11 @@ SOURCES = Table(
         "dicom": "voxelstem.sources.dicom:read",
         "nrrd": "voxelstem.sources.nrrd:read",
         "mha": "voxelstem.sources.mha:read",
+        "b2nd": "voxelstem.sources.b2nd:read",
     },
 )
-"""Each entry is a function `read(path, *, subject) -> Study`; `subject` stands in where the file knows none."""
+"""Each entry is a function `read(path, *, subject) -> Study`; `subject` stands in where the file knows none. DICOM's
+takes more: which files, which series, whether to repair."""
 
 MASKS = Table(
     "mask",
@@ -33,6 +37,7 @@ MASKS = Table(
         "nifti": "voxelstem.sources.nifti:read_labels",
         "nrrd": "voxelstem.sources.nrrd:read_labels",
         "mha": "voxelstem.sources.mha:read_labels",
+        "b2nd": "voxelstem.sources.b2nd:read_labels",
     },
 )
 """Each entry is a function `read_labels(path) -> LabelGrid`."""
@@ -44,6 +49,7 @@ KINDS = {
     ".nhdr": "nrrd",
     ".mha": "mha",
     ".mhd": "mha",
+    ".b2nd": "b2nd",
     ".dcm": "dicom",
     ".ima": "dicom",
     ".zip": "dicom",
@@ -64,14 +70,34 @@ class Source:
     """A name in `SOURCES`."""
     subject: str
     """The raw id by the folder's rule; a PatientID inside DICOM wins over it when the scan is read."""
+    series: str = ""
+    """SeriesInstanceUID, where a folder or a zip holds more DICOM than this series."""
+    files: tuple[Path, ...] = ()
+    """The series' files, where not all DICOM pictures of the folder belong to it, or some lie in others."""
+    members: tuple[str, ...] = ()
+    """The same for a zip: the names inside."""
 
-    def read(self) -> Study:
+    def read(self, *, repair: bool = False) -> Study:
         """Read it.
+
+        Args:
+            repair: Resample a DICOM series with gantry tilt or uneven slices instead of refusing it.
 
         Raises:
             IngestError: the scan was refused; `code` says why.
         """
-        return SOURCES[self.kind](self.path, subject=self.subject)
+        reader = SOURCES[self.kind]
+        if self.kind != "dicom":
+            return reader(self.path, subject=self.subject)
+        return reader(
+            self.path, subject=self.subject, files=self.files, members=self.members, series=self.series, repair=repair
+        )
+
+    def all_files(self) -> tuple[Path, ...]:
+        """Every file that decides what is read, in a stable order."""
+        if self.files or not self.path.is_dir():
+            return self.files or (self.path,)
+        return tuple(sorted(entry for entry in self.path.iterdir() if entry.is_file()))
 
 
 def read(path: str | Path) -> Study:
@@ -109,47 +135,97 @@ def read_labels(path: str | Path) -> LabelGrid:
 def iterate(src: str | Path) -> Iterator[Source]:
     """Find scans below a folder, or take one file; in a stable order and without reading voxels.
 
-    The DICOM files of one folder count as one scan. Hidden files and files of no known kind are skipped.
+    DICOM is found by SeriesInstanceUID, whatever files and folders are called: each series of a folder or a zip is a
+    scan, and one that is spread over folders is one scan. Its `relative` is the folder that holds it all, followed by
+    `#` and a piece of the UID's digest where that folder holds more. Series come after other files of their folder,
+    and only when all folders that may hold more of them were seen (`series.MOST_HELD`). Every file is opened once.
+
+    Hidden files and files of no known kind are skipped, and so are DICOM files that are no pictures; of a BIDS data
+    set, derivatives, source data and masks (`bids.is_scan`).
 
     Raises:
         IngestError: `missing`, `empty`, or `unknown-format` for a single file.
     """
     src = Path(src)
     if src.is_file():
-        kind = _kind(src)
-        if kind is None:
-            raise _unknown(src)
-        yield Source(path=src, relative=src.name, kind=kind, subject=raw_subject(src.name))
+        yield from _one_file(src)
         return
     if not src.is_dir():
-        raise IngestError(f"there is no file or folder '{src.name}'", code="missing", hint="check the path")
+        raise IngestError(f"there is no file or folder '{shown(src.name)}'", code="missing", hint="check the path")
     count = 0
-    for folder, below, names in os.walk(src):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for source in _in_folder(src, Path(folder), sorted(names)):
-            count += 1
-            yield source
+    for source in _below(src):
+        count += 1
+        yield source
     if not count:
         raise IngestError(
-            f"no scan was found in the folder '{src.name}'",
+            f"no scan was found in the folder '{shown(src.name)}'",
             code="empty",
             hint=f"scans are DICOM folders or files ending in {', '.join(sorted(KINDS))}",
         )
 
 
-def _in_folder(src: Path, folder: Path, names: list[str]) -> Iterator[Source]:
-    series = False
-    for name in names:
-        path = folder / name
-        kind = None if name.startswith(".") else _kind(path)
-        if kind == "dicom" and ending(name) != ".zip":
-            series = True
-        elif kind is not None:
-            relative = path.relative_to(src).as_posix()
-            yield Source(path=path, relative=relative, kind=kind, subject=raw_subject(relative))
-    if series:
-        relative = folder.relative_to(src).as_posix() if folder != src else src.resolve().name
-        yield Source(path=folder, relative=relative, kind="dicom", subject=raw_subject(relative))
+def _one_file(path: Path) -> Iterator[Source]:
+    kind = KINDS.get(ending(path.name))
+    if kind is None and glance(path) is not None:
+        kind = "dicom"
+    if kind is None:
+        raise _unknown(path)
+    yield from _file(path, path.name, kind)
+
+
+def _below(src: Path) -> Iterator[Source]:
+    finder, in_bids = Finder(), is_dataset(src)
+    for folder, below, names in os.walk(src):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        dicom: list[tuple[str, Glance]] = []
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            kind = KINDS.get(ending(name))
+            if kind is not None and (kind != "dicom" or ending(name) == ".zip"):
+                relative = path.relative_to(src).as_posix()
+                if not in_bids or is_scan(relative):
+                    yield from _file(path, relative, kind)
+                continue
+            seen = glance(path)
+            if seen is not None:
+                dicom.append((name, seen))
+        for found in finder.add(Path(folder), dicom):
+            yield _series(src, found)
+    for found in finder.rest():
+        yield _series(src, found)
+
+
+def _file(path: Path, relative: str, kind: str) -> Iterator[Source]:
+    """One file: one scan, or each series in a zip."""
+    subject = raw_subject(relative)
+    if ending(path.name) != ".zip":
+        yield Source(path=path, relative=relative, kind=kind, subject=subject)
+        return
+    for found in in_zip(path):
+        yield Source(
+            path=path,
+            relative=_marked(relative, found),
+            kind=kind,
+            subject=subject,
+            series=found.series if found.mark else "",
+            members=found.members,
+        )
+
+
+def _series(src: Path, found: Series) -> Source:
+    relative = found.path.relative_to(src).as_posix() if found.path != src else src.resolve().name
+    return Source(
+        path=found.path,
+        relative=_marked(relative, found),
+        kind="dicom",
+        subject=raw_subject(relative),
+        series=found.series if found.mark else "",
+        files=found.files,
+    )
+
+
+def _marked(relative: str, found: Series) -> str:
+    return f"{relative}#{found.mark}" if found.mark else relative
 
 
 def raw_subject(relative: str) -> str:
@@ -176,21 +252,9 @@ def stem(name: str) -> str:
     return name[: -len(ending(name))] if ending(name) in KINDS else name
 
 
-def _kind(path: Path) -> str | None:
-    known = KINDS.get(ending(path.name))
-    if known is not None or not path.is_file():
-        return known
-    try:
-        with path.open("rb") as handle:
-            start = handle.read(132)
-    except OSError:
-        return None  # a file that nobody may read is nobody's scan; a named one is refused by its reader
-    return "dicom" if start[128:] == b"DICM" else None
-
-
 def _unknown(path: Path) -> IngestError:
     return IngestError(
-        f"'{path.name}' is no scan of a known kind",
+        f"'{shown(path.name)}' is no scan of a known kind",
         code="unknown-format" if path.exists() else "missing",
         hint=f"known: DICOM, and files ending in {', '.join(sorted(KINDS))}",
     )

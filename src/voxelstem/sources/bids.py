@@ -67,8 +67,7 @@ def read_dataset(root: Path) -> Bids | None:
     Raises:
         ConfigError: a table is malformed; the message names its row, never what it says.
     """
-    marks = (root / "dataset_description.json", root / "participants.tsv")
-    if not root.is_dir() or not (any(mark.is_file() for mark in marks) or any(root.glob("sub-*/"))):
+    if not is_dataset(root):
         return None
     people: dict[str, Person] = {}
     table = root / "participants.tsv"
@@ -95,6 +94,12 @@ def read_dataset(root: Path) -> Bids | None:
             place = table.parent.relative_to(root).as_posix()
             days |= {f"{place}/{cells['filename']}": _day(cells) for _, cells in _rows(table, "filename")}
     return Bids(root=root, people=people, ages=ages, days={place: day for place, day in days.items() if day})
+
+
+def is_dataset(root: Path) -> bool:
+    """Whether a folder is a BIDS data set: it has a description, a table of participants, or folders `sub-…`."""
+    marks = (root / "dataset_description.json", root / "participants.tsv")
+    return root.is_dir() and (any(mark.is_file() for mark in marks) or any(root.glob("sub-*/")))
 
 
 def is_scan(relative: str) -> bool:

@@ -1,363 +1,327 @@
-"""One DICOM series of single-frame images, from a folder or a zip, placed by its own vectors only.
+"""One CT or MR series, single-frame or multi-frame, from a folder, files or a zip, placed by its own vectors only.
 
-Every geometry that would make a distorted volume is refused with its own code. Nothing here reads
-SliceThickness, SpacingBetweenSlices, SliceLocation or GantryDetectorTilt: they are descriptions, and the
-standard places an image by position and orientation alone (PS3.3, C.7.6.2).
+Every file is read once and its header parsed once; every slice is decoded straight into its place of the volume.
+Where slices lie is proved in `grid`, what pictures are refused stands in `gates`, how pixels are stored in `pixels`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from jaxtyping import Float
 from pydicom.config import disable_value_validation
-from pydicom.dataset import Dataset, FileDataset
-from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.multival import MultiValue
-from pydicom.uid import UID
+from pydicom.uid import UID, UID_dictionary
 
 from voxelstem import geometry
 from voxelstem.errors import IngestError
 from voxelstem.sources import raster
+from voxelstem.sources.frames import Slice, slices_of
+from voxelstem.sources.gates import ImageFacts, check_hu, check_image, check_mr
+from voxelstem.sources.grid import Grid, place
+from voxelstem.sources.header import UNREADABLE, Header, Picture, is_dicom, lacks, open_picture
+from voxelstem.sources.keep import acquisition_of
+from voxelstem.sources.pixels import LOSSY, Layout, layout, planes
+from voxelstem.sources.repair import straighten
+from voxelstem.sources.series import ENDINGS, NO_PICTURES, members
+from voxelstem.sources.values import AIR_HU, Reading, may_be_wrong
 from voxelstem.study import Provenance, Study, Volume
 
-FEWEST_SLICES = 3  # with two, nothing says whether one is missing between them
 MOST_FILES = 20_000
-PATIENT_MODALITIES = ("CT", "MR")
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-NO_PICTURES = ("SR", "KO", "PR", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG", "SEG")
-
-# Scanners write positions with few digits, so gaps are equal to 0.01 mm or 1 % of a gap, not exactly: an
-# error of 1 % is far below what resampling sees, and the smallest real fault, a missing slice, is 100 %.
-TOLERANCE_MM = 0.01
-TOLERANCE_SHARE = 0.01
-TILT_SHARE = 0.1  # of a pixel: how far slices may slide sideways over the whole series
-COSINE_TOLERANCE = 1e-3  # orientations are written with 6 digits or fewer
-
-UNREADABLE = (
-    InvalidDicomError,
-    BytesLengthException,
-    AttributeError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-"""What pydicom and its decoders raise on damaged files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Slice:
-    name: str
-    """Its number among the files, by name."""
-    open: Callable[[], bytes]
-    header: Dataset
+class _Plan:
+    """What is to be decoded, and to where."""
 
-    def values(self, keyword: str) -> list[object]:
-        """What a header holds under a keyword, decoded; empty where it holds nothing."""
-        try:
-            value = self.header[keyword].value if keyword in self.header else None
-            return [] if value in (None, "") else list(value) if isinstance(value, MultiValue) else [value]
-        except UNREADABLE as problem:
-            raise raster.corrupt(self.name, f"its {keyword} cannot be decoded") from problem
-
-    def text(self, keyword: str) -> str:
-        """A header's text; empty where it has none."""
-        return "\\".join(map(str, self.values(keyword)))
-
-    def numbers(self, keyword: str) -> Float[np.ndarray, "n"]:
-        """A header's numbers. A message names the keyword, never the value, which may be anything."""
-        try:
-            numbers = np.array([float(str(value)) for value in self.values(keyword)])
-        except ValueError as problem:
-            raise raster.corrupt(self.name, f"its {keyword} is not a number") from problem
-        if not np.isfinite(numbers).all():
-            raise raster.corrupt(self.name, f"its {keyword} is not a finite number")
-        return numbers
-
-    def number(self, keyword: str, default: float | None = None) -> float:
-        """A header's one number, or `default` where it has none."""
-        numbers = self.numbers(keyword)
-        if not numbers.size and default is not None:
-            return default
-        if numbers.size != 1:
-            raise raster.corrupt(self.name, f"{keyword} must hold one number")
-        return float(numbers[0])
-
-    def vector(self, keyword: str, count: int) -> Float[np.ndarray, "n"]:
-        """A header's numbers, or the refusal of a series that lacks them."""
-        numbers = self.numbers(keyword)
-        if not numbers.size:
-            raise IngestError(
-                f"{self.name} lacks {keyword}, so the series has no place in the patient",
-                code="no-geometry",
-                hint="export the original series from the archive",
-            )
-        if numbers.shape != (count,):
-            raise raster.corrupt(self.name, f"{keyword} must hold {count} numbers")
-        return numbers
+    pictures: list[Picture | None]
+    """In the order of their slices; a file is let go when nothing needs its bytes any longer."""
+    stored: list[Layout]
+    slices: list[Slice]
+    grid: Grid
+    modality: str
+    doubts: tuple[str, ...]
+    """What is odd in the headers and no reason to refuse."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Grid:
-    """Where a series lies: array axes are column, row, slice."""
-
-    slices: tuple[_Slice, ...]
-    affine_ras: Float[np.ndarray, "4 4"]
-    shape: tuple[int, int, int]
-
-
-def read(path: Path, *, subject: str) -> Study:
+def read(
+    path: Path,
+    *,
+    subject: str,
+    files: Sequence[Path] = (),
+    members: Sequence[str] = (),
+    series: str = "",
+    repair: bool = False,
+) -> Study:
     """Read one CT or MR series.
 
+    Padding of a CT (PixelPaddingValue) becomes -1024 HU, that of an MR the lowest value beside it; the provenance
+    says so.
+
     Args:
-        path: The folder (its subfolders are other series) or a zip.
+        path: A folder (its subfolders are other series), one file, or a zip.
         subject: Used where the series has no PatientID.
+        files: Which files to read, where not all of the folder's belong to the series.
+        members: The same for a zip: names inside it.
+        series: Read only pictures with this SeriesInstanceUID.
+        repair: Resample gantry tilt and uneven slices to an even grid instead of refusing them.
 
     Raises:
-        IngestError: `missing`, `empty`, `corrupt`, `several-series`, `localizer`, `unsupported` (multi-frame,
-            colour, other modality), `no-geometry`, `mixed-orientation`, `mixed-size`, `too-few-slices`,
-            `duplicate-slices`, `tilt`, `slice-gaps`, `no-rescale` (CT), `too-large` or `constant`.
+        IngestError: `missing`, `empty`, `corrupt`, `several-series`, `several-volumes`, `several-patients`,
+            `unsupported` (colour, codec, a lookup table), `no-geometry`, `bad-affine`,
+            `mixed-orientation`, `mixed-size`, `mixed-pixels`, `too-few-slices`, `duplicate-slices`, `tilt`,
+            `slice-gaps`, `no-rescale` (CT), `not-hu`, `stray-bits`, `wrapped`, `too-large` or `constant`;
+            and what `gates.check_image`, `check_hu` and `check_mr` refuse.
     """
     # pydicom's warnings and log lines quote header values, which may name the patient.
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
-        slices = _collect(path)
-        _check_kind(slices)
-        grid = _place(slices)
-        return _assemble(grid, subject)
+        plan = _plan(_pictures(path, files, members, series), repair=repair)
+        return _assemble(plan, subject)
 
 
-def _files(path: Path) -> list[tuple[str, Callable[[], bytes]]]:
-    if path.is_dir():
-        found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
-        return [(entry.name, entry.read_bytes) for entry in found]
-    if path.suffix.lower() != ".zip":
-        return [(path.name, lambda: raster.read_bytes(path))]
-    if not path.is_file():
-        raise IngestError(f"there is no file '{path.name}'", code="missing", hint="check the path")
-    try:
+def _sources(path: Path, files: Sequence[Path], chosen: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """The files' names and bytes, one after another, in the order of their names."""
+    if files or path.is_dir():
+        found = files or (entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        for entry in sorted(found):
+            yield entry.name, _bytes(entry)
+    elif path.suffix.lower() != ".zip":
+        yield path.name, raster.read_bytes(path)
+    elif not path.is_file():
+        raise IngestError(f"there is no file '{raster.shown(path.name)}'", code="missing", hint="check the path")
+    else:
         with zipfile.ZipFile(path) as packed:
-            members = sorted((m for m in packed.infolist() if not m.is_dir()), key=lambda m: m.filename)
-    except UNREADABLE as problem:
-        raise raster.corrupt(path.name, f"the zip cannot be opened ({problem})") from problem
-    raster.check_size(path.name, (max(sum(m.file_size for m in members), 1),), 1)
-
-    def opener(member: zipfile.ZipInfo) -> Callable[[], bytes]:
-        def unpack() -> bytes:
-            # zipfile stops at the declared size and compares the checksum.
-            with zipfile.ZipFile(path) as packed:
-                return packed.read(member)
-
-        return unpack
-
-    return [(Path(member.filename).name, opener(member)) for member in members]
+            for member in sorted(members(packed), key=lambda one: one.filename):
+                if not chosen or member.filename in chosen:
+                    # zipfile stops at the declared size and compares the checksum.
+                    yield Path(member.filename).name, packed.read(member)
 
 
-def _collect(path: Path) -> list[_Slice]:
-    """Every image's header; reports, structures and directories are passed over."""
-    files = _files(path)
-    if len(files) > MOST_FILES:
-        raise IngestError(
-            f"'{path.name}' holds {len(files)} files; one series has at most {MOST_FILES}",
-            code="too-large",
-            hint="give one series",
-        )
-    found: list[_Slice] = []
-    for number, (file_name, opener) in enumerate(files, start=1):
+def _bytes(path: Path) -> bytes:
+    """A file's bytes; of one that is no DICOM only the first."""
+    with path.open("rb") as opened:
+        start = opened.read(132)
+        return start + opened.read() if is_dicom(start) or path.suffix.lower() in ENDINGS else start
+
+
+def _pictures(path: Path, files: Sequence[Path], chosen: Sequence[str], series: str) -> list[Picture]:
+    """Every picture's bytes and header; reports, structures and directories are passed over."""
+    found: list[Picture] = []
+    total = number = 0
+    sources = _sources(path, files, chosen)
+    while True:
+        number += 1
         name = f"image {number}"  # archives name files by UID, which may lead to the patient
         try:
-            data = opener()
-            named = file_name.lower().endswith((".dcm", ".ima"))
-            if data and data[128:132] != b"DICM" and not named:
-                continue
-            header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
-            picture = _may_be_picture(header)
+            file_name, data = next(sources, ("", b""))
         except UNREADABLE as problem:
-            raise raster.corrupt(name, "it cannot be read as DICOM") from problem
-        if picture and "Rows" not in header:  # dropping it would make a shorter volume that looks whole
-            raise raster.corrupt(name, "it holds no picture, or its header is cut off")
-        if picture:
-            found.append(_Slice(name=name, open=opener, header=header))
+            raise raster.corrupt(name, "it cannot be read from disk") from problem
+        if not file_name:
+            break
+        total += len(data)
+        if number > MOST_FILES or total > raster.MOST_BYTES:
+            raise raster.too_large("the series", f"has more than {number} files or {total / 2**30:.1f} GiB")
+        named = file_name.lower().endswith(ENDINGS)
+        if data and not is_dicom(data) and not named:
+            continue
+        picture = open_picture(data, name=name)
+        own = picture.header.text("SeriesInstanceUID")
+        if not _may_be_picture(picture.header) or (series and own and own != series):
+            continue
+        if "Rows" not in picture.header.dataset:  # dropping it would make a shorter volume that looks whole
+            raise lacks("picture", name=name)
+        found.append(picture)
     if not found:
         raise IngestError(
-            f"'{path.name}' holds no DICOM image", code="empty", hint="give the folder that holds the series' images"
+            f"'{raster.shown(path.name)}' holds no DICOM image",
+            code="empty",
+            hint="give the folder that holds the series' images",
         )
     return found
 
 
-def _may_be_picture(header: FileDataset) -> bool:
+def _may_be_picture(header: Header) -> bool:
     """Only what surely is something else (a report, a directory) may be passed over."""
-    stored = str(header.file_meta.get("MediaStorageSOPClassUID", ""))
-    name = UID(stored).name
-    other = name != stored and "Image Storage" not in name
-    return not other and str(header.get("Modality", "")) not in NO_PICTURES
+    sop_class = header.text("SOPClassUID")
+    other = sop_class in UID_dictionary and "Image Storage" not in UID(sop_class).name
+    return not other and header.text("Modality") not in NO_PICTURES
 
 
-def _check_kind(slices: list[_Slice]) -> None:
-    """Refuse what is no plain CT or MR acquisition, before any geometry."""
-    # De-identified series may have no number at all; they count as one.
-    series = {one.text("SeriesInstanceUID") for one in slices}
-    if len(series) > 1:
+def _plan(pictures: list[Picture], *, repair: bool) -> _Plan:
+    """Check what the pictures are before where they lie, and where they lie before anything is unpacked."""
+    _check_one_series([picture.header for picture in pictures])
+    doubts = dict.fromkeys(doubt for picture in pictures for doubt in _check_kind(picture.header))
+    stored = [layout(picture) for picture in pictures]
+    if len({(one.bits_allocated, one.bits_stored, one.high_bit, one.signed) for one in stored}) > 1:
         raise IngestError(
-            f"the folder holds {len(series)} series in {len(slices)} images",
-            code="several-series",
-            hint="put each series into its own folder",
-        )
-    for one in slices:
-        modality = one.text("Modality")
-        words = [str(word).upper() for word in one.values("ImageType")]
-        capture = one.text("SOPClassUID").startswith(SECONDARY_CAPTURE)
-        if "LOCALIZER" in words or capture or words[:2] == ["DERIVED", "SECONDARY"]:
-            raise IngestError(
-                f"{one.name} is a localizer or a derived picture, not part of an acquired volume",
-                code="localizer",
-                hint="export the original axial series",
-            )
-        if modality not in PATIENT_MODALITIES:
-            raise IngestError(
-                f"{one.name} has the modality '{modality}'; read are {' and '.join(PATIENT_MODALITIES)}",
-                code="unsupported",
-                hint="give a CT or MR series",
-            )
-        if one.number("NumberOfFrames", 1.0) > 1:
-            raise IngestError(
-                f"{one.name} is a multi-frame image",
-                code="unsupported",
-                hint="export the series as single-frame images",
-            )
-        if one.number("SamplesPerPixel", 1.0) != 1:
-            raise IngestError(f"{one.name} is a colour picture", code="unsupported", hint="export the original series")
-    if len(slices) < FEWEST_SLICES:
-        raise IngestError(
-            f"the series has {len(slices)} slices; a volume needs at least {FEWEST_SLICES}",
-            code="too-few-slices",
-            hint="export the whole series",
-        )
-
-
-def _place(slices: list[_Slice]) -> _Grid:
-    """Sort slices along their common normal and check that they fill a straight, even grid."""
-    first = slices[0]
-    cosines = np.array([one.vector("ImageOrientationPatient", 6) for one in slices])
-    pixel = np.array([one.vector("PixelSpacing", 2) for one in slices])
-    sizes = {(int(one.number("Rows")), int(one.number("Columns"))) for one in slices}
-    odd = int(np.count_nonzero(np.abs(cosines - cosines[0]).max(axis=1) > COSINE_TOLERANCE))
-    if odd:
-        raise IngestError(
-            f"{odd} of {len(slices)} slices point in another direction than {first.name}",
-            code="mixed-orientation",
-            hint="give one stack of parallel slices in its own folder",
-        )
-    if len(sizes) > 1 or np.abs(pixel - pixel[0]).max() > TOLERANCE_SHARE * pixel[0].min():
-        raise IngestError(
-            "the slices of the series differ in rows, columns or pixel spacing",
-            code="mixed-size",
+            "the slices of the series store their values in different ways",
+            code="mixed-pixels",
             hint="give one reconstruction in its own folder",
         )
-    along_row, along_column = cosines[0, :3], cosines[0, 3:]
-    normal = np.cross(along_row, along_column)
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_row * pixel[0, 1], along_column * pixel[0, 0], normal
-    raster.check_placed(affine, name=first.name)  # zero pixel spacing, cosines that are none
-    normal /= np.linalg.norm(normal)
-    positions = np.array([one.vector("ImagePositionPatient", 3) for one in slices])
-    order = np.argsort(positions @ normal, kind="stable")
-    positions = positions[order]
-    step = _step_mm(positions, normal, float(pixel[0].min()))
-    # The straight line through the ends: what the checks above just proved all slices to lie on.
-    affine[:3, 2] = normal * step
-    affine[:3, 3] = positions[0]
-    rows, columns = sizes.pop()
-    shape = (columns, rows, len(slices))
-    raster.check_size("the series", shape, 4)
-    return _Grid(slices=tuple(slices[index] for index in order), affine_ras=geometry.LPS_TO_RAS @ affine, shape=shape)
-
-
-def _step_mm(positions: Float[np.ndarray, "slice 3"], normal: Float[np.ndarray, "3"], pixel_mm: float) -> float:
-    """The distance between slices, when there is one: refuses duplicates, tilt and gaps."""
-    heights = positions @ normal
-    gaps = np.diff(heights)
-    usual = float(np.median(gaps))
-    tolerance = max(TOLERANCE_MM, TOLERANCE_SHARE * usual)
-    doubled = np.flatnonzero(gaps < TOLERANCE_MM)
-    if doubled.size:
+    slices = [one for index, picture in enumerate(pictures) for one in slices_of(index, picture, stored[index])]
+    if len({one.stack for one in slices}) > 1:
         raise IngestError(
-            f"{doubled.size} of {len(heights)} slices lie where another one lies; the first is slice {doubled[0] + 2}",
-            code="duplicate-slices",
-            hint="export the series again; two phases or reconstructions may share its number",
+            f"the series holds {len({one.stack for one in slices})} volumes (stacks, echoes, times or b-values)",
+            code="several-volumes",
+            hint="export each volume as a series of its own",
         )
-    sideways = positions - np.outer(heights, normal)
-    slide = float(np.linalg.norm(sideways - sideways[0], axis=1).max())
-    if slide > max(TOLERANCE_MM, TILT_SHARE * pixel_mm):
-        degrees = float(np.degrees(np.arctan2(slide, heights[-1] - heights[0])))
-        raise IngestError(
-            f"the slices slide sideways by up to {slide:.1f} mm: a gantry tilt of about {degrees:.1f} degrees",
-            code="tilt",
-            hint="a sheared volume is not read as if it were straight; reformat the series without tilt",
-        )
-    odd = np.flatnonzero(np.abs(gaps - usual) > tolerance)
-    if odd.size:
-        raise IngestError(
-            f"{odd.size} of {gaps.size} slice gaps differ from {usual:.2f} mm; "
-            f"the first, after slice {odd[0] + 1}, is {gaps[odd[0]]:.2f} mm",
-            code="slice-gaps",
-            hint="a slice is missing, or two series are mixed; export the series again",
-        )
-    return float(heights[-1] - heights[0]) / (len(heights) - 1)
-
-
-def _assemble(grid: _Grid, subject: str) -> Study:
-    """Decode every slice in order, rescale each by its own numbers, and turn the volume to RAS+ once."""
-    first = grid.slices[0]
-    modality = first.text("Modality")
-    columns, rows, count = grid.shape
-    array = np.empty((columns, rows, count), np.float32)
-    content = hashlib.sha256()
-    for index, one in enumerate(grid.slices):
-        try:
-            data = one.open()
-            content.update(data)
-            pixels = np.asarray(pydicom.dcmread(io.BytesIO(data)).pixel_array)
-        except UNREADABLE as problem:
-            raise raster.corrupt(one.name, "its pixels cannot be decoded") from problem
-        if pixels.shape != (rows, columns):
-            raise raster.corrupt(one.name, f"it declares {rows} x {columns} pixels and holds {pixels.shape}")
-        slope, intercept = _rescale(one, modality)
-        array[:, :, index] = (pixels * slope + intercept).T
-    if array.min() == array.max():
-        raise IngestError(f"every voxel of the series is {array.flat[0]:g}", code="constant", hint="export it again")
-    turned, affine = geometry.to_ras(array, grid.affine_ras)
-    provenance = Provenance(
-        source_format="dicom", sha256=content.hexdigest(), orientation=geometry.orientation(grid.affine_ras)
+    raster.check_size("the series", (len(slices), stored[0].rows, stored[0].columns), np.dtype(np.float32).itemsize)
+    grid = place([one.frame for one in slices], repair=repair)
+    ordered = [slices[index] for index in grid.order]
+    # By their first slice, so that names of files mean nothing, also for the digest.
+    files = list(dict.fromkeys(one.picture for one in ordered))
+    # Without the frames: they hold on to their files.
+    light = [replace(one, picture=files.index(one.picture), frame=replace(one.frame, digest=None)) for one in ordered]
+    return _Plan(
+        pictures=[pictures[index] for index in files],
+        stored=[stored[index] for index in files],
+        slices=light,
+        grid=grid,
+        modality=pictures[0].header.text("Modality"),
+        doubts=tuple(doubts),
     )
-    volume = Volume(array=turned[None], affine_ras=affine, modality=modality, provenance=provenance)
-    return Study(subject=first.text("PatientID").strip() or subject, volumes=(volume,))
 
 
-def _rescale(one: _Slice, modality: str) -> tuple[float, float]:
-    """Slope and intercept of one slice; a CT without them has no Hounsfield units."""
-    if not (one.values("RescaleSlope") and one.values("RescaleIntercept")):
-        if modality == "CT":
+def _check_one_series(headers: list[Header]) -> None:
+    # De-identified series may have no number at all; they count as one.
+    if len({one.text("SeriesInstanceUID") for one in headers}) > 1:
+        count = len({one.text("SeriesInstanceUID") for one in headers})
+        raise IngestError(
+            f"the folder holds {count} series in {len(headers)} images",
+            code="several-series",
+            hint="take them all with `voxelstem ingest`, or put each into its own folder",
+        )
+    if len({one.text("PatientID").strip() for one in headers} - {""}) > 1:
+        raise IngestError(
+            "the images of the series name different patients",
+            code="several-patients",
+            hint="ask the archive which patient the series belongs to",
+        )
+
+
+def _check_kind(header: Header) -> tuple[str, ...]:
+    """Refuse what is no plain CT or MR acquisition, before any geometry; return what is doubtful."""
+    facts = ImageFacts(
+        modality=header.text("Modality"),
+        sop_class=header.text("SOPClassUID"),
+        image_type=tuple(map(str, header.values("ImageType"))),
+        burned_in=header.text("BurnedInAnnotation"),
+        patient_position=header.text("PatientPosition"),
+        orientation=header.vector("ImageOrientationPatient", 6),
+    )
+    doubts = check_image(facts, name=header.name)
+    if header.items("ModalityLUTSequence"):
+        raise IngestError(
+            f"{header.name} gives its values by a lookup table", code="unsupported", hint="export the original series"
+        )
+    return doubts
+
+
+def _assemble(plan: _Plan, subject: str) -> Study:
+    """Decode every slice into its place, and turn the volume to RAS+ on the way."""
+    first = plan.pictures[0]
+    assert first is not None
+    acquisition = acquisition_of(first.header.dataset)
+    lossy = first.header.text("LossyImageCompression") == "01" or first.syntax in LOSSY
+    patient = first.header.text("PatientID").strip().strip("\0") or subject
+    filled = _fill(plan)
+    notes = [*plan.doubts, *plan.grid.notes, *filled.notes, *(["pixels were compressed with loss"] if lossy else [])]
+    turned, affine = filled.array, filled.affine_ras
+    if plan.grid.repair is not None:
+        straight, affine, repaired = straighten(turned, plan.grid)
+        turned, affine = geometry.to_ras(straight, affine)
+        notes += repaired
+    (check_hu if plan.modality == "CT" else check_mr)(turned)
+    provenance = Provenance(
+        source_format="dicom",
+        sha256=filled.sha256,
+        orientation=geometry.orientation(plan.grid.affine_ras),
+        notes=tuple(notes),
+    )
+    volume = Volume(
+        array=turned[None],
+        affine_ras=affine,
+        modality=plan.modality,
+        provenance=provenance,
+        acquisition=acquisition,
+    )
+    return Study(subject=patient, volumes=(volume,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Filled:
+    """The volume: RAS+, or (column, row, slice) where it must be repaired first."""
+
+    array: Float[np.ndarray, "i j k"]
+    affine_ras: Float[np.ndarray, "4 4"]
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def _fill(plan: _Plan) -> _Filled:
+    """Decode the series as its headers say, and once more with the other sign where that proves to be wrong.
+
+    Raises:
+        IngestError: `wrapped` where values are impossible in both readings.
+    """
+    array, view, affine = _room(plan.grid)
+    content = hashlib.sha256()
+    reading = _decode(plan, view, content.update)
+    notes = reading.notes()
+    if reading.is_wrapped():
+        plan = replace(plan, stored=[replace(one, signed=not one.signed) for one in plan.stored])
+        if all(plan.pictures):
+            reading = _decode(plan, view, hashlib.sha256().update)
+        if reading.is_wrapped() or reading.low < AIR_HU:
             raise IngestError(
-                f"{one.name} has no rescale slope and intercept, so its values are not Hounsfield units",
-                code="no-rescale",
+                "the values of the series overflowed: no reading of their sign gives Hounsfield units",
+                code="wrapped",
                 hint="export the original series",
             )
-        return 1.0, 0.0
-    return one.number("RescaleSlope"), one.number("RescaleIntercept")
+        word = "signed" if plan.stored[0].signed else "unsigned"
+        notes = (*reading.notes(), f"read as {word} numbers against the header, which gives impossible HU")
+    if not reading.low < reading.high:
+        raise IngestError("every voxel of the series is the same", code="constant", hint="export it again")
+    if reading.holes:
+        array[np.isnan(array)] = reading.low
+    return _Filled(array=array, affine_ras=affine, sha256=content.hexdigest(), notes=notes)
+
+
+def _room(grid: Grid) -> tuple[Float[np.ndarray, "i j k"], Float[np.ndarray, "c r s"], Float[np.ndarray, "4 4"]]:
+    """Memory for the volume in RAS+, a view of it as (column, row, slice), and its affine.
+
+    A series that is to be repaired is turned afterwards: both are then the same.
+    """
+    if grid.repair is not None:
+        array = np.empty(grid.shape, np.float32)
+        return array, array, grid.affine_ras
+    blank, affine = geometry.turn_to_ras(np.broadcast_to(np.float32(0), grid.shape), grid.affine_ras)
+    order, flips = geometry.axis_order(grid.affine_ras)
+    array = np.empty(blank.shape, np.float32)
+    view = np.flip(array, tuple(axis for axis, flip in enumerate(flips) if flip))
+    return array, view.transpose(np.argsort(order)), affine
+
+
+def _decode(plan: _Plan, view: Float[np.ndarray, "c r s"], digest: Callable[[bytes], None]) -> Reading:
+    """Decode file by file, each frame to its slice; a file is let go when its frames are done."""
+    reading = Reading(plan.modality)
+    places: dict[tuple[int, int], int] = {(one.picture, one.number): k for k, one in enumerate(plan.slices)}
+    for index, stored in enumerate(plan.stored):
+        picture = plan.pictures[index]
+        assert picture is not None
+        digest(picture.data)
+        for number, values in enumerate(planes(picture, stored)):
+            k = places.get((index, number))
+            if k is not None:  # an exact duplicate is not
+                one = plan.slices[k]
+                plane = reading.values(values, stored, picture.header, slope=one.slope, intercept=one.intercept)
+                view[:, :, k] = plane.T
+        if plan.modality != "CT" or not may_be_wrong(stored):
+            plan.pictures[index] = None
+    return reading

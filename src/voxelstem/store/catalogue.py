@@ -5,92 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
+from typing import Any, Literal
 
 from voxelstem.errors import StoreError
+from voxelstem.store import schema
+from voxelstem.store.records import Record, Refusal, to_record, to_rows
+from voxelstem.store.schema import FORMAT_VERSION
+from voxelstem.store.selection import Selection, Wanted, select
 from voxelstem.store.splits import Fractions, Split
-from voxelstem.study import Provenance, Report
 
-FORMAT_VERSION = 1
-"""Raised when an older version of voxelstem could no longer read what a newer one writes."""
 FILE_NAME = "catalogue.sqlite"
 ROOM_FOR_A_LOG = 1 << 20
 """Bytes; with less free, a failing read or write of the catalogue is a full disk's fault."""
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE volumes (
-    key TEXT PRIMARY KEY, voxels TEXT NOT NULL, subject TEXT NOT NULL, study TEXT NOT NULL, modality TEXT NOT NULL,
-    shape TEXT NOT NULL, spacing TEXT NOT NULL, affine TEXT NOT NULL, body TEXT NOT NULL,
-    dtype TEXT NOT NULL, slope REAL NOT NULL, intercept REAL NOT NULL,
-    split TEXT NOT NULL, bytes INTEGER NOT NULL,
-    label_key TEXT NOT NULL, label_bytes INTEGER NOT NULL, classes TEXT NOT NULL,
-    labels TEXT NOT NULL, report TEXT, provenance TEXT NOT NULL, ingested TEXT NOT NULL
-);
-CREATE INDEX volumes_by_voxels ON volumes (voxels);
-CREATE TABLE refusals (source TEXT PRIMARY KEY, code TEXT NOT NULL, reason TEXT NOT NULL);
-CREATE TABLE sources (source TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, keys TEXT NOT NULL);
+PAGE = 512
+"""Records that are fetched at once."""
+_RECORDS = """
+SELECT v.*, d.affine, d.body, d.classes, d.labels, d.report, d.provenance, d.facts, d.native, t.thumbnail
+FROM volumes v JOIN details d ON d.number = v.number LEFT JOIN thumbnails t ON t.number = v.number
 """
 
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Record:
-    """What the catalogue knows of one volume, without touching its voxels."""
-
-    key: str
-    """SHA-256 of the volume's content; also its file's name."""
-    voxels: str
-    """SHA-256 of the voxel values alone: equal for two copies of a scan whose headers differ."""
-    subject: str
-    """A pseudonym, see `store.subjects`."""
-    study: str
-    """Volumes of one examination share this."""
-    modality: str
-    channels: int
-    shape_ijk: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    affine_ras: Float[np.ndarray, "4 4"]
-    body_start_ijk: tuple[int, int, int]
-    """The box that holds the patient (CT: all voxels above -500 HU); the whole volume for other modalities."""
-    body_size_ijk: tuple[int, int, int]
-    dtype: str
-    slope: float
-    """Value = stored number * slope + intercept, in HU for CT."""
-    intercept: float
-    split: Split
-    bytes: int
-    """On disk, voxel labels included."""
-    label_key: str
-    """Name of the file with the voxel labels; empty where there are none."""
-    label_bytes: int
-    classes: Mapping[int, str]
-    """Names of the voxel labels' values."""
-    labels: Mapping[str, str]
-    """Scan-level facts, such as `lesion: yes`."""
-    report: Report | None
-    provenance: Provenance
-    ingested: str
-    """When, ISO 8601 in UTC."""
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are voxel labels."""
-        return bool(self.label_key)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Refusal:
-    """A line of the ledger: a source that did not get in, and why. `source` names nobody (`subjects.source_name`)."""
-
-    source: str
-    code: str
-    reason: str
+_TALLIES = {
+    "source_format": "SELECT {what}, COUNT(*) FROM volumes WHERE number <= ? GROUP BY {what} ORDER BY {what}",
+    "language": "SELECT {what}, COUNT(*) FROM volumes WHERE number <= ? AND reported GROUP BY {what} ORDER BY {what}",
+    "classes": "SELECT j.value, COUNT(*) FROM volumes v JOIN details d ON d.number = v.number, json_each(d.classes) j "
+    "WHERE v.number <= ? GROUP BY j.value ORDER BY j.value",
+}
 
 
 class Catalogue:
@@ -112,13 +55,11 @@ class Catalogue:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("BEGIN IMMEDIATE")
-            if _version(connection) != 0:
+            if schema.version(connection) != 0:
                 raise StoreError(f"'{root}' already holds a store", hint="open it, or choose another folder")
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
+            schema.make_tables(connection)
             made_so = json.dumps(asdict(fractions), sort_keys=True)
             connection.execute("INSERT INTO meta VALUES ('fractions', ?)", (made_so,))
-            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
             connection.execute("COMMIT")
 
     @classmethod
@@ -130,20 +71,22 @@ class Catalogue:
             StoreError: no catalogue, a newer one, or a damaged one.
         """
         with _explained(root), closing(_connect_to_read(root)) as connection:
-            _check_version(connection, root)
+            if _check_version(connection, root) < FORMAT_VERSION:
+                schema.show_as_current(connection)
             yield cls(connection)
 
     @classmethod
     @contextmanager
     def write(cls, root: Path) -> Generator[Catalogue, None, None]:
-        """Open for writing and keep every other writer out until done.
+        """Open for writing and keep every other writer out until done; an older format is brought up to date first.
 
         Raises:
             StoreError: as `read`, or another process is writing.
         """
         with _explained(root), closing(_take_lock(root)), closing(_connect(root, "rw")) as connection:
-            _check_version(connection, root)
             connection.execute("PRAGMA synchronous = FULL")
+            if _check_version(connection, root) < FORMAT_VERSION:
+                schema.upgrade(connection)
             yield cls(connection)
 
     @contextmanager
@@ -165,32 +108,115 @@ class Catalogue:
         """Return the shares of the splits with which the store was made."""
         return Fractions(**json.loads(self.meta("fractions") or "{}"))
 
-    def records(self) -> list[Record]:
-        """Return all volumes, ordered by key."""
-        return [_to_record(row) for row in self._connection.execute("SELECT * FROM volumes ORDER BY key")]
+    def last(self) -> int:
+        """Return the highest number of a volume. Numbers only grow, so this marks what is here now."""
+        return int(self._connection.execute("SELECT COALESCE(MAX(number), 0) FROM volumes").fetchone()[0])
+
+    def count(self, last: int) -> int:
+        """Return how many volumes there are up to a mark."""
+        return int(self._connection.execute("SELECT COUNT(*) FROM volumes WHERE number <= ?", (last,)).fetchone()[0])
+
+    def page(self, after: str, last: int) -> list[Record]:
+        """Return the next volumes up to a mark, ordered by key, whose keys come after `after`."""
+        found = self._connection.execute(
+            f"{_RECORDS} WHERE v.key > ? AND v.number <= ? ORDER BY v.key LIMIT {PAGE}", (after, last)
+        )
+        return [to_record(row) for row in found]
+
+    def record(self, key: str, last: int | None = None) -> Record | None:
+        """Return one volume, if it is here (and was at the mark `last`)."""
+        row = self._connection.execute(f"{_RECORDS} WHERE v.key = ?", (key,)).fetchone()
+        return None if row is None or (last is not None and row["number"] > last) else to_record(row)
+
+    def select(self, wanted: Wanted, last: int) -> Selection:
+        """Return the volumes that are wanted, up to a mark, as columns."""
+        return select(self._connection, wanted, last)
+
+    def subjects(self, split: Split | None, last: int) -> tuple[str, ...]:
+        """Return the subjects of all splits or one, in order."""
+        only, given = ("", (last,)) if split is None else ("split = ? AND", (split, last))
+        query = f"SELECT DISTINCT subject FROM volumes WHERE {only} number <= ? ORDER BY subject"
+        return tuple(row[0] for row in self._connection.execute(query, given))
+
+    def duplicates(self, last: int) -> tuple[tuple[str, ...], ...]:
+        """Return the keys of volumes with equal voxel values, a tuple for each set of equals."""
+        rows = self._connection.execute(
+            "SELECT voxels, key FROM volumes WHERE number <= ?1 AND voxels IN "
+            "(SELECT voxels FROM volumes WHERE number <= ?1 GROUP BY voxels HAVING COUNT(*) > 1) ORDER BY voxels, key",
+            (last,),
+        )
+        groups: dict[str, list[str]] = {}
+        for voxels, key in rows:
+            groups.setdefault(voxels, []).append(key)
+        return tuple(map(tuple, groups.values()))
+
+    def thumbnails(self, last: int) -> Generator[tuple[str, bytes]]:
+        """Yield key and thumbnail of all volumes that have one, in the order in which they came."""
+        yield from map(
+            tuple,
+            self._connection.execute(
+                "SELECT v.key, t.thumbnail FROM thumbnails t JOIN volumes v ON v.number = t.number "
+                "WHERE t.number <= ? ORDER BY t.number",
+                (last,),
+            ),
+        )
+
+    def tally(self, what: Literal["source_format", "language", "classes"], last: int) -> dict[str, int]:
+        """Count volumes by the source's format, the report's language, or the classes of voxel labels."""
+        rows = self._connection.execute(_TALLIES[what].format(what=what), (last,))
+        return {word: count for word, count in rows if word}
+
+    def files(self, last: int) -> Generator[tuple[str, str, str, int]]:
+        """Yield key of the volume, folder, name and bytes of every file."""
+        for key, size, *others in self._connection.execute(
+            "SELECT key, bytes, label_key, label_bytes, native_key, native_bytes, native_label_key, native_label_bytes "
+            "FROM volumes WHERE number <= ? ORDER BY number",
+            (last,),
+        ):
+            yield key, "volumes", key, size
+            for kind, name, count in zip(("labels", "native", "labels"), others[::2], others[1::2], strict=True):
+                if name:
+                    yield key, kind, name, count
 
     def file_names(self) -> dict[str, set[str]]:
-        """Return the names that rows speak of: under `volumes` and under `labels`."""
-        rows = self._connection.execute("SELECT key, label_key FROM volumes").fetchall()
-        return {"volumes": {key for key, _ in rows}, "labels": {label_key for _, label_key in rows}}
-
-    def record(self, key: str) -> Record | None:
-        """Return one volume, if it is here."""
-        row = self._connection.execute("SELECT * FROM volumes WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _to_record(row)
+        """Return the names that rows speak of, by the folder in which their files lie."""
+        names: dict[str, set[str]] = {"volumes": set(), "labels": set(), "native": set()}
+        for key, label, native, mask in self._connection.execute(
+            "SELECT key, label_key, native_key, native_label_key FROM volumes"
+        ):
+            names["volumes"].add(key)
+            names["labels"].update((label, mask))
+            names["native"].add(native)
+        return names
 
     def owners(self, voxels: str) -> set[str]:
         """Return the subjects of all volumes with these voxel values."""
         return {row[0] for row in self._connection.execute("SELECT subject FROM volumes WHERE voxels = ?", (voxels,))}
 
-    def put(self, record: Record) -> None:
-        """Insert a volume, or replace what is known of it."""
-        row = _to_row(record)
-        places = ", ".join("?" * len(row))
-        self._connection.execute(
-            f"INSERT OR REPLACE INTO volumes ({', '.join(row)}) VALUES ({places})",
-            list(row.values()),
+    def put(self, *records: Record) -> None:
+        """Insert volumes, or replace what is known of them; a volume keeps the number with which it came."""
+        for record in records:
+            narrow, wide = to_rows(record)
+            self._connection.execute(_insert("volumes", narrow, key="key"), list(narrow.values()))
+            (number,) = self._connection.execute("SELECT number FROM volumes WHERE key = ?", (record.key,)).fetchone()
+            wide["number"] = number
+            self._connection.execute(_insert("details", wide, key="number"), list(wide.values()))
+            if record.thumbnail:
+                cells = {"number": number, "thumbnail": record.thumbnail}
+                self._connection.execute(_insert("thumbnails", cells, key="number"), list(cells.values()))
+
+    def lines(self) -> Generator[str]:
+        """Yield every row as a line of JSON, without numbers and times, in an order that depends on nothing else."""
+        tables = (
+            ("meta", "SELECT * FROM meta ORDER BY name"),
+            ("volumes", f"{_RECORDS} ORDER BY v.key"),
+            ("refusals", "SELECT * FROM refusals ORDER BY source"),
+            ("sources", "SELECT * FROM sources ORDER BY source"),
         )
+        for table, query in tables:
+            for row in self._connection.execute(query):
+                cells = {name: row[name] for name in row.keys() if name not in ("number", "ingested")}  # noqa: SIM118
+                yield table + " " + json.dumps(cells, sort_keys=True, default=bytes.hex)
 
     def refusals(self) -> list[Refusal]:
         """Return the ledger, ordered by source."""
@@ -217,6 +243,16 @@ class Catalogue:
         self._connection.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?)", row)
 
 
+def dump(root: Path | str) -> str:
+    """Tell all that a catalogue says, but not when it was said: one line a row, sorted, so that stores can be compared.
+
+    Raises:
+        StoreError: as `Catalogue.read`.
+    """
+    with Catalogue.read(Path(root)) as catalogue:
+        return "\n".join(catalogue.lines()) + "\n"
+
+
 def is_store(path: Path) -> bool:
     """Tell whether a folder holds a catalogue."""
     return (path / FILE_NAME).is_file()
@@ -240,7 +276,7 @@ def _connect_to_read(root: Path) -> sqlite3.Connection:
     for mode in ("rw", "ro"):
         connection = _connect(root, mode)
         try:
-            _version(connection)
+            schema.version(connection)
         except sqlite3.OperationalError:
             connection.close()
         else:
@@ -269,20 +305,17 @@ def _take_lock(root: Path) -> sqlite3.Connection:
     return lock
 
 
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _check_version(connection: sqlite3.Connection, root: Path) -> None:
-    version = _version(connection)
+def _check_version(connection: sqlite3.Connection, root: Path) -> int:
+    version = schema.version(connection)
     if version > FORMAT_VERSION:
         raise StoreError(
             f"the store in '{root}' was made by a newer version of voxelstem (format {version}; this one reads "
             f"up to {FORMAT_VERSION})",
             hint="upgrade voxelstem, or make the store again with this version",
         )
-    if version < 1:
+    if version < schema.OLDEST_VERSION:
         raise StoreError(f"the store in '{root}' was never finished", hint="run `voxelstem ingest` on it again")
+    return version
 
 
 @contextmanager
@@ -307,52 +340,10 @@ def _explained(root: Path) -> Generator[None, None, None]:
         ) from error
 
 
-def _to_row(record: Record) -> dict[str, Any]:
-    return {
-        "key": record.key,
-        "voxels": record.voxels,
-        "subject": record.subject,
-        "study": record.study,
-        "modality": record.modality,
-        "shape": json.dumps([record.channels, *record.shape_ijk]),
-        "spacing": json.dumps(record.spacing_mm),
-        "affine": json.dumps(record.affine_ras.tolist()),
-        "body": json.dumps([record.body_start_ijk, record.body_size_ijk]),
-        "dtype": record.dtype,
-        "slope": record.slope,
-        "intercept": record.intercept,
-        "split": record.split,
-        "bytes": record.bytes - record.label_bytes,
-        "label_key": record.label_key,
-        "label_bytes": record.label_bytes,
-        "classes": json.dumps({str(value): name for value, name in sorted(record.classes.items())}),
-        "labels": json.dumps(dict(record.labels), sort_keys=True),
-        "report": None if record.report is None else json.dumps(asdict(record.report)),
-        "provenance": json.dumps(asdict(record.provenance), sort_keys=True),
-        "ingested": record.ingested,
-    }
-
-
-def _to_record(row: sqlite3.Row) -> Record:
-    cells = dict(row)
-    channels, *shape_ijk = json.loads(cells.pop("shape"))
-    start, size = json.loads(cells.pop("body"))
-    affine = np.array(json.loads(cells.pop("affine")), dtype=np.float64)
-    affine.flags.writeable = False
-    provenance = json.loads(cells.pop("provenance"))
-    provenance["notes"] = tuple(provenance["notes"])
-    said = cells.pop("report")
-    cells["bytes"] += cells["label_bytes"]
-    cells["labels"] = json.loads(cells["labels"])
-    cells["classes"] = {int(value): name for value, name in json.loads(cells["classes"]).items()}
-    return Record(
-        channels=channels,
-        shape_ijk=tuple(shape_ijk),
-        spacing_mm=tuple(json.loads(cells.pop("spacing"))),
-        affine_ras=affine,
-        body_start_ijk=tuple(start),
-        body_size_ijk=tuple(size),
-        provenance=Provenance(**provenance),
-        report=None if said is None else Report(**json.loads(said)),
-        **cells,
+def _insert(table: str, cells: dict[str, Any], *, key: str) -> str:
+    """Write the statement that inserts a row, or brings the row with the same key up to date."""
+    fresh = ", ".join(f"{name} = excluded.{name}" for name in cells if name != key)
+    return (
+        f"INSERT INTO {table} ({', '.join(cells)}) VALUES ({', '.join('?' * len(cells))}) "
+        f"ON CONFLICT ({key}) DO UPDATE SET {fresh}"
     )
