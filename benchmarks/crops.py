@@ -1,16 +1,21 @@
-"""Random crops of one CT scan: our store against MONAI on the same scan, in one interleaved run.
+"""Random crops of one CT scan: our store against MONAI and tensorstore on the same scan, in one interleaved run.
 
     python benchmarks/crops.py [--repeats 7] [--small]
 
 The scan is made here (512 x 512 x 300, a smooth body in air with noise, whole HU), so nobody's data is needed. Every
-side hands over the same crop as float32 HU (channel, i, j, k); each crop is checked against the array before timing.
-Sides: `LoadImage` + `EnsureChannelFirst` + crop from `.nii.gz` (MONAI's usual way), the same with eight crops a file
-opened once (its amortised way), and MONAI's own cache on disk (`PersistentDataset`) and in memory (`CacheDataset`).
+side hands over the same crop as contiguous float32 HU (channel, i, j, k) and each crop is checked against the array.
+Sides: our store; our raw tiles (the second format); `LoadImage` + `EnsureChannelFirst` + crop from `.nii.gz` (MONAI's
+usual way), the same with eight crops a file opened once (its amortised way), MONAI's own cache on disk
+(`PersistentDataset`) and in memory (`CacheDataset`), and sharded zarr read by tensorstore, with its defaults and with
+the fastest of several settings. Two sides are no peers but floors: what handing over floats costs at all, when the
+whole scan lies in memory as int16 or as float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import os
 import platform
 import statistics
@@ -18,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +34,18 @@ import nibabel
 import numpy as np
 import torch
 from monai.data.dataset import CacheDataset, PersistentDataset
+from monai.data.meta_tensor import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from scipy import ndimage
 
+from voxelstem.engine.transfer import PreadReader, read_crop
 from voxelstem.store import Store, write
+from voxelstem.store.tiles import Tiles, write_tiles
 from voxelstem.study import Provenance, Study, Volume
 
 SIZES = ((96, 96, 96), (128, 128, 64))
 CROPS_AN_OPEN = 8
-GOAL = 40.0
+BYTES_GOAL = 1 / 3
 Box = tuple[slice, slice, slice, slice]
 
 
@@ -49,6 +57,10 @@ class Side:
     crops: int
     read: Callable[[list[Box]], list[np.ndarray]]
     bytes: int
+    goal: float = 0.0
+    """How many times faster than this side ours should be; 0 where nothing is promised."""
+    small: bool = False
+    """Whether ours should also take no more than a third of its bytes."""
 
 
 def machine() -> str:
@@ -94,15 +106,40 @@ def ours(store: Store, key: str) -> Side:
     return Side(name="voxelstem store", crops=CROPS_AN_OPEN, read=read, bytes=store.record(key).bytes)
 
 
+def raw_tiles(store: Store, key: str) -> Side:
+    """Our second format, uncompressed, by `preadv`."""
+    (path,) = write_tiles(store, key)
+    tiles, reader = Tiles.open(path), PreadReader(torch.device("cpu"))
+
+    def read(wanted: list[Box]) -> list[np.ndarray]:
+        found = []
+        for _, i, j, k in wanted:
+            size = (i.stop - i.start, j.stop - j.start, k.stop - k.start)
+            found.append(read_crop(reader, tiles, (i.start, j.start, k.start), size).numpy())
+        return found
+
+    return Side(name="voxelstem raw tiles (preadv)", crops=CROPS_AN_OPEN, read=read, bytes=path.stat().st_size)
+
+
+def floor(name: str, whole: np.ndarray) -> Side:
+    """Crops of an array in memory: no storage can be faster than this."""
+
+    def read(wanted: list[Box]) -> list[np.ndarray]:
+        return [np.array(whole[box], np.float32, order="C") for box in wanted]
+
+    return Side(name=name, crops=CROPS_AN_OPEN, read=read, bytes=whole.nbytes)
+
+
 def monai_file(path: Path, crops: int) -> Side:
     """MONAI from the file itself, decompressing it at every call."""
     load = Compose([LoadImage(image_only=True), EnsureChannelFirst()])
 
     def read(wanted: list[Box]) -> list[np.ndarray]:
         whole: Any = load(path)
-        return [np.asarray(whole[box]) for box in wanted]
+        return [np.ascontiguousarray(whole[box]) for box in wanted]
 
-    return Side(name=f"MONAI LoadImage, {crops} crop(s) an open", crops=crops, read=read, bytes=path.stat().st_size)
+    name = f"MONAI LoadImage, {crops} crop(s) an open"
+    return Side(name=name, crops=crops, read=read, bytes=path.stat().st_size, goal=80.0)
 
 
 def monai_dataset(name: str, dataset: Any, size: int) -> Side:
@@ -110,10 +147,80 @@ def monai_dataset(name: str, dataset: Any, size: int) -> Side:
     _ = dataset[0]
 
     def read(wanted: list[Box]) -> list[np.ndarray]:
+        # Outside the cropping, a MetaTensor's bookkeeping is paid once an open: the best this side can do.
         whole = dataset[0]
-        return [np.array(whole[box].numpy()) for box in wanted]
+        plain = whole.as_tensor() if isinstance(whole, MetaTensor) else whole
+        return [plain[box].clone(memory_format=torch.contiguous_format).numpy() for box in wanted]
 
-    return Side(name=name, crops=CROPS_AN_OPEN, read=read, bytes=size)
+    return Side(name=name, crops=CROPS_AN_OPEN, read=read, bytes=size, goal=6.0, small=True)
+
+
+def zarr_sides(folder: Path, array: np.ndarray) -> list[Side]:
+    """Sharded zarr by tensorstore: as it comes, and the fastest of several settings; none where it is missing."""
+    if importlib.util.find_spec("tensorstore") is None:
+        print("tensorstore is not installed: `pip install tensorstore` in this environment adds sharded zarr")
+        return []
+    usual = zarr_side(folder / "usual", array, (64, 64, 64), {"cname": "lz4", "clevel": 5, "shuffle": "shuffle"}, {})
+    one_thread = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+    codecs = [
+        {"cname": "lz4", "clevel": level, "shuffle": shuffle} for level, shuffle in [(5, "bitshuffle"), (1, "shuffle")]
+    ]
+    tried: list[tuple[float, Side]] = []
+    choices = itertools.product(((32, 32, 16), (32, 32, 32), (64, 64, 32)), codecs, ({}, one_thread))
+    for number, (inner, codec, context) in enumerate(choices):
+        side = zarr_side(folder / f"zarr{number}", array, inner, codec, context)
+        rng = np.random.default_rng(2)
+        wanted = [box for size in SIZES for box in boxes(array.shape, size, 8, rng)]
+        side.read(wanted)
+        began = time.perf_counter()
+        side.read(wanted)
+        tried.append((time.perf_counter() - began, side))
+    best = min(tried, key=lambda pair: pair[0])[1]
+    return [
+        replace(usual, name="tensorstore sharded zarr, usual (64^3 lz4)"),
+        replace(best, name=f"tensorstore, best ({best.name})"),
+    ]
+
+
+def zarr_side(
+    folder: Path, array: np.ndarray, inner: tuple[int, int, int], codec: dict[str, Any], context: dict[str, Any]
+) -> Side:
+    """One shard that holds chunks of `inner` voxels."""
+    import tensorstore
+
+    chunks = {"name": "regular", "configuration": {"chunk_shape": [1, *(-(-n // 128) * 128 for n in array.shape)]}}
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [1, *inner],
+            "codecs": [{"name": "bytes"}, {"name": "blosc", "configuration": codec | {"typesize": 2}}],
+        },
+    }
+    made = tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(folder)},
+            "metadata": {
+                "shape": [1, *array.shape],
+                "data_type": "int16",
+                "chunk_grid": chunks,
+                "codecs": [sharding],
+            },
+        },
+        context=tensorstore.Context(context),
+        create=True,
+    ).result()
+    made.write(array[None]).result()
+
+    def read(wanted: list[Box]) -> list[np.ndarray]:
+        # All at once, so that it may overlap reading and decoding as it likes.
+        asked = [made[box].read() for box in wanted]
+        return [np.asarray(future.result()).astype(np.float32, order="C") for future in asked]
+
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    threads = "1 thread" if context else "all threads"
+    name = f"{'x'.join(map(str, inner))} {codec['shuffle']} {threads}"
+    return Side(name=name, crops=CROPS_AN_OPEN, read=read, bytes=size, goal=1.5)
 
 
 def sides(folder: Path, array: np.ndarray) -> list[Side]:
@@ -132,10 +239,14 @@ def sides(folder: Path, array: np.ndarray) -> list[Side]:
     on_disk = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     return [
         ours(store, key),
+        raw_tiles(store, key),
         monai_file(path, 1),
         monai_file(path, CROPS_AN_OPEN),
         monai_dataset("MONAI PersistentDataset (its best on disk)", persistent, on_disk),
         monai_dataset("MONAI CacheDataset (whole scan in RAM)", cached, array.size * 4),
+        *zarr_sides(folder, array),
+        floor("floor: int16 array in RAM", array[None]),
+        floor("floor: float32 array in RAM", array[None].astype(np.float32)),
     ]
 
 
@@ -155,15 +266,25 @@ def compare(everyone: list[Side], array: np.ndarray, size: tuple[int, int, int],
             if repeat:  # the first round warms up files and code
                 seconds[side.name].append(spent)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    first = everyone[0].name
+    mine = everyone[0]
     print(f"\ncrops of {' x '.join(map(str, size))}, median of {repeats}")
-    print(f"{'':44} {'ms a crop':>10} {'crops/s':>9} {'MB a scan':>10} {'ours is':>9}")
+    print(f"{'':52} {'ms a crop':>10} {'MB a scan':>10} {'ours is':>9} {'our bytes':>10}  goal")
     for side in everyone:
-        cost = median[side.name]
-        ratio = f"{cost / median[first]:.1f}x"
-        print(f"{side.name:44} {1e3 * cost:10.2f} {1 / cost:9.1f} {side.bytes / 1e6:10.1f} {ratio:>9}")
-    ratio = median[everyone[1].name] / median[first]
-    print(f"against {everyone[1].name}: {ratio:.0f}x (goal >= {GOAL:.0f}x: {'met' if ratio >= GOAL else 'MISSED'})")
+        cost, bytes_ratio = median[side.name], mine.bytes / side.bytes
+        ratio = cost / median[mine.name]
+        print(
+            f"{side.name:52} {1e3 * cost:10.2f} {side.bytes / 1e6:10.1f} {ratio:8.1f}x {bytes_ratio:9.0%}  "
+            f"{verdict(side, ratio, bytes_ratio)}"
+        )
+
+
+def verdict(side: Side, ratio: float, bytes_ratio: float) -> str:
+    """Say whether what is promised against this side is kept."""
+    if not side.goal:
+        return ""
+    met = ratio >= side.goal and (not side.small or bytes_ratio <= BYTES_GOAL)
+    limit = " at <= 33 % of its bytes" if side.small else ""
+    return f">= {side.goal:g}x{limit}: {'met' if met else 'MISSED'}"
 
 
 def main() -> None:

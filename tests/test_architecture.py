@@ -141,10 +141,18 @@ def test_no_except_catches_everything():
         (name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)
     )
     broad = ("Exception", "BaseException")
+
+    def passes_on(node: ast.ExceptHandler) -> bool:
+        return isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+
+    # Whatever a task raises in another process must come back to whoever asked, as it would without processes.
+    boundary = {"workers.py"}
     none_of(
         f"{name}:{node.lineno}"
         for name, node in handlers
-        if node.type is None or any(isinstance(part, ast.Name) and part.id in broad for part in ast.walk(node.type))
+        if (node.type is None or any(isinstance(part, ast.Name) and part.id in broad for part in ast.walk(node.type)))
+        and not passes_on(node)
+        and name not in boundary
     )
 
 

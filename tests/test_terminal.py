@@ -33,7 +33,7 @@ def test_a_problem_goes_to_stderr_with_its_next_step(capsys):
     [(errno.ENOSPC, "the disk is full"), (errno.ENOENT, "no such file"), (errno.EACCES, "no permission")],
 )
 def test_what_the_system_says_becomes_a_sentence_without_folders(number, said):
-    problem, hint = terminal.explain(OSError(number, "?", "/home/miller/ct.nii"))
+    problem, hint = terminal.explain(OSError(number, "?", "/scans/miller/ct.nii"))
     assert problem.startswith(said)
     assert "miller" not in problem
     assert hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class VoxelstemError(Exception):
     """A problem that the user can act on.
@@ -18,6 +20,10 @@ class VoxelstemError(Exception):
     def __str__(self) -> str:
         """Both sentences, for logs and the terminal."""
         return f"{self.problem}\n  hint: {self.hint}" if self.hint else self.problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel whole between processes: the usual way would forget what is given by keyword."""
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(VoxelstemError):
@@ -43,3 +49,9 @@ class CheckpointError(VoxelstemError):
 
 class AuditError(VoxelstemError):
     """An evaluation would not be honest: leakage, no held-out subjects, one class only."""
+
+
+def _rebuild(kind: type[VoxelstemError], args: tuple[Any, ...], state: dict[str, Any]) -> VoxelstemError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from voxelstem.config import flatten, read_toml, to_toml
 from voxelstem.engine import checkpoint, monitor, optim
 from voxelstem.engine import device as devices
 from voxelstem.engine.checkpoint import CheckpointConfig
+from voxelstem.engine.journal import read_journal
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
 from voxelstem.engine.loop import LoopConfig, train
 from voxelstem.engine.optim import OptimConfig
@@ -29,6 +31,9 @@ from voxelstem.store import Store
 from voxelstem.store.catalogue import Record
 from voxelstem.study import InputSpec
 from voxelstem.table import Table
+
+FREE_TO_CHANGE = {"loader.threads", "loader.workers", "loader.timeout_s", "loader.ahead"}
+"""Settings that change who reads, and not one bit of what is read: a run may resume with others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +124,8 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
     # Not before all this could be made: settings that cannot train leave no trace.
     _claim(out, config)
     start = checkpoint.resume(out / "checkpoints", objective, optimizer)
+    before = [line for line in read_journal(out) if line["step"] < start]
+    loader.quarantine(line["quarantined"] for line in before if "quarantined" in line)
     look = _health(config, loader, objective.backbone, device)
     settings = LoopConfig(
         steps=config.steps,
@@ -127,9 +134,9 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
         device=device,
         precision=config.precision,
         monitor_every=config.monitor_every,
+        notes=loader.notes,
     )
-    with progress("pretrain", config.steps - start) as advance:
-        batches = loader.batches(start, config.steps)
+    with progress("pretrain", config.steps - start) as advance, closing(loader.batches(start, config.steps)) as batches:
         train(objective, optimizer, batches, run=out, start=start, config=settings, monitor=look, advance=advance)
     return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, records))
 
@@ -140,7 +147,7 @@ def _health(
     """What the loop looks at now and then; the probe only where subjects carry voxel labels."""
     probe = monitor.draw_probe_set(
         loader.store,
-        loader.records,
+        [record for record in loader.records if record.key not in loader.quarantined],
         config.spec,
         patch_ijk=config.backbone.patch_ijk,
         blocks=config.probe_blocks,
@@ -148,12 +155,15 @@ def _health(
     )
     if probe is None:
         views = loader.batch(config.steps).views["global"].flatten(0, 1)[:4].to(device)
-        return lambda: {"effective_rank": monitor.token_rank(backbone, views)}
+        return lambda: {"effective_rank": monitor.token_rank(backbone, views)} | loader.speed()
     probe = replace(probe, blocks=probe.blocks.to(device))
-    return lambda: {
-        "effective_rank": monitor.token_rank(backbone, probe.blocks),
-        "probe/patch_balanced_accuracy": monitor.probe_patches(backbone, probe),
-    }
+    return lambda: (
+        {
+            "effective_rank": monitor.token_rank(backbone, probe.blocks),
+            "probe/patch_balanced_accuracy": monitor.probe_patches(backbone, probe),
+        }
+        | loader.speed()
+    )
 
 
 def trainable(store: Store, spec: InputSpec) -> list[Record]:
@@ -231,7 +241,8 @@ def _refuse_other_settings(out: Path, config: PretrainConfig) -> None:
         )
     before = read_toml(out / "config.toml")
     now = {name: _plain(value) for name, value in flatten(config).items()}
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    asked = (before.keys() | now.keys()) - FREE_TO_CHANGE
+    changed = sorted(name for name in asked if before.get(name) != now.get(name))
     if changed:
         raise CheckpointError(
             f"run '{out.name}' was {'trained' if finished else 'started'} with other settings: "

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import importlib
+import multiprocessing
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
 from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +16,8 @@ import torch
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
 from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
-from voxelstem.store import Store
+from voxelstem.store import Store, reader
+from voxelstem.store.reader import file_path
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
@@ -32,8 +39,10 @@ def test_views_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]):
         ViewsConfig(**wrong)
 
 
-def loader(store: Store, *, views: ViewsConfig = VIEWS, batch: int = 3, threads: int = 1, seed: int = 0) -> Loader:
-    config = LoaderConfig(batch=batch, threads=threads, ahead=3)
+def loader(
+    store: Store, *, views: ViewsConfig = VIEWS, batch: int = 3, threads: int = 1, seed: int = 0, each: int = 2
+) -> Loader:
+    config = LoaderConfig(batch=batch, threads=threads, ahead=3, samples_per_open=each)
     return Loader(store, list(store), SPEC, views=views, config=config, seed=seed)
 
 
@@ -154,7 +163,201 @@ def test_no_scan_is_a_store_error(phantoms: Store):
         Loader(phantoms, [], SPEC, views=VIEWS, config=LoaderConfig(), seed=0)
 
 
-@pytest.mark.parametrize("name", ["batch", "threads", "ahead"])
-def test_numbers_below_one_are_refused(name: str):
-    with pytest.raises(ValueError, match=">= 1"):
-        LoaderConfig(**{name: 0})
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": 0},
+        {"threads": 0},
+        {"ahead": 0},
+        {"samples_per_open": 0},
+        {"workers": -1},
+        {"timeout_s": 0.0},
+        {"max_bad_share": 1.5},
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LoaderConfig(**wrong)
+
+
+def drawn(source: Loader, steps: range, samples: int) -> list[str]:
+    return [source.plan(step, index)[0].key for step in steps for index in range(samples)]
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_an_epoch_takes_every_scan_once_for_each_sample_of_an_opening(phantoms: Store, each: int):
+    source = loader(phantoms, batch=4, each=each)
+    everyone = sorted(record.key for record in phantoms)
+    for step in range(4 * each):
+        assert sorted(drawn(source, range(step, step + 1), 4)) == everyone
+    orders = {tuple(drawn(source, range(row * each, row * each + 1), 4)) for row in range(8)}
+    assert len(orders) > 1, "another epoch has another order"
+    for row in range(8):
+        rows = {tuple(drawn(source, range(step, step + 1), 4)) for step in range(row * each, (row + 1) * each)}
+        assert len(rows) == 1, "steps that share their openings have the same scans"
+
+
+def test_the_samples_of_one_opening_differ(phantoms: Store):
+    source = loader(phantoms, each=3)
+    places = {source.plan(step, 0)[1]["global"][0].start_mm for step in range(3)}
+    assert len(places) == 3
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_each_scan_is_opened_once_for_all_samples_of_an_opening(
+    phantoms: Store, monkeypatch: pytest.MonkeyPatch, each: int
+):
+    opened: list[str] = []
+    real = blosc2.open
+
+    def counting(path: str, **how: Any) -> Any:
+        opened.append(Path(path).stem)
+        return real(path, **how)
+
+    monkeypatch.setattr(blosc2, "open", counting)
+    monkeypatch.setattr(reader, "MAX_OPEN_FILES", 1)  # of which a large store's rows find none open
+    source = loader(Store.open(phantoms.path), batch=4, each=each)
+    assert len(list(source.batches(0, 6))) == 6
+    assert len(opened) <= 24 / each
+    assert len(opened) >= 24 / each - 6, "two rows may end and begin with the same scan"
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "ranks"), [(2, 0, (0, 1)), (4, 0, (0, 1, 2, 3)), (1, 1, (0,)), (2, 2, (1,))]
+)
+def test_processes_and_workers_change_nothing(phantoms: Store, world: int, workers: int, ranks: tuple[int, ...]):
+    whole = [loader(phantoms, batch=4).batch(step) for step in range(1, 6)]
+    for rank in ranks:
+        config = LoaderConfig(batch=4, ahead=3, workers=workers)
+        part = Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=world)
+        mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        for batch, want in zip(part.batches(1, 6), whole, strict=True):
+            assert all(torch.equal(batch.views[name], want.views[name][mine]) for name in want.views)
+            assert all(torch.equal(batch.places_mm[name], want.places_mm[name][mine]) for name in want.places_mm)
+
+
+def test_ranks_draw_different_things_for_their_objective(phantoms: Store):
+    config = LoaderConfig(batch=4)
+    parts = [
+        Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=2)
+        for rank in (0, 1)
+    ]
+    assert parts[0].batch(0).seed != parts[1].batch(0).seed
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(phantoms: Store):
+    with pytest.raises(ValueError, match="multiple of the 2 processes, got 3"):
+        Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=3), seed=0, rank=0, world=2)
+
+
+@pytest.fixture
+def damaged(phantoms: Store, tmp_path: Path) -> tuple[Store, str]:
+    """A copy of the store of which one scan's file is cut short, and that scan's key."""
+    copytree(phantoms.path, tmp_path / "store")
+    key = sorted(record.key for record in phantoms)[1]
+    path = file_path(tmp_path / "store", "volumes", key)
+    path.write_bytes(path.read_bytes()[:-100])
+    return Store.open(tmp_path / "store"), key
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_scan_that_cannot_be_read_is_quarantined_by_name_and_the_next_one_stands_in(
+    damaged: tuple[Store, str], phantoms: Store, workers: int
+):
+    store, bad = damaged
+    config = LoaderConfig(batch=4, workers=workers)
+    source = Loader(store, list(store), SPEC, views=VIEWS, config=config, seed=0)
+    seen = [content(batch) for batch in source.batches(0, 6)]
+    start, *notes = source.notes()
+    assert start == {"reader": "blosc2 mmap"}
+    assert [note["quarantined"] for note in notes] == [bad[:16]], "once, however often its turn comes"
+    assert "damaged" in notes[0]["reason"]
+    assert source.notes() == []
+    told = Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=4), seed=0)
+    told.quarantine([bad[:16]])
+    assert [content(batch) for batch in told.batches(0, 6)] == seen, "whoever knows it from the start sees the same"
+    assert [content(told.batch(step)) for step in range(6)] == seen
+    whole = loader(phantoms, batch=4)
+    for step in range(6):
+        before, after = drawn(whole, range(step, step + 1), 4), drawn(told, range(step, step + 1), 4)
+        assert [key for key in after if key == bad] == []
+        assert [old == new for old, new in zip(before, after, strict=True)] == [key != bad for key in before]
+
+
+def test_scans_that_are_well_stay_bit_by_bit_as_they_were(damaged: tuple[Store, str], phantoms: Store):
+    store, bad = damaged
+    source = loader(store, batch=4)
+    for step, batch in enumerate(source.batches(0, 4)):
+        want = loader(phantoms, batch=4).batch(step)
+        for index, key in enumerate(drawn(loader(phantoms, batch=4), range(step, step + 1), 4)):
+            same = torch.equal(batch.views["global"][index], want.views["global"][index])
+            assert same == (key != bad)
+
+
+def test_when_many_scans_cannot_be_read_the_disk_is_to_blame(damaged: tuple[Store, str]):
+    store, _ = damaged
+    for record in list(store)[1:3]:
+        file_path(store.path, "volumes", record.key).unlink()
+    with pytest.raises(StoreError, match="2 of 4 scans cannot be read") as caught:
+        list(loader(store, batch=4).batches(0, 2))
+    assert "disk" in caught.value.hint
+
+
+def test_a_store_in_quarantine_altogether_is_an_error_and_no_endless_search(phantoms: Store):
+    source = loader(phantoms)
+    source.quarantine(record.key for record in phantoms)
+    with pytest.raises(StoreError, match="no scan to train on can be read"):
+        source.batch(0)
+
+
+DEADLY = """
+import os, signal, time
+from voxelstem.store import Store, reader
+from voxelstem.store.reader import file_path
+
+class Deadly(Store):
+    def crop(self, key, start_ijk, size_ijk):
+        if key.startswith("{die}"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if key.startswith("{hang}"):
+            time.sleep(600)
+        return super().crop(key, start_ijk, size_ijk)
+"""
+
+
+def test_a_scan_that_kills_or_stalls_its_worker_costs_itself_and_not_the_run(
+    phantoms: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    die, hang, *_ = sorted(record.key for record in phantoms)
+    (tmp_path / "deadly.py").write_text(DEADLY.replace("{die}", die).replace("{hang}", hang))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    store = importlib.import_module("deadly").Deadly.open(phantoms.path)
+    config = LoaderConfig(batch=4, workers=2, timeout_s=1.0, max_bad_share=0.5)
+    source = Loader(store, list(store), SPEC, views=VIEWS, config=config, seed=0)
+    seen = [content(batch) for batch in source.batches(0, 2)]
+    notes = {note["quarantined"]: note["reason"] for note in source.notes() if "quarantined" in note}
+    assert notes.keys() == {die[:16], hang[:16]}
+    assert "died, twice (signal 11" in notes[die[:16]]
+    assert "did not finish within 1 seconds, twice" in notes[hang[:16]]
+    told = loader(phantoms, batch=4)
+    told.quarantine([die, hang])
+    assert [content(batch) for batch in told.batches(0, 2)] == seen
+
+
+def test_leaving_early_stops_the_readers(phantoms: Store):
+    before = len(multiprocessing.active_children())
+    config = LoaderConfig(batch=4, workers=1)
+    with closing(Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0).batches(0, 100)) as batches:
+        next(batches)
+        assert len(multiprocessing.active_children()) == before + 1
+    assert len(multiprocessing.active_children()) == before
+
+
+def test_the_speed_counts_what_was_read(phantoms: Store):
+    source = loader(phantoms)
+    assert source.speed() == {"read_gb": 0.0, "read_gb_per_s": 0.0}
+    source.batch(0)
+    once = source.speed()["read_gb"]
+    source.batch(0)
+    assert source.speed()["read_gb"] == 2 * once > 0
+    assert source.speed()["read_gb_per_s"] > 0

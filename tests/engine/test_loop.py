@@ -117,3 +117,19 @@ def test_batches_that_end_too_soon_are_noticed(make, run: Path):
             monitor=dict,
             advance=lambda *_: None,
         )
+
+
+def test_what_the_loader_says_stands_before_the_step_at_which_it_said_it(make, run: Path):
+    said = iter([[{"reader": "mmap"}], [], [{"quarantined": "0f", "reason": "cut off"}]])
+    config = LoopConfig(
+        steps=3,
+        optim=OPTIM,
+        checkpoint=CheckpointConfig(every=3),
+        precision="fp32",
+        monitor_every=3,
+        notes=lambda: next(said),
+    )
+    loop(make, run, make.objective(), steps=3, config=config)
+    lines = read_journal(run)
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 2, 3]
+    assert (lines[0]["reader"], lines[3]["quarantined"], "loss" in lines[4]) == ("mmap", "0f", True)

@@ -39,8 +39,8 @@ class Journal:
         except OSError as error:
             raise _full(error) from error
 
-    def append(self, record: Mapping[str, float | int]) -> None:
-        """Write one record; it has a `step`.
+    def append(self, record: Mapping[str, float | str]) -> None:
+        """Write one record; it has a `step`, numbers and perhaps words.
 
         Raises:
             CheckpointError: the disk is full.
@@ -51,7 +51,7 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._board is not None:
                 for name, value in record.items():
-                    if name != "step":
+                    if name != "step" and not isinstance(value, str):
                         self._board.add_scalar(name, value, int(record["step"]))
         except OSError as error:
             raise _full(error) from error
@@ -79,7 +79,7 @@ def _full(error: OSError) -> CheckpointError:
     )
 
 
-def read_journal(run: Path) -> list[dict[str, float]]:
+def read_journal(run: Path) -> list[dict[str, Any]]:
     """All whole records of a run; a last line cut off by a kill is left out.
 
     Raises:
@@ -92,9 +92,9 @@ def read_journal(run: Path) -> list[dict[str, float]]:
     return [_parse(line, number) for number, line in enumerate(lines, start=1)]
 
 
-def _parse(line: bytes, number: int) -> dict[str, float]:
+def _parse(line: bytes, number: int) -> dict[str, Any]:
     try:
-        record: dict[str, float] = json.loads(line)
+        record: dict[str, Any] = json.loads(line)
         int(record["step"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(

@@ -1,24 +1,43 @@
-"""Training samples out of the store. Sample i of step s is a pure function of (seed, s, i): nothing to save or lose."""
+"""Training samples out of the store. A sample is a pure function of (seed, epoch, index): nothing to save or lose.
+
+An epoch is a permutation of the scans. `samples_per_open` steps share a row of scans: the scan at place q of the row
+is opened once and gives sample q to each of these steps, so a batch never holds two samples of one scan (unless there
+are fewer scans than samples in it). Neither the number of processes that train, nor that of threads or workers that
+read, nor the step at which a run resumes changes which samples a step holds, or one bit of them.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float32, Int64
 
 from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
+from voxelstem.store.plans import epoch_order
 from voxelstem.store.reader import Record, Store
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, draw_augment
-from voxelstem.views.crop import ViewKind, ViewPlan, apply_view, covering_crop, draw_views
+from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, covering_crop, draw_views
 from voxelstem.views.intensity import window
+from voxelstem.workers import Lost, Workers
+
+READER = "blosc2 mmap"
+STORED_BYTES = 2
+"""Of one voxel in the store."""
+_CHECK_DISK = "see whether the store's disk is there and healthy, then ingest these scans again"
+_PLACE, _CHANGE, _STEP = 1, 2, 3
+"""First number of every seed: what is drawn. Streams with different purposes never meet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,73 +69,105 @@ class ViewsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderConfig:
-    """How many samples a step takes and how many steps are prepared ahead."""
+    """How many samples a step takes, from how many openings of files, and who prepares them."""
 
     batch: int = 8
+    """Samples of one step, over all processes that train together."""
+    samples_per_open: int = 2
+    """Samples drawn from a scan each time its file is opened, one for each of as many steps in a row. An epoch gives
+    this many samples of every scan. More saves openings; fewer makes neighbouring steps less alike."""
     threads: int = 1
+    """Threads that read where there are no workers."""
+    workers: int = 0
+    """Processes that read. A scan that kills or stalls its process then costs the scan and not the run."""
+    timeout_s: float = 60.0
+    """Seconds that a worker may take over the samples of one opening."""
     ahead: int = 4
+    """Steps that are prepared ahead."""
+    max_bad_share: float = 0.1
+    """Share of the scans that may turn out unreadable before the run stops; one always may."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
 
         Raises:
-            ValueError: a number below 1.
+            ValueError: a number below 1, negative workers, no time, or a share that is none.
         """
-        if min(self.batch, self.threads, self.ahead) < 1:
-            raise ValueError(f"batch, threads and ahead must be >= 1, got {self.batch}, {self.threads}, {self.ahead}")
-
-
-class Loader:
-    """Gives the batch of any step, in any order, always the same."""
-
-    def __init__(
-        self,
-        store: Store,
-        records: list[Record],
-        spec: InputSpec,
-        *,
-        views: ViewsConfig,
-        config: LoaderConfig,
-        seed: int,
-    ) -> None:
-        """`records` are the scans to train on.
-
-        Raises:
-            StoreError: there are none.
-        """
-        if not records:
-            raise StoreError("no scan to train on", hint="ingest scans of the recipe's modality first")
-        self.store, self.records, self.spec = store, sorted(records, key=lambda record: record.key), spec
-        self.views, self.config, self.seed = views, config, seed
-
-    def batch(self, step: int) -> Batch:
-        """All samples of one step."""
-        samples = [self._read(*self.plan(step, index), step, index) for index in range(self.config.batch)]
-        return Batch(
-            views={name: torch.stack([views[name] for views, _ in samples]) for name in samples[0][0]},
-            places_mm={name: torch.stack([places[name] for _, places in samples]) for name in samples[0][1]},
-            seed=int(np.random.default_rng([self.seed, step]).integers(2**62)),
-        )
-
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of the steps from `start` to `stop`, prepared ahead by threads."""
-        with ThreadPoolExecutor(self.config.threads) as pool:
-            waiting = deque(
-                pool.submit(self.batch, step) for step in range(start, min(start + self.config.ahead, stop))
+        if min(self.batch, self.threads, self.ahead, self.samples_per_open) < 1:
+            raise ValueError(
+                f"batch, threads, ahead and samples_per_open must be >= 1, got {self.batch}, {self.threads}, "
+                f"{self.ahead}, {self.samples_per_open}"
             )
-            for step in range(start, stop):
-                ready = waiting.popleft().result()
-                if step + self.config.ahead < stop:
-                    waiting.append(pool.submit(self.batch, step + self.config.ahead))
-                yield ready
+        if self.workers < 0 or not self.timeout_s > 0:
+            raise ValueError(f"need workers >= 0 and timeout_s > 0, got {self.workers} and {self.timeout_s}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 
-    def plan(self, step: int, index: int) -> tuple[Record, dict[str, list[ViewPlan]]]:
-        """Which scan sample `index` of `step` reads, and where its views lie."""
-        rng = np.random.default_rng([self.seed, step, index])
-        record = self.records[int(rng.integers(len(self.records)))]
-        return record, self._draw(record, rng)
 
-    def _draw(self, record: Record, rng: np.random.Generator) -> dict[str, list[ViewPlan]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One opening of one scan, and which of its samples are wanted."""
+
+    key: str
+    epoch: int
+    place: int
+    """Where in the epoch's order the slot stands."""
+    phases: tuple[int, ...]
+    """Which of the `samples_per_open` samples."""
+
+
+Sample = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+"""Views and places_mm of one sample, as in `Batch` without its first axis."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reading:
+    """What a slot gave: the samples of its phases, or why there are none."""
+
+    samples: tuple[Sample, ...] = ()
+    fault: str = ""
+    voxels: int = 0
+    """How many were decoded."""
+    seconds: float = 0.0
+    """What decoding them took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SlotReader:
+    """Makes the samples of a slot, in any thread or process, always the same."""
+
+    store: Store
+    spec: InputSpec
+    views: ViewsConfig
+    seed: int
+
+    def __call__(self, slot: Slot) -> Reading:
+        """Read the slot; a scan that cannot be read is tried once more."""
+        reading = self._attempt(slot)
+        return self._attempt(slot) if reading.fault else reading
+
+    def _attempt(self, slot: Slot) -> Reading:
+        samples: list[Sample] = []
+        voxels, seconds = 0, 0.0
+        try:
+            record = self.store.record(slot.key)
+            for phase in slot.phases:
+                plans = self.plan(record, slot, phase)
+                kinds = [plan for kind in plans.values() for plan in kind]
+                crop = _around([covering_crop(plan, record.spacing_mm, record.shape_ijk) for plan in kinds])
+                began = time.perf_counter()
+                box = self.store.crop(record.key, crop.start_ijk, crop.size_ijk)
+                seconds += time.perf_counter() - began
+                voxels += box.size
+                rng = np.random.default_rng(self._seed(_CHANGE, slot, phase))
+                samples.append(self._cut(record, plans, crop, box, rng))
+        except StoreError as error:
+            return Reading(fault=error.problem)
+        return Reading(samples=tuple(samples), voxels=voxels, seconds=seconds)
+
+    def plan(self, record: Record, slot: Slot, phase: int) -> dict[str, list[ViewPlan]]:
+        """Draw where the views of one sample lie."""
+        rng = np.random.default_rng(self._seed(_PLACE, slot, phase))
         size_ijk, scale = self.views.global_.size_ijk, self.views.region_scale
         region = ViewKind(size_ijk=size_ijk, min_scale=scale, max_scale=scale)
         spacing, wide = np.asarray(record.spacing_mm), np.asarray(size_ijk) * np.asarray(self.spec.spacing_mm) * scale
@@ -130,30 +181,217 @@ class Loader:
             plans["local"] = draw_views(self.views.local, self.spec, box, rng)
         return plans
 
-    def _read(
-        self, record: Record, plans: dict[str, list[ViewPlan]], step: int, index: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rng = np.random.default_rng([self.seed, step, index, 1])
-        views: dict[str, Tensor] = {}
-        places: dict[str, Tensor] = {}
+    def _seed(self, purpose: int, slot: Slot, phase: int) -> list[int]:
+        return [purpose, self.seed, slot.epoch, slot.place, phase]
+
+    def _cut(
+        self,
+        record: Record,
+        plans: dict[str, list[ViewPlan]],
+        crop: Crop,
+        box: Float32[np.ndarray, "channel i j k"],
+        rng: np.random.Generator,
+    ) -> Sample:
+        voxels = torch.from_numpy(box)
+        views: dict[str, np.ndarray] = {}
+        places: dict[str, np.ndarray] = {}
         for name, kind in plans.items():
             changes = [draw_augment(self.views.augment, rng) for _ in kind]
-            read = [self._view(record, plan) for plan in kind]
-            views[name] = torch.stack([apply_augment(view, change) for view, change in zip(read, changes, strict=True)])
-            places[name] = torch.stack([_place(plan, change) for plan, change in zip(kind, changes, strict=True)])
+            seen: list[np.ndarray] = []
+            for plan, change in zip(kind, changes, strict=True):
+                view = apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=self.spec.low_hu)
+                seen.append(apply_augment(window(view, self.spec), change).numpy())
+            views[name] = np.stack(seen)
+            places[name] = np.stack([_place(plan, change) for plan, change in zip(kind, changes, strict=True)])
         return views, places
 
-    def _view(self, record: Record, plan: ViewPlan) -> Tensor:
-        crop = covering_crop(plan, record.spacing_mm, record.shape_ijk)
-        voxels = torch.from_numpy(self.store.crop(record.key, crop.start_ijk, crop.size_ijk))
-        view = apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=self.spec.low_hu)
-        return window(view, self.spec)
+
+Read = Callable[[Iterable[Slot]], Iterator[tuple[Slot, Reading | Lost]]]
 
 
-def _place(plan: ViewPlan, change: AugmentPlan) -> Tensor:
+class Loader:
+    """Gives the batch of any step, in any order, always the same: process `rank` of `world` its share of it.
+
+    A scan that cannot be read twice in a row (its file is damaged, or its worker died or hung twice) is quarantined
+    for the rest of the run. The next good scan of the epoch's order stands in for it, and `notes` says so.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        records: Sequence[Record],
+        spec: InputSpec,
+        *,
+        views: ViewsConfig,
+        config: LoaderConfig,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """`records` are the scans to train on.
+
+        Raises:
+            StoreError: there are none.
+            ValueError: the batch cannot be shared out evenly.
+        """
+        if not records:
+            raise StoreError("no scan to train on", hint="ingest scans of the recipe's modality first")
+        if not 0 <= rank < world or config.batch % world:
+            raise ValueError(f"loader.batch must be a multiple of the {world} processes, got {config.batch}")
+        self.store, self.records, self.spec = store, sorted(records, key=lambda record: record.key), spec
+        self.views, self.config, self.seed = views, config, seed
+        self.rank, self.world = rank, world
+        self.quarantined: set[str] = set()
+        self._read = SlotReader(store=store, spec=spec, views=views, seed=seed)
+        self._notes: list[dict[str, Any]] = [{"reader": READER}]
+        self._voxels, self._seconds = 0, 0.0
+
+    def quarantine(self, keys: Iterable[str]) -> None:
+        """Leave scans out from the start, by the first letters of their keys as `notes` gives them."""
+        marks = tuple(keys)
+        self.quarantined |= {record.key for record in self.records if marks and record.key.startswith(marks)}
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What happened since the last call, for the journal: the way voxels come by, scans that were quarantined."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def speed(self) -> dict[str, float]:
+        """How many GB of stored voxels were read so far, and how many GB/s each thread or process read."""
+        read = self._voxels * STORED_BYTES / 1e9
+        return {"read_gb": read, "read_gb_per_s": read / self._seconds if self._seconds else 0.0}
+
+    def batch(self, step: int) -> Batch:
+        """This process's samples of one step, read here and now."""
+        row = [self._good(slot, self._read(slot), self._here) for slot in self._slots(step, step + 1)]
+        return self._batch(step, [samples[0] for samples in row])
+
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Batches of the steps from `start` to `stop`, prepared ahead by threads or processes.
+
+        Raises:
+            StoreError: too many scans cannot be read.
+            ConfigError: processes cannot be started.
+        """
+        with self._readers() as read:
+            readings = iter(read(self._slots(start, stop)))
+            for steps in self._rows(start, stop):
+                row = [self._good(*next(readings), read) for _ in self._share]
+                for step in steps:
+                    yield self._batch(step, [samples[step - steps.start] for samples in row])
+
+    def plan(self, step: int, index: int) -> tuple[Record, dict[str, list[ViewPlan]]]:
+        """Which scan sample `index` of the whole batch of `step` reads, and where its views lie."""
+        phase = step % self.config.samples_per_open
+        slot = self._slot(step // self.config.samples_per_open * self.config.batch + index, (phase,))
+        record = self.store.record(slot.key)
+        return record, self._read.plan(record, slot, phase)
+
+    @property
+    def _share(self) -> range:
+        size = self.config.batch // self.world
+        return range(self.rank * size, (self.rank + 1) * size)
+
+    def _rows(self, start: int, stop: int) -> Iterator[range]:
+        """Steps that share their openings, in order."""
+        each = self.config.samples_per_open
+        while start < stop:
+            end = min(start - start % each + each, stop)
+            yield range(start, end)
+            start = end
+
+    def _slots(self, start: int, stop: int) -> Iterator[Slot]:
+        each = self.config.samples_per_open
+        for steps in self._rows(start, stop):
+            for index in self._share:
+                position = steps.start // each * self.config.batch + index
+                yield self._slot(position, tuple(step % each for step in steps))
+
+    def _slot(self, position: int, phases: tuple[int, ...]) -> Slot:
+        count = len(self.records)
+        epoch, place = divmod(position, count)
+        order = _order(count, self.seed, epoch)
+        for shift in range(count):
+            key = self.records[order[(place + shift) % count]].key
+            if key not in self.quarantined:
+                return Slot(key=key, epoch=epoch, place=place, phases=phases)
+        raise StoreError("no scan to train on can be read", hint=_CHECK_DISK)
+
+    def _good(self, slot: Slot, reading: Reading | Lost, read: Read) -> tuple[Sample, ...]:
+        """The samples of a slot; where its scan cannot be read, of the one that stands in for it."""
+        while isinstance(reading, Lost) or reading.fault:
+            self._put_aside(slot.key, reading.reason if isinstance(reading, Lost) else reading.fault)
+            slot = self._slot(slot.epoch * len(self.records) + slot.place, slot.phases)
+            ((_, reading),) = read([slot])
+        self._voxels += reading.voxels
+        self._seconds += reading.seconds
+        return reading.samples
+
+    def _put_aside(self, key: str, reason: str) -> None:
+        if key in self.quarantined:
+            return
+        self.quarantined.add(key)
+        self._notes.append({"quarantined": key[:16], "reason": reason})
+        bad, count = len(self.quarantined), len(self.records)
+        if bad > max(1, self.config.max_bad_share * count):
+            raise StoreError(f"{bad} of {count} scans cannot be read; the last one: {reason}", hint=_CHECK_DISK)
+
+    def _here(self, slots: Iterable[Slot]) -> Iterator[tuple[Slot, Reading]]:
+        return ((slot, self._read(slot)) for slot in slots)
+
+    @contextmanager
+    def _readers(self) -> Generator[Read, None, None]:
+        """Threads or processes that read slots ahead, in order."""
+        # Slots that are in hand hold whole rows, so that no more than `ahead` steps (and one row) are in memory.
+        ahead = math.ceil(self.config.ahead / self.config.samples_per_open) * len(self._share)
+        if self.config.workers:
+            with Workers(self._read, self.config.workers, timeout_s=self.config.timeout_s) as workers:
+                yield lambda slots: workers.map(slots, ahead=ahead)
+        else:
+            with ThreadPoolExecutor(self.config.threads) as pool:
+                try:
+                    yield lambda slots: _ahead(pool, self._read, slots, ahead)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+    def _batch(self, step: int, samples: list[Sample]) -> Batch:
+        (views, places), (names, kinds) = zip(*samples, strict=True), (samples[0][0], samples[0][1])
+        return Batch(
+            views={name: torch.from_numpy(np.stack([view[name] for view in views])) for name in names},
+            places_mm={name: torch.from_numpy(np.stack([place[name] for place in places])) for name in kinds},
+            seed=int(np.random.default_rng([_STEP, self.seed, step, self.rank]).integers(2**62)),
+        )
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
+    return epoch_order(count, seed=seed, epoch=epoch)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: SlotReader, slots: Iterable[Slot], ahead: int
+) -> Iterator[tuple[Slot, Reading]]:
+    waiting: deque[tuple[Slot, Future[Reading]]] = deque()
+    for slot in slots:
+        if len(waiting) >= ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+        waiting.append((slot, pool.submit(read, slot)))
+    for first, future in waiting:
+        yield first, future.result()
+
+
+def _around(crops: Sequence[Crop]) -> Crop:
+    """The smallest box that holds all of them."""
+    low = np.min([crop.start_ijk for crop in crops], axis=0)
+    size = np.max([np.add(crop.start_ijk, crop.size_ijk) for crop in crops], axis=0) - low
+    return Crop(start_ijk=(int(low[0]), int(low[1]), int(low[2])), size_ijk=(int(size[0]), int(size[1]), int(size[2])))
+
+
+def _place(plan: ViewPlan, change: AugmentPlan) -> Float32[np.ndarray, "2 3"]:
     """Low corner and extent in mm; a mirrored axis begins at the high corner and runs backwards."""
-    start, extent = torch.tensor(plan.start_mm), torch.tensor(plan.extent_mm)
+    start, extent = np.array(plan.start_mm, np.float32), np.array(plan.extent_mm, np.float32)
     for axis in change.flip_axes:
         start[axis] += extent[axis]
         extent[axis] *= -1
-    return torch.stack([start, extent])
+    return np.stack([start, extent])

@@ -29,6 +29,8 @@ class LoopConfig:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
     monitor_every: int = 100
+    notes: Callable[[], list[dict[str, Any]]] = list
+    """What the loader has to say since it was last asked: lines for the journal."""
 
 
 def train(
@@ -53,6 +55,8 @@ def train(
     began = time.monotonic()
     with Journal(run, resume_at=start) as journal:
         for step, batch in zip(range(start, config.steps), batches, strict=True):
+            for note in config.notes():
+                journal.append({"step": step} | note)
             progress = step / config.steps
             rate = set_rate(optimizer, config.optim, progress=progress)
             health = monitor() if step % config.monitor_every == 0 else {}
