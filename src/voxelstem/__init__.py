@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from voxelstem.store import Store
     from voxelstem.study import InputSpec, LabelMap, Study, Volume
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["InputSpec", "LabelMap", "Store", "Study", "Volume", "VoxelstemError", "__version__", "load", "read"]
 
