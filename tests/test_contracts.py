@@ -167,7 +167,9 @@ def test_a_recipe_is_complete_and_replays_from_its_file(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", list(SOURCES))
 def test_a_source_reads_a_path_for_a_subject(name: str):
-    assert list(inspect.signature(SOURCES[name]).parameters) == ["path", "subject"]
+    path, subject, *rest = inspect.signature(SOURCES[name]).parameters.values()
+    assert (path.name, subject.name) == ("path", "subject")
+    assert all(one.default is not inspect.Parameter.empty for one in rest)
 
 
 @pytest.mark.parametrize("name", list(MASKS))

@@ -25,6 +25,7 @@ from voxelstem.recipes import named
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym
+from voxelstem.terminal import DONE, WRONG
 
 SMALL = {
     "steps": 6,
@@ -117,7 +118,10 @@ def test_the_weights_load_and_embed_and_say_what_they_saw(whole: Path, store: Pa
     model = load(whole / "weights")
     opened = Store.open(store)
     train = [record for record in opened if record.split == "train"]
-    assert model.card.data == (f"{len(train)} CT scans from phantom sources",)
+    assert model.card.data == (
+        f"{len(train)} CT scans from phantom sources",
+        f"of {len(train)} acquisitions and {len(train)} subjects",
+    )
     assert model.card.trained == ("block", "scan")
     assert model.spec == small().spec
     embedding = model.embed(opened.volume(train[0].key))
@@ -367,7 +371,7 @@ def test_a_setting_that_cannot_train_is_one_sentence_and_leaves_nothing(
     out = tmp_path / "run"
     code = cli.run(["pretrain", recipe, *words.split(), "steps=1", "--store", str(store), "--out", str(out)])
     shown = capsys.readouterr()
-    assert (code, shown.out) == (cli.WRONG, "")
+    assert (code, shown.out) == (WRONG, "")
     assert shown.err.startswith("error: ")
     assert "Traceback" not in shown.err
     assert said in shown.err
@@ -380,21 +384,20 @@ def test_the_same_command_on_a_finished_run_answers_the_same(
     few = ["loader.batch=1", "backbone.block.depth=1", "backbone.scan.depth=1", "probe_blocks=4"]
     words = ["pretrain", "tiny", "steps=1", *few, "--store", str(store), "--out", str(tmp_path / "run")]
     answers = [(cli.run(words), capsys.readouterr().out) for _ in range(2)]
-    assert answers == [(cli.DONE, f"{tmp_path / 'run' / 'weights'}\n")] * 2
+    assert answers == [(DONE, f"{tmp_path / 'run' / 'weights'}\n")] * 2
 
 
 def test_the_loader_of_a_run_is_given_training_scans_only(store: Path):
-    records = pretrain.trainable(Store.open(store), small().spec)
-    loader = Loader(
-        Store.open(store), records, small().spec, views=small().views, config=small().loader, seed=small().seed
-    )
-    assert {record.split for record in loader.records} == {"train"}
+    opened = Store.open(store)
+    loader = pretrain.make_loader(small(), opened, pretrain.trainable(opened, small().spec))
+    assert {opened.record(key).split for key in loader.keys} == {"train"}
+    assert len(loader.keys) == sum(record.split == "train" for record in opened)
 
 
 def test_a_run_may_resume_with_other_readers_and_a_quarantined_scan_stays_out(whole: Path, store: Path, tmp_path: Path):
     shutil.copytree(store, tmp_path / "store")
     opened = Store.open(tmp_path / "store")
-    bad = sorted(record.key for record in pretrain.trainable(opened, small().spec))
+    bad = sorted(pretrain.trainable(opened, small().spec).key)
     shutil.copytree(whole, tmp_path / "run", ignore=lambda *_: ["weights", "step-00000006"])
     lines = read_journal(tmp_path / "run")
     note = {"step": 0, "quarantined": bad[0][:16], "reason": "cut off"}

@@ -17,7 +17,7 @@ from voxelstem.deidentify import deidentify
 from voxelstem.errors import IngestError
 from voxelstem.sources import Source, bids, ct_rate
 from voxelstem.sources.bids import Bids
-from voxelstem.store.encoding import Encoded, EncodedStudy, encode
+from voxelstem.store.encoding import Encoded, EncodedStudy, Prepared, prepare
 from voxelstem.store.spacing import resample_volume
 from voxelstem.study import Study, Volume
 
@@ -123,21 +123,27 @@ class Intake:
             except IngestError as error:
                 mask_code, mask_reason = error.code, scrub(error.problem, task.mask)
         study = deidentify(_grouped(study), self.key)
+        prepared = [self._fit(volume) for volume in study.volumes]
+        study = replace(study, volumes=())  # the floats go before anything is packed
         encoded = EncodedStudy(
             subject=study.subject,
-            volumes=tuple(self._fit(volume) for volume in study.volumes),
+            volumes=tuple(_packed(scan, native) for scan, native in prepared),
             report=study.report,
             labels=study.labels,
         )
         return Outcome(fingerprint=fingerprint, study=encoded, mask_code=mask_code, mask_reason=mask_reason)
 
-    def _fit(self, volume: Volume) -> Encoded:
-        """Bring a volume to the wanted spacing and into the form in which it is stored."""
+    def _fit(self, volume: Volume) -> tuple[Prepared, Prepared | None]:
+        """Bring a volume to the wanted spacing; the second is the scan as it was, where it is kept beside that."""
         if self.config.spacing_mm is None:
-            return encode(volume)
+            return prepare(volume), None
         fitted = resample_volume(volume, self.config.spacing_mm)
         keep = self.config.keep_native and fitted is not volume
-        return replace(encode(fitted), native=encode(volume) if keep else None)
+        return prepare(fitted), prepare(volume) if keep else None
+
+
+def _packed(scan: Prepared, native: Prepared | None) -> Encoded:
+    return replace(scan.packed(), native=native.packed() if native else None)
 
 
 def _grouped(study: Study) -> Study:

@@ -28,11 +28,11 @@ from voxelstem.objectives import OBJECTIVES
 from voxelstem.objectives.mae import MaeConfig
 from voxelstem.progress import progress
 from voxelstem.store import Store
-from voxelstem.store.catalogue import Record
+from voxelstem.store.selection import Selection, Wanted
 from voxelstem.study import InputSpec
 from voxelstem.table import Table
 
-FREE_TO_CHANGE = {"loader.threads", "loader.workers", "loader.timeout_s", "loader.ahead"}
+FREE_TO_CHANGE = {"loader.threads", "loader.workers", "loader.timeout_s", "loader.ahead", "loader.source"}
 """Settings that change who reads, and not one bit of what is read: a run may resume with others."""
 
 
@@ -113,13 +113,13 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
     """
     device = devices.choose(config.device)
     opened = Store.open(store)
-    records = trainable(opened, config.spec)
+    chosen = trainable(opened, config.spec)
     _refuse_other_settings(out, config)
     if (out / "weights").exists():
         return read_card(out / "weights")
     objective = make_objective(config).to(device)
     optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
-    loader = make_loader(config, opened, records)
+    loader = make_loader(config, opened, chosen)
     loader.batch(0)
     # Not before all this could be made: settings that cannot train leave no trace.
     _claim(out, config)
@@ -138,7 +138,7 @@ def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
     )
     with progress("pretrain", config.steps - start) as advance, closing(loader.batches(start, config.steps)) as batches:
         train(objective, optimizer, batches, run=out, start=start, config=settings, monitor=look, advance=advance)
-    return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, records))
+    return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, opened, chosen))
 
 
 def _health(
@@ -147,7 +147,7 @@ def _health(
     """What the loop looks at now and then; the probe only where subjects carry voxel labels."""
     probe = monitor.draw_probe_set(
         loader.store,
-        [record for record in loader.records if record.key not in loader.quarantined],
+        [loader.store.record(key) for key in _labelled(loader)],
         config.spec,
         patch_ijk=config.backbone.patch_ijk,
         blocks=config.probe_blocks,
@@ -166,21 +166,26 @@ def _health(
     )
 
 
-def trainable(store: Store, spec: InputSpec) -> list[Record]:
+def _labelled(loader: Loader) -> list[str]:
+    chosen = loader.store.select(Wanted(labelled=True))
+    return sorted(set(chosen.key) & set(loader.keys) - loader.quarantined)
+
+
+def trainable(store: Store, spec: InputSpec) -> Selection:
     """Scans of the training subjects in the recipe's modality; test subjects are never shown to a model.
 
     Raises:
         StoreError: there are none.
     """
-    records = [record for record in store if record.split == "train" and record.modality == spec.modality]
-    if not records:
-        have = sorted({record.modality for record in store}) or ["nothing"]
+    chosen = store.select(Wanted(split="train", modality=spec.modality))
+    if not len(chosen):
+        have = sorted(set(store.select().modality)) or ["nothing"]
         raise StoreError(
             f"the store has no {spec.modality} scan in its training split "
             f"(it holds {', '.join(have)}, {len(store)} in all)",
             hint=f"ingest {spec.modality} scans, or choose a recipe for what the store holds",
         )
-    return records
+    return chosen
 
 
 def make_objective(config: PretrainConfig) -> Any:
@@ -191,15 +196,16 @@ def make_objective(config: PretrainConfig) -> Any:
         return OBJECTIVES[config.objective.name](config.objective, backbone)
 
 
-def make_loader(config: PretrainConfig, store: Store, records: list[Record]) -> Loader:
+def make_loader(config: PretrainConfig, store: Store, chosen: Selection) -> Loader:
     """The recipe's loader over these scans."""
-    return Loader(store, records, config.spec, views=config.views, config=config.loader, seed=config.seed)
+    return Loader(store, list(chosen.key), config.spec, views=config.views, config=config.loader, seed=config.seed)
 
 
-def make_card(config: PretrainConfig, objective: Any, records: list[Record]) -> Card:
-    """What the weights' folder says of itself."""
-    formats = Counter(record.provenance.source_format for record in records)
+def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Selection) -> Card:
+    """What the weights' folder says of itself; reconstructions of one acquisition count once."""
+    formats = Counter(store.record(key).provenance.source_format for key in chosen.key)
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
+    counts.append(f"of {chosen.acquisitions()} acquisitions and {chosen.subjects()} subjects")
     levels = ("block", "scan") if objective.trains_scan_level else ("block",)
     return Card(
         architecture=flatten(config.backbone),
@@ -261,7 +267,7 @@ def _plain(value: Any) -> Any:
 def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
     """What a run will cost, before the first step: scans, parameters, bytes on disk and in memory."""
     opened = Store.open(store)
-    records = trainable(opened, config.spec)
+    chosen = trainable(opened, config.spec)
     device = devices.choose(config.device)
     objective = make_objective(config).to(device)
     wants = config.precision == "bf16" or (config.precision == "auto" and devices.bf16_pays(device))
@@ -270,8 +276,9 @@ def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
     per_checkpoint = 4 * (held + 2 * learned)
     return {
         "recipe": config.recipe,
-        "scans": len(records),
-        "subjects": len({record.subject for record in records}),
+        "scans": len(chosen),
+        "acquisitions": chosen.acquisitions(),
+        "subjects": chosen.subjects(),
         "steps": config.steps,
         "samples": config.steps * config.loader.batch,
         "backbone_parameters": sum(p.numel() for p in objective.backbone.parameters()),
@@ -280,7 +287,7 @@ def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
         "checkpoint_bytes": (config.checkpoint.keep + 1) * per_checkpoint,
         "device": device.type,
         "precision": "bf16" if wants else "fp32",
-        "step_seconds": _time_a_step(config, make_loader(config, opened, records), objective, device),
+        "step_seconds": _time_a_step(config, make_loader(config, opened, chosen), objective, device),
     }
 
 

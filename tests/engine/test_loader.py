@@ -18,6 +18,7 @@ from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store import Store, reader
 from voxelstem.store.reader import file_path
+from voxelstem.store.tiles import write_all
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
@@ -39,11 +40,15 @@ def test_views_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]):
         ViewsConfig(**wrong)
 
 
+def keys(store: Store) -> list[str]:
+    return [record.key for record in store]
+
+
 def loader(
     store: Store, *, views: ViewsConfig = VIEWS, batch: int = 3, threads: int = 1, seed: int = 0, each: int = 2
 ) -> Loader:
     config = LoaderConfig(batch=batch, threads=threads, ahead=3, samples_per_open=each)
-    return Loader(store, list(store), SPEC, views=views, config=config, seed=seed)
+    return Loader(store, keys(store), SPEC, views=views, config=config, seed=seed)
 
 
 def content(batch: Batch) -> bytes:
@@ -76,7 +81,7 @@ def test_another_seed_gives_other_samples(phantoms: Store):
 
 def test_the_order_in_which_records_come_does_not_matter(phantoms: Store):
     config = LoaderConfig(batch=3)
-    turned = Loader(phantoms, list(phantoms)[::-1], SPEC, views=VIEWS, config=config, seed=0)
+    turned = Loader(phantoms, keys(phantoms)[::-1], SPEC, views=VIEWS, config=config, seed=0)
     assert content(turned.batch(1)) == content(loader(phantoms).batch(1))
 
 
@@ -229,7 +234,7 @@ def test_processes_and_workers_change_nothing(phantoms: Store, world: int, worke
     whole = [loader(phantoms, batch=4).batch(step) for step in range(1, 6)]
     for rank in ranks:
         config = LoaderConfig(batch=4, ahead=3, workers=workers)
-        part = Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=world)
+        part = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=world)
         mine = slice(rank * 4 // world, (rank + 1) * 4 // world)
         for batch, want in zip(part.batches(1, 6), whole, strict=True):
             assert all(torch.equal(batch.views[name], want.views[name][mine]) for name in want.views)
@@ -239,7 +244,7 @@ def test_processes_and_workers_change_nothing(phantoms: Store, world: int, worke
 def test_ranks_draw_different_things_for_their_objective(phantoms: Store):
     config = LoaderConfig(batch=4)
     parts = [
-        Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=2)
+        Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=2)
         for rank in (0, 1)
     ]
     assert parts[0].batch(0).seed != parts[1].batch(0).seed
@@ -247,7 +252,7 @@ def test_ranks_draw_different_things_for_their_objective(phantoms: Store):
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(phantoms: Store):
     with pytest.raises(ValueError, match="multiple of the 2 processes, got 3"):
-        Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=3), seed=0, rank=0, world=2)
+        Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=3), seed=0, rank=0, world=2)
 
 
 @pytest.fixture
@@ -266,14 +271,14 @@ def test_a_scan_that_cannot_be_read_is_quarantined_by_name_and_the_next_one_stan
 ):
     store, bad = damaged
     config = LoaderConfig(batch=4, workers=workers)
-    source = Loader(store, list(store), SPEC, views=VIEWS, config=config, seed=0)
+    source = Loader(store, keys(store), SPEC, views=VIEWS, config=config, seed=0)
     seen = [content(batch) for batch in source.batches(0, 6)]
     start, *notes = source.notes()
     assert start == {"reader": "blosc2 mmap"}
     assert [note["quarantined"] for note in notes] == [bad[:16]], "once, however often its turn comes"
     assert "damaged" in notes[0]["reason"]
     assert source.notes() == []
-    told = Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=4), seed=0)
+    told = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=4), seed=0)
     told.quarantine([bad[:16]])
     assert [content(batch) for batch in told.batches(0, 6)] == seen, "whoever knows it from the start sees the same"
     assert [content(told.batch(step)) for step in range(6)] == seen
@@ -314,6 +319,7 @@ DEADLY = """
 import os, signal, time
 from voxelstem.store import Store, reader
 from voxelstem.store.reader import file_path
+from voxelstem.store.tiles import write_all
 
 class Deadly(Store):
     def crop(self, key, start_ijk, size_ijk):
@@ -333,7 +339,7 @@ def test_a_scan_that_kills_or_stalls_its_worker_costs_itself_and_not_the_run(
     monkeypatch.syspath_prepend(str(tmp_path))
     store = importlib.import_module("deadly").Deadly.open(phantoms.path)
     config = LoaderConfig(batch=4, workers=2, timeout_s=1.0, max_bad_share=0.5)
-    source = Loader(store, list(store), SPEC, views=VIEWS, config=config, seed=0)
+    source = Loader(store, keys(store), SPEC, views=VIEWS, config=config, seed=0)
     seen = [content(batch) for batch in source.batches(0, 2)]
     notes = {note["quarantined"]: note["reason"] for note in source.notes() if "quarantined" in note}
     assert notes.keys() == {die[:16], hang[:16]}
@@ -347,7 +353,7 @@ def test_a_scan_that_kills_or_stalls_its_worker_costs_itself_and_not_the_run(
 def test_leaving_early_stops_the_readers(phantoms: Store):
     before = len(multiprocessing.active_children())
     config = LoaderConfig(batch=4, workers=1)
-    with closing(Loader(phantoms, list(phantoms), SPEC, views=VIEWS, config=config, seed=0).batches(0, 100)) as batches:
+    with closing(Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0).batches(0, 100)) as batches:
         next(batches)
         assert len(multiprocessing.active_children()) == before + 1
     assert len(multiprocessing.active_children()) == before
@@ -361,3 +367,22 @@ def test_the_speed_counts_what_was_read(phantoms: Store):
     source.batch(0)
     assert source.speed()["read_gb"] == 2 * once > 0
     assert source.speed()["read_gb_per_s"] > 0
+
+
+def test_raw_tiles_give_the_same_batches_and_say_so(phantoms: Store, tmp_path: Path):
+    copytree(phantoms.path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    tiled = LoaderConfig(batch=3, ahead=3, source="tiles")
+    with pytest.raises(StoreError, match="cannot be read"):
+        Loader(store, keys(store), SPEC, views=VIEWS, config=tiled, seed=0).batch(0)
+    write_all(store)
+    source = Loader(store, keys(store), SPEC, views=VIEWS, config=tiled, seed=0)
+    plain = Loader(store, keys(store), SPEC, views=VIEWS, config=LoaderConfig(batch=3, ahead=3), seed=0)
+    assert content(source.batch(0)) == content(plain.batch(0))
+    (note,) = source.notes()
+    assert note["reader"] == "preadv"
+    assert "gds" in " ".join(note)
+    by_workers = LoaderConfig(batch=3, ahead=3, source="tiles", workers=1)
+    apart = Loader(store, keys(store), SPEC, views=VIEWS, config=by_workers, seed=0)
+    with closing(apart.batches(0, 2)) as batches:
+        assert [content(batch) for batch in batches] == [content(plain.batch(step)) for step in range(2)]

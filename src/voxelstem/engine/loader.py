@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+from torch import Tensor
 
+from voxelstem.engine.transfer import Crops
 from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store.plans import epoch_order
@@ -32,7 +34,6 @@ from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, covering_
 from voxelstem.views.intensity import window
 from voxelstem.workers import Lost, Workers
 
-READER = "blosc2 mmap"
 STORED_BYTES = 2
 """Of one voxel in the store."""
 _CHECK_DISK = "see whether the store's disk is there and healthy, then ingest these scans again"
@@ -80,6 +81,8 @@ class LoaderConfig:
     """Threads that read where there are no workers."""
     workers: int = 0
     """Processes that read. A scan that kills or stalls its process then costs the scan and not the run."""
+    source: str = "blosc2"
+    """`blosc2` reads the store's files; `tiles` the raw ones that `voxelstem export tiles` wrote: the same bits."""
     timeout_s: float = 60.0
     """Seconds that a worker may take over the samples of one opening."""
     ahead: int = 4
@@ -136,7 +139,7 @@ class Reading:
 class SlotReader:
     """Makes the samples of a slot, in any thread or process, always the same."""
 
-    store: Store
+    crops: Crops
     spec: InputSpec
     views: ViewsConfig
     seed: int
@@ -150,15 +153,15 @@ class SlotReader:
         samples: list[Sample] = []
         voxels, seconds = 0, 0.0
         try:
-            record = self.store.record(slot.key)
+            record = self.crops.store.record(slot.key)
             for phase in slot.phases:
                 plans = self.plan(record, slot, phase)
                 kinds = [plan for kind in plans.values() for plan in kind]
                 crop = _around([covering_crop(plan, record.spacing_mm, record.shape_ijk) for plan in kinds])
                 began = time.perf_counter()
-                box = self.store.crop(record.key, crop.start_ijk, crop.size_ijk)
+                box = self.crops.read(record.key, crop.start_ijk, crop.size_ijk)
                 seconds += time.perf_counter() - began
-                voxels += box.size
+                voxels += box.numel()
                 rng = np.random.default_rng(self._seed(_CHANGE, slot, phase))
                 samples.append(self._cut(record, plans, crop, box, rng))
         except StoreError as error:
@@ -189,10 +192,9 @@ class SlotReader:
         record: Record,
         plans: dict[str, list[ViewPlan]],
         crop: Crop,
-        box: Float32[np.ndarray, "channel i j k"],
+        voxels: Float32[Tensor, "channel i j k"],
         rng: np.random.Generator,
     ) -> Sample:
-        voxels = torch.from_numpy(box)
         views: dict[str, np.ndarray] = {}
         places: dict[str, np.ndarray] = {}
         for name, kind in plans.items():
@@ -219,7 +221,7 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        records: Sequence[Record],
+        keys: Sequence[str],
         spec: InputSpec,
         *,
         views: ViewsConfig,
@@ -228,28 +230,29 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`records` are the scans to train on.
+        """`keys` are those of the scans to train on.
 
         Raises:
             StoreError: there are none.
             ValueError: the batch cannot be shared out evenly.
         """
-        if not records:
+        if not len(keys):
             raise StoreError("no scan to train on", hint="ingest scans of the recipe's modality first")
         if not 0 <= rank < world or config.batch % world:
             raise ValueError(f"loader.batch must be a multiple of the {world} processes, got {config.batch}")
-        self.store, self.records, self.spec = store, sorted(records, key=lambda record: record.key), spec
+        self.store, self.keys, self.spec = store, sorted(keys), spec
         self.views, self.config, self.seed = views, config, seed
         self.rank, self.world = rank, world
         self.quarantined: set[str] = set()
-        self._read = SlotReader(store=store, spec=spec, views=views, seed=seed)
-        self._notes: list[dict[str, Any]] = [{"reader": READER}]
+        crops = Crops(store, config.source)
+        self._read = SlotReader(crops=crops, spec=spec, views=views, seed=seed)
+        self._notes: list[dict[str, Any]] = [crops.note()]
         self._voxels, self._seconds = 0, 0.0
 
     def quarantine(self, keys: Iterable[str]) -> None:
         """Leave scans out from the start, by the first letters of their keys as `notes` gives them."""
         marks = tuple(keys)
-        self.quarantined |= {record.key for record in self.records if marks and record.key.startswith(marks)}
+        self.quarantined |= {key for key in self.keys if marks and key.startswith(marks)}
 
     def notes(self) -> list[dict[str, Any]]:
         """What happened since the last call, for the journal: the way voxels come by, scans that were quarantined."""
@@ -308,11 +311,11 @@ class Loader:
                 yield self._slot(position, tuple(step % each for step in steps))
 
     def _slot(self, position: int, phases: tuple[int, ...]) -> Slot:
-        count = len(self.records)
+        count = len(self.keys)
         epoch, place = divmod(position, count)
         order = _order(count, self.seed, epoch)
         for shift in range(count):
-            key = self.records[order[(place + shift) % count]].key
+            key = self.keys[order[(place + shift) % count]]
             if key not in self.quarantined:
                 return Slot(key=key, epoch=epoch, place=place, phases=phases)
         raise StoreError("no scan to train on can be read", hint=_CHECK_DISK)
@@ -321,7 +324,7 @@ class Loader:
         """The samples of a slot; where its scan cannot be read, of the one that stands in for it."""
         while isinstance(reading, Lost) or reading.fault:
             self._put_aside(slot.key, reading.reason if isinstance(reading, Lost) else reading.fault)
-            slot = self._slot(slot.epoch * len(self.records) + slot.place, slot.phases)
+            slot = self._slot(slot.epoch * len(self.keys) + slot.place, slot.phases)
             ((_, reading),) = read([slot])
         self._voxels += reading.voxels
         self._seconds += reading.seconds
@@ -332,7 +335,7 @@ class Loader:
             return
         self.quarantined.add(key)
         self._notes.append({"quarantined": key[:16], "reason": reason})
-        bad, count = len(self.quarantined), len(self.records)
+        bad, count = len(self.quarantined), len(self.keys)
         if bad > max(1, self.config.max_bad_share * count):
             raise StoreError(f"{bad} of {count} scans cannot be read; the last one: {reason}", hint=_CHECK_DISK)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,13 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from voxelstem.errors import ConfigError, StoreError
+from voxelstem.store.reader import Store
 from voxelstem.store.records import Triple
-from voxelstem.store.tiles import ALIGNMENT, Tiles
+from voxelstem.store.tiles import ALIGNMENT, Tiles, tiles_path
 
 Range = tuple[int, int]
 """Offset and number of bytes."""
+SOURCES = ("blosc2", "tiles")
 GDS_DRIVER = Path("/proc/driver/nvidia-fs")
 """There while the kernel's part of GPUDirect Storage is loaded; without it cuFile copies through the processor."""
 
@@ -250,6 +253,54 @@ def read_crop(reader: Reader, tiles: Tiles, start_ijk: Triple, size_ijk: Triple)
     if layout.intercept != 0.0:
         crop += float(np.float32(layout.intercept))
     return crop
+
+
+class Crops:
+    """Boxes of a store's volumes as tensors, from its compressed files or from its raw tiles. Any thread may ask."""
+
+    def __init__(self, store: Store, source: str) -> None:
+        """Choose between `blosc2` and `tiles`.
+
+        Raises:
+            ConfigError: `source` is neither.
+        """
+        if source not in SOURCES:
+            raise ConfigError(f"crops are read from {' or '.join(SOURCES)}, got '{source}'")
+        self.store, self.source = store, source
+        self._mine = threading.local()
+
+    def __getstate__(self) -> tuple[Store, str]:
+        """Travel to another process without open files."""
+        return self.store, self.source
+
+    def __setstate__(self, state: tuple[Store, str]) -> None:
+        """Begin anew on the other side."""
+        self.__init__(*state)
+
+    def note(self) -> dict[str, str]:
+        """What the run log says of the way that is taken."""
+        return {"reader": "blosc2 mmap"} if self.source == "blosc2" else self._choice().note()
+
+    def read(self, key: str, start_ijk: Triple, size_ijk: Triple) -> Float32[Tensor, "channel i j k"]:
+        """Read a box in HU or intensity, the same bits from either source.
+
+        Raises:
+            StoreError: the file is missing or damaged, or the box leaves the volume.
+        """
+        if self.source == "blosc2":
+            return torch.from_numpy(self.store.crop(key, start_ijk, size_ijk))
+        try:
+            tiles = Tiles.open(tiles_path(self.store.path, key))
+        except StoreError as error:
+            raise StoreError(error.problem, hint=f"`voxelstem export tiles --store {self.store.path.name}`") from error
+        with tiles:
+            return read_crop(self._choice().reader, tiles, start_ijk, size_ijk)
+
+    def _choice(self) -> Choice:
+        # A reader belongs to one thread.
+        if not hasattr(self._mine, "choice"):
+            self._mine.choice = choose(torch.device("cpu"))
+        return self._mine.choice
 
 
 class _CutOffError(Exception):

@@ -105,9 +105,12 @@ def _sources(path: Path, files: Sequence[Path], chosen: Sequence[str]) -> Iterat
 
 def _bytes(path: Path) -> bytes:
     """A file's bytes; of one that is no DICOM only the first."""
-    with path.open("rb") as opened:
+    with path.open("rb", buffering=0) as opened:  # a buffer would be joined with the rest by one more copy
         start = opened.read(132)
-        return start + opened.read() if is_dicom(start) or path.suffix.lower() in ENDINGS else start
+        if not (is_dicom(start) or path.suffix.lower() in ENDINGS):
+            return start
+        opened.seek(0)
+        return opened.read()
 
 
 def _pictures(path: Path, files: Sequence[Path], chosen: Sequence[str], series: str) -> list[Picture]:
@@ -296,14 +299,15 @@ def _fill(plan: _Plan) -> _Filled:
 def _room(grid: Grid) -> tuple[Float[np.ndarray, "i j k"], Float[np.ndarray, "c r s"], Float[np.ndarray, "4 4"]]:
     """Memory for the volume in RAS+, a view of it as (column, row, slice), and its affine.
 
+    It lies in memory slice after slice, as it is written: across it, every value would touch a page of its own.
     A series that is to be repaired is turned afterwards: both are then the same.
     """
+    memory = np.empty(grid.shape[::-1], np.float32).T
     if grid.repair is not None:
-        array = np.empty(grid.shape, np.float32)
-        return array, array, grid.affine_ras
-    blank, affine = geometry.turn_to_ras(np.broadcast_to(np.float32(0), grid.shape), grid.affine_ras)
+        return memory, memory, grid.affine_ras
+    _, affine = geometry.turn_to_ras(memory, grid.affine_ras)
     order, flips = geometry.axis_order(grid.affine_ras)
-    array = np.empty(blank.shape, np.float32)
+    array = memory.transpose(order)
     view = np.flip(array, tuple(axis for axis, flip in enumerate(flips) if flip))
     return array, view.transpose(np.argsort(order)), affine
 

@@ -12,14 +12,17 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import pydicom
 from jaxtyping import Float
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from voxelstem.errors import IngestError
@@ -30,6 +33,10 @@ MARK = b"DICM"
 HEADER_BYTES = 64 * 2**20
 """Of a deflated file at most this much is unpacked before its header must have said how large its pixels are."""
 TRAILER_BYTES = 2**20  # what may follow the pixels of a deflated file
+
+PLAIN_VRS = frozenset(("CS", "DS", "IS", "SS", "UI", "US"))
+"""Values whose meaning hangs on nothing but their own bytes, as texts do on the character set."""
+MOST_DECODED = 4096
 
 UNREADABLE = (
     InvalidDicomError,
@@ -85,8 +92,12 @@ class Header:
             IngestError: `corrupt`.
         """
         try:
-            value = self.dataset[keyword].value if keyword in self.dataset else None
-            return [] if value in (None, "") else list(value) if isinstance(value, MultiValue) else [value]
+            element = self.dataset.get_item(keyword)
+            if element is None:
+                return []
+            if isinstance(element, RawDataElement) and element.VR in PLAIN_VRS and element.value is not None:
+                return [*_decoded(element.tag, element.VR, element.value, element.is_little_endian)]
+            return _listed(self.dataset[element.tag].value)
         except UNREADABLE as problem:
             raise raster.corrupt(self.name, f"its {keyword} cannot be decoded") from problem
 
@@ -138,6 +149,17 @@ class Header:
             return [Header(name=self.name, dataset=item) for item in items or ()]
         except UNREADABLE as problem:
             raise raster.corrupt(self.name, f"its {keyword} cannot be decoded") from problem
+
+
+@lru_cache(MOST_DECODED)
+def _decoded(tag: BaseTag, vr: str, value: bytes, little_endian: bool) -> tuple[object, ...]:  # noqa: FBT001 - a cache's key
+    """Decode a value. The slices of a series repeat most of theirs, and decoding took longer than their pixels."""
+    raw = RawDataElement(tag, vr, len(value), value, 0, False, little_endian)  # noqa: FBT003 - pydicom's own order
+    return tuple(_listed(convert_raw_data_element(raw).value))
+
+
+def _listed(value: object) -> list[object]:
+    return [] if value in (None, "") else [*value] if isinstance(value, MultiValue) else [value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

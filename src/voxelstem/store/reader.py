@@ -272,8 +272,11 @@ class Store:
             grid = record.channels, record.shape_ijk
         shape = (1 if kind == "labels" else grid[0], *grid[1])
         path = file_path(self.path, kind, name)
+        start, stop = zip(*(part.indices(extent)[:2] for part, extent in zip(box, shape, strict=True)), strict=True)
         try:
-            return self._file(path, size, shape)[box]
+            stored = np.empty([upper - lower for lower, upper in zip(start, stop, strict=True)], np.int16)
+            # What `file[box]` comes down to, without the sixth of a millisecond that it takes to understand any index.
+            return self._file(path, size, shape).get_slice_numpy(stored, (start, stop))
         except (OSError, RuntimeError, ValueError) as error:
             raise StoreError(
                 f"the file of {_WHAT[kind]} '{name[:16]}' is missing or damaged: {error}",
@@ -293,7 +296,7 @@ class Store:
         how: dict[str, Any] = {"mmap_mode": "r", "dparams": blosc2.DParams(nthreads=1)}
         opened: Any = blosc2.open(str(path), **how)
         # A header with one wrong bit may promise petabytes, blocks of no size, or something other than an array.
-        if not isinstance(opened, blosc2.NDArray) or opened.shape != shape:
+        if not isinstance(opened, blosc2.NDArray) or (opened.shape, opened.dtype) != (shape, np.int16):
             raise ValueError("its header does not say what the catalogue says")
         parts: tuple[tuple[int, ...], ...] = (opened.chunks, opened.blocks)
         if any(not 0 < edge <= extent for part in parts for edge, extent in zip(part, shape, strict=True)):
