@@ -15,9 +15,8 @@ Each peer comes twice, as its users use it and as fast as we could make it:
 - tensorstore, best: the fastest of several chunks, codecs and cache settings, the array kept open. Also its usual
   setting with all threads.
 
-Two sides are no peers but floors: what handing over floats costs when the whole scan lies in memory. Times are of the
-processor (all threads of the process, what a core can deliver) and of the clock; verdicts go by the processor's, and
-the clock's ratio stands beside it.
+Two sides are no peers but floors: handing over floats when the whole scan lies in memory. Times are of the processor
+(all threads) and of the clock; verdicts go by the processor's.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,9 @@ CROPS_AN_OPEN = 8
 BYTES_GOAL = 1 / 3
 TURN_S = 0.2
 """A side's turn lasts at least this long, so that fast sides are measured as well as slow ones."""
-SPEC = InputSpec(modality="CT", spacing_mm=(1.0, 1.0, 1.0), low_hu=-1000.0, high_hu=1000.0)
-WINDOW: dict[str, Any] = {"a_min": -1000.0, "a_max": 1000.0, "b_min": 0.0, "b_max": 1.0, "clip": True}
+LOW_HU, HIGH_HU = -1000.0, 1000.0
+SPEC = InputSpec(modality="CT", low_hu=LOW_HU, high_hu=HIGH_HU)
+WINDOW: dict[str, Any] = {"a_min": LOW_HU, "a_max": HIGH_HU, "b_min": 0.0, "b_max": 1.0, "clip": True}
 AFFINE = np.diag([0.75, 0.75, 1.0, 1.0])
 """Already RAS+: the kindest to a peer that turns scans."""
 Triple = tuple[int, int, int]
@@ -118,27 +118,32 @@ def box(start: Triple, size: Triple) -> tuple[slice, ...]:
     return (slice(None), *(slice(at, at + length) for at, length in zip(start, size, strict=True)))
 
 
-def windowed(crop: np.ndarray) -> Tensor:
-    """Whatever a side reads in HU, as what a network sees."""
-    return window(torch.from_numpy(np.ascontiguousarray(crop, np.float32)), SPEC)
+def room(size: Triple) -> Tensor:
+    """Memory for eight crops in one piece: numpy's, which takes huge pages where the system has them."""
+    return torch.from_numpy(np.empty((CROPS_AN_OPEN, 1, *size), np.float32))
 
 
-def ours(store: Store, key: str) -> Side:
-    """Our store, the file opened anew for every eight crops."""
+def windowed(crop: Tensor) -> Tensor:
+    """HU as a network sees them, in place: step by step the arithmetic of `views.intensity.window`."""
+    return crop.sub_(LOW_HU).div_(HIGH_HU - LOW_HU).clamp_(0.0, 1.0)
+
+
+def gathered(starts: list[Triple], size: Triple, crops: Iterable[np.ndarray]) -> Found:
+    """Crops in HU, of whatever type, as they come, into one piece of memory and windowed."""
+    found = list(zip(starts, room(size), strict=True))
+    for (_, crop), hu in zip(found, crops, strict=True):
+        windowed(crop.copy_(torch.from_numpy(hu)))
+    return found
+
+
+def ours(path: Path, key: str) -> Side:
+    """Our store, catalogue and file opened anew for every eight crops."""
 
     def read(starts: list[Triple], size: Triple) -> Found:
-        found: Found = []
+        crops = torch.from_numpy(Store.open(path).crops(key, starts, size))
+        return [(start, windowed(crop)) for start, crop in zip(starts, crops, strict=True)]
 
-        def work() -> None:
-            found.extend((start, windowed(store.crop(key, start, size))) for start in starts)
-
-        # A store's open files belong to threads: a new one has none.
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        return found
-
-    return Side(name="voxelstem store", read=read, bytes=store.record(key).bytes)
+    return Side(name="voxelstem store", read=read, bytes=Store.open(path).record(key).bytes)
 
 
 def raw_tiles(store: Store, key: str) -> Side:
@@ -148,24 +153,21 @@ def raw_tiles(store: Store, key: str) -> Side:
 
     def read(starts: list[Triple], size: Triple) -> Found:
         tiles = Tiles.open(path)
-        return [(start, window(read_crop(reader, tiles, start, size), SPEC)) for start in starts]
+        return [(start, windowed(read_crop(reader, tiles, start, size))) for start in starts]
 
     return Side(name="voxelstem raw tiles (preadv)", read=read, bytes=path.stat().st_size)
 
 
 def floors(array: np.ndarray) -> list[Side]:
     """Crops of an array in memory: no storage can be faster than this."""
-    ready = windowed(array[None])
+    ready = windowed(torch.from_numpy(array[None].astype(np.float32)))
 
     def from_hu(starts: list[Triple], size: Triple) -> Found:
-        return [(start, windowed(array[None][box(start, size)])) for start in starts]
-
-    def from_floats(starts: list[Triple], size: Triple) -> Found:
-        return [(start, ready[box(start, size)].clone(memory_format=torch.contiguous_format)) for start in starts]
+        return gathered(starts, size, (array[None][box(start, size)] for start in starts))
 
     return [
         Side(name="floor: int16 array in RAM", read=from_hu, bytes=array.nbytes),
-        Side(name="floor: windowed float32 array in RAM", read=from_floats, bytes=ready.nbytes),
+        Side(name="floor: windowed float32 array in RAM", read=slices(lambda: ready), bytes=ready.nbytes),
     ]
 
 
@@ -191,10 +193,10 @@ def monai_sides(path: Path, folder: Path) -> list[Side]:
             extra: dict[str, Any] = {"cache_dir": cache} if make is PersistentDataset else {}
             extra |= {"progress": False} if make is CacheDataset else {}
             dataset: Any = make(items if kind == "usual" else files, usual if kind == "usual" else bare, **extra)
-            read = monai_usual(dataset, crop) if kind == "usual" else monai_best(dataset)
+            read = monai_usual(dataset, crop) if kind == "usual" else slices(partial(dataset.__getitem__, 0))
             size = path.stat().st_size
             if make is PersistentDataset:
-                read([(0, 0, 0)], SIZES[0])
+                _ = dataset[0]
                 size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
             elif make is CacheDataset:
                 size = 4 * int(np.prod(nibabel.load(path).shape))
@@ -208,22 +210,27 @@ def monai_usual(dataset: Any, crop: Any) -> Callable[[list[Triple], Triple], Fou
     """What a training loop calls; MONAI draws the places itself, and says in the affine where they are."""
 
     def read(_: list[Triple], size: Triple) -> Found:
-        crop.cropper.roi_size = size
+        crop.cropper.cropper.roi_size = size
         # In one piece, as a loader's collation would leave them.
         found = [item["image"].contiguous() for item in dataset[0]]
-        corners = [np.rint(np.linalg.solve(AFFINE, each.affine.numpy()[:, 3])[:3]).astype(int) for each in found]
+        # The scan begins at the origin; a PersistentDataset forgets its spacing, so each crop's own affine tells.
+        affines = [each.affine.numpy() for each in found]
+        corners = [np.rint(np.linalg.solve(affine[:3, :3], affine[:3, 3])).astype(int) for affine in affines]
         return [((int(i), int(j), int(k)), each.as_tensor()) for (i, j, k), each in zip(corners, found, strict=True)]
 
     return read
 
 
-def monai_best(dataset: Any) -> Callable[[list[Triple], Triple], Found]:
-    """The whole windowed scan from a dataset, its metadata left behind, and bare slices of it."""
+def slices(whole: Callable[[], Tensor]) -> Callable[[list[Triple], Triple], Found]:
+    """The whole windowed scan, its metadata left behind, and bare slices of it."""
 
     def read(starts: list[Triple], size: Triple) -> Found:
-        whole = dataset[0]
-        plain = whole.as_tensor() if isinstance(whole, MetaTensor) else whole
-        return [(start, plain[box(start, size)].clone(memory_format=torch.contiguous_format)) for start in starts]
+        read_whole = whole()
+        plain = read_whole.as_tensor() if isinstance(read_whole, MetaTensor) else read_whole
+        found = list(zip(starts, room(size), strict=True))
+        for start, crop in found:
+            crop.copy_(plain[box(start, size)])
+        return found
 
     return read
 
@@ -291,7 +298,7 @@ def zarr_side(folder: Path, context: dict[str, Any], *, keep_open: bool) -> Side
         whole = opened if keep_open else tensorstore.open(place, context=shared, read=True).result()
         # All asked for at once, so that it may overlap reading and decoding as it likes.
         asked = [whole[box(start, size)].read() for start in starts]
-        return [(start, windowed(np.asarray(each.result()))) for start, each in zip(starts, asked, strict=True)]
+        return gathered(starts, size, (np.asarray(each.result()) for each in asked))
 
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Side(name=folder.name, read=read, bytes=size, goal=1.5)
@@ -307,7 +314,7 @@ def sides(folder: Path, array: np.ndarray) -> list[Side]:
     (key,) = write(store, Study(subject="s" + "0" * 24, volumes=(volume,)))
     store.refresh()
     return [
-        ours(store, key),
+        ours(store.path, key),
         raw_tiles(store, key),
         *monai_sides(path, folder),
         *zarr_sides(folder, array),
@@ -341,7 +348,8 @@ def check(found: Found, array: np.ndarray, size: Triple) -> None:
     for start, crop in found:
         assert crop.dtype == torch.float32
         assert crop.is_contiguous()
-        torch.testing.assert_close(crop, windowed(array[None][box(start, size)]), rtol=0, atol=1e-6)
+        want = window(torch.from_numpy(array[None][box(start, size)]), SPEC)
+        torch.testing.assert_close(crop, want, rtol=0, atol=1e-6)
 
 
 def compare(everyone: list[Side], array: np.ndarray, size: Triple, repeats: int) -> None:
@@ -386,6 +394,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="monai")
+    warnings.filterwarnings("ignore", message="monai")
     shape = (192, 192, 128) if asked.small else (512, 512, 300)
     versions = f"Python {platform.python_version()}, MONAI {monai.__version__}, torch {torch.__version__}"
     print(f"{machine()}, 1 thread, {versions}")

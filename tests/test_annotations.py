@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nibabel.nifti1 import Nifti1Image
 
-from voxelstem.annotations import Masks, lay_mask, read_masks
+from voxelstem.annotations import lay_mask, read_masks
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.study import Provenance, Study, Volume
 
@@ -141,14 +141,3 @@ def test_a_value_without_a_name_is_refused(tmp_path, ones, study):
     with pytest.raises(IngestError, match="the value 2") as caught:
         lay_mask(study, write_mask(tmp_path / "mask.nii", ones), {1: "liver"})
     assert caught.value.code == "label-values"
-
-
-def test_masks_of_two_kinds_of_folder_are_joined_unless_their_classes_differ():
-    ours = Masks(root=Path("a"), classes={}, by_scan={"x": Path("a/x")}, files={Path("a/x")})
-    theirs = Masks(root=Path("b"), classes={1: "liver"}, by_scan={"x": Path("b/x"), "y": Path("b/y")})
-    theirs.files |= {Path("b/x"), Path("b/y")}
-    ours.join(theirs)
-    assert (ours.by_scan, ours.classes) == ({"x": Path("a/x"), "y": Path("b/y")}, {1: "liver"})
-    assert ours.unused() == [Path("a/x"), Path("b/x"), Path("b/y")]
-    with pytest.raises(ConfigError, match="name the classes differently"):
-        ours.join(Masks(classes={1: "spleen"}))

@@ -17,7 +17,7 @@ from nibabel.nifti1 import Nifti1Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from voxelstem.errors import IngestError, StoreError
+from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.ingest import ingest, ingest_studies
 from voxelstem.intake import IntakeConfig
 from voxelstem.sources.phantom import PhantomConfig, phantom, phantom_files
@@ -516,3 +516,39 @@ def test_a_cluster_makes_the_same_store_also_when_a_node_is_killed_in_the_middle
     assert (report.kept, [line.code for line in report.refusals]) == (24, ["corrupt"])
     assert content(root) == content(straight)
     assert take(src, store=root).skipped == 24
+
+
+def test_scans_at_one_place_in_two_folders_never_share_a_mask_or_a_report(paths):
+    src, root = paths
+    for folder in ("h1", "h2"):
+        scan(src / folder / "a/ct.nii.gz", seed=ord(folder[1]))
+    mask(src / "labels" / "a/ct.nii.gz")
+    reports = src / "reports.jsonl"
+    reports.write_text(json.dumps({"scan": "a/ct.nii.gz", "report": "cyst"}))
+    both = (src / "h1", src / "h2")
+    for wishes in ({"labels": src / "labels"}, {"reports": reports}):
+        with pytest.raises(ConfigError, match="in each of several folders"):
+            take(*both, store=root, **wishes)
+    assert not root.exists()
+    reports.write_text(json.dumps({"scan": "ct.nii.gz", "report": "cyst"}))
+    report = take(*both, store=root, reports=reports)
+    assert (report.kept, report.reports_unused) == (2, 1)
+    assert [record.report for record in Store.open(root)] == [None, None]
+
+
+def test_each_data_set_of_another_program_brings_its_own_masks(paths):
+    src, root = paths
+    sizes = {}
+    for number, folder in enumerate(("one", "two")):
+        home = src / folder
+        scan(home / "imagesTr" / "case_0000.nii.gz", seed=number)
+        array = np.zeros(SHAPE, np.uint8)
+        array[4 : 6 + number, 4:9, 4:9] = 1
+        (home / "labelsTr").mkdir()
+        Nifti1Image(array, AFFINE).to_filename(home / "labelsTr" / "case.nii.gz")
+        described = {"labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "CT"}}
+        (home / "dataset.json").write_text(json.dumps(described))
+        sizes[number] = int(array.sum())
+    assert take(src / "one", src / "two", store=root).refused == 0
+    store = Store.open(root)
+    assert sorted(int(store.labels(record.key).array.sum()) for record in store) == sorted(sizes.values())

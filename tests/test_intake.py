@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,34 @@ def test_a_bids_scan_brings_what_its_tables_say(tmp_path):
     assert (said.session, said.contrast, said.age_years, said.sex) == ("2", "T1w", 90.0, "F")
     assert said.facts["MagneticFieldStrength"] == "3"
     assert "Miller" not in repr(volume)
+
+
+def test_a_scan_that_got_in_stays_when_other_wishes_would_refuse_it(tmp_path):
+    path = scan(tmp_path / "a.nii.gz")
+    first = Intake(key=KEY)(task(path))
+    only_mr = Intake(key=KEY, config=IntakeConfig(modality="MR"))
+    assert only_mr(task(path)).code == "wrong-modality"
+    again = only_mr(task(path, known=first.fingerprint))
+    assert (again.code, again.study, again.fingerprint) == ("", None, first.fingerprint)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert only_mr(task(path, known=first.fingerprint)).code == "corrupt", "other bytes are another matter"
+
+
+@pytest.mark.parametrize("name", ["Miller_" + "x" * 140, "Miller_\u200bPaul"])
+def test_long_and_unprintable_names_are_taken_out_too(tmp_path, name):
+    path = tmp_path / f"{name}.nii.gz"
+    path.write_bytes(b"nothing")
+    outcome = Intake(key=KEY)(task(path))
+    assert outcome.code == "corrupt"
+    assert "Miller" not in outcome.reason
+
+
+def test_a_zip_that_can_no_longer_be_listed_is_refused_and_nothing_else_happens(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("miller.dcm", b"nothing")
+    source = Source(path=path, relative="a.zip", kind="dicom", subject="a", members=("miller.dcm",))
+    whole = path.read_bytes()
+    at = whole.index(b"PK\1\2")
+    path.write_bytes(whole[:at] + b"PK\1\3" + whole[at + 4 :])
+    assert Intake(key=KEY)(Task(source=source, name="n")).code in ("corrupt", "empty")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import zipfile
 
@@ -163,3 +164,37 @@ def test_a_zip_that_is_no_workbook_is_a_clear_error(tmp_path):
         packed.writestr("a.txt", "nothing")
     with pytest.raises(ConfigError, match="cannot be read as a workbook"):
         read_reports(tmp_path / "reports.xlsx", KEY)
+
+
+def test_headings_may_stand_alone_on_a_line_and_lines_may_hold_any_separator(tmp_path):
+    text = "FINDINGS\nLung clear.\nNo findings of note.\n\nIMPRESSION\nNormal."
+    assert sections(text) == Report(findings_text="Lung clear.\nNo findings of note.", impression_text="Normal.")
+    path = tmp_path / "reports.jsonl"
+    path.write_text(json.dumps({"scan": "a.nii", "report": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n")
+    assert read_reports(path, KEY).find("a.nii", "s0").text == "one\u2028two\u0085three"
+
+
+def test_two_reports_for_one_scan_are_refused_and_the_same_one_twice_is_not(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    row = {"subject": "Miller", "report": "first"}
+    path.write_text("\n".join(json.dumps(one) for one in (row, row)))
+    assert read_reports(path, KEY).unused() == 1
+    path.write_text("\n".join(json.dumps(one) for one in (row, {**row, "report": "second"})))
+    with pytest.raises(ConfigError, match="row 2 gives another report") as caught:
+        read_reports(path, KEY)
+    assert "Miller" not in str(caught.value)
+
+
+def test_a_file_s_name_counts_only_where_one_scan_has_it(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    path.write_text(json.dumps({"scan": "ct.nii.gz", "report": "whose?"}))
+    reports = read_reports(path, KEY)
+    assert reports.find("p1/ct.nii.gz", "s0").text == "whose?"
+    reports.ambiguous = frozenset({"ct.nii.gz", "ct"})
+    assert reports.find("p1/ct.nii.gz", "s0") is None
+    assert reports.find("ct.nii.gz", "s0").text == "whose?", "a path is a path"
+
+
+def test_a_date_typed_as_an_id_keeps_its_day(tmp_path):
+    path = write_xlsx(tmp_path / "reports.xlsx", {"subject": datetime.datetime(2020, 1, 2), "report": "clear"})
+    assert read_reports(path, KEY).by_subject.keys() == {pseudonym("2020-01-02", KEY)}

@@ -38,6 +38,10 @@ class Masks:
     files: set[Path] = field(default_factory=set)
     taken: set[Path] = field(default_factory=set)
 
+    def has(self, relative: str) -> bool:
+        """Whether a mask is meant for the scan at this place below SRC."""
+        return relative in self.by_scan or stem(relative) in self.by_scan
+
     def take(self, relative: str) -> Path | None:
         """Return the mask of a scan, by its path below SRC."""
         mask = self.by_scan.get(relative) or self.by_scan.get(stem(relative))
@@ -52,22 +56,6 @@ class Masks:
             return self.classes
         wanted = self.annotated[max(fitting, key=len)]
         return {value: name for value, name in self.classes.items() if name in wanted}
-
-    def join(self, other: Masks) -> None:
-        """Take in the masks that lie among the scans in another program's layout; ours win where both name one.
-
-        Raises:
-            ConfigError: both name classes, and not the same.
-        """
-        if self.classes and other.classes and self.classes != other.classes:
-            raise ConfigError(
-                f"{LABELS_FILE} and the data set's own file name the classes differently",
-                hint=f"take --labels away, or make its {LABELS_FILE} say the same",
-            )
-        self.root = self.root if self.files else other.root
-        self.classes = self.classes or other.classes
-        self.by_scan = {**other.by_scan, **self.by_scan}
-        self.files |= other.files
 
     def unused(self) -> list[Path]:
         """Return the masks whose scan did not come by."""

@@ -153,6 +153,8 @@ def ingest(
     from voxelstem.intake import IntakeConfig
 
     how = how or Reading()
+    if workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}")
     if how.keep_native and how.spacing is None:
         raise ConfigError("--keep-native keeps the scan beside the resampled one", hint="add --spacing a,b,c")
     config = IntakeConfig(
@@ -187,6 +189,8 @@ def show(path: Path, /, *, verify: bool = False, against: Path | None = None, js
         json: Answer in JSON.
     """
     if against is not None:
+        if verify:
+            raise ConfigError("--verify and --against are two questions", hint="ask one after the other")
         from voxelstem.store import leakage
         from voxelstem.store.subjects import site_key
 

@@ -54,6 +54,11 @@ class Cluster(Generic[Task, Result]):
         how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         how |= {"runtime_env": {"env_vars": ONE_THREAD}}
         how |= {"include_dashboard": False} if self.address == "local" else {"address": self.address}
+        if "://" in self.address:
+            raise ConfigError(
+                f"'{self.address}' is an address for Ray's client, which voxelstem does not use",
+                hint="give host:port of Ray's head, and run this on one of its machines",
+            )
         try:
             _knock(self.address)
             ray.init(**how)

@@ -5,6 +5,7 @@ Files are named after pseudonyms and digests, never after what a scan was called
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,12 +29,8 @@ from voxelstem.store.records import Record
 from voxelstem.store.splits import Split
 from voxelstem.study import Volume
 
-DATASET_FILE, PRETRAIN_FILE, SPLITS_FILE, MARK_FILE = (
-    "dataset.json",
-    "pretrain_data.json",
-    "splits_final.json",
-    "export.json",
-)
+DATASET_FILE, PRETRAIN_FILE = "dataset.json", "pretrain_data.json"
+SPLITS_FILE, MARK_FILE = "splits_final.json", "export.json"
 MOST_LOCATIONS = 10_000
 """Voxels of each class that nnU-Net keeps to draw crops around."""
 MOST_JSON_BYTES = 2**28
@@ -59,9 +56,6 @@ class Found:
     masks: Masks
 
 
-# ------------------------------------------------------------------------------------------------------------- out
-
-
 def export_nifti(store: Store, out: Path, *, show: Show = progress) -> Exported:
     """Write every volume as `scans/sub-…/….nii.gz`, and its voxel labels at the same place below `labels`.
 
@@ -74,7 +68,7 @@ def export_nifti(store: Store, out: Path, *, show: Show = progress) -> Exported:
     """
     records = [record for record in store if record.channels == 1]
     values = _values(records)
-    _begin(out, "nifti")
+    _begin(out, "nifti", records, values)
     annotated: dict[str, list[str]] = {}
     with show("export", len(records)) as advance:
         for record in records:
@@ -109,7 +103,7 @@ def export_nnunet(store: Store, out: Path, *, show: Show = progress) -> Exported
     """
     records, values = _labelled(store)
     modality = _one_modality(records)
-    _begin(out, "nnunet")
+    _begin(out, "nnunet", records, values)
     with show("export", len(records)) as advance:
         for record in records:
             half = "Ts" if record.split == "test" else "Tr"
@@ -146,7 +140,7 @@ def export_b2nd(
         }
         pictures = {key: f"{stem}.b2nd" for key, stem in stems.items()}
         described = _collection(records, pictures, out.name, "$nnssl_preprocessed")
-    _begin(out, layout)
+    _begin(out, f"b2nd-{layout}", records, values)
     with show("export", len(records)) as advance:
         for record in records:
             volume, stem = store.volume(record.key), stems[record.key]
@@ -279,10 +273,20 @@ def _collection(records: Iterable[Record], pictures: Mapping[str, str], name: st
     return {"collection_index": 0, "collection_name": name, "datasets": {"0": dataset}}
 
 
-def _begin(out: Path, kind: str) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK_FILE).is_file())):
+def _begin(out: Path, kind: str, records: Iterable[Record], values: Mapping[str, int]) -> None:
+    """Mark the folder as this export's: one of other volumes or class numbers must not be mixed with it."""
+    keys = "\n".join(sorted(record.key for record in records))
+    volumes = hashlib.sha256(keys.encode()).hexdigest()
+    said = {"written_by": "voxelstem", "format": kind, "classes": dict(values), "volumes": volumes}
+    mark = out / MARK_FILE
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not mark.is_file())):
         raise ConfigError(f"'{out}' holds other files already", hint="choose a folder that is empty or not there")
-    _json(out / MARK_FILE, {"written_by": "voxelstem", "format": kind})
+    if mark.is_file() and _read_json(mark) != said:
+        raise ConfigError(
+            f"'{out}' holds an export of other volumes, classes or format",
+            hint="choose another --out, or take the old export away",
+        )
+    _json(mark, said)
 
 
 def _json(path: Path, content: Any) -> None:
@@ -313,13 +317,11 @@ def _unwritten(error: OSError) -> StoreError:
     return StoreError(f"the export cannot be written: {error.strerror}", hint="check the folder's rights and space")
 
 
-# -------------------------------------------------------------------------------------------------------------- in
-
-
 def find(folder: Path) -> Found | None:
-    """Look whether a folder is an nnU-Net raw dataset or holds `.b2nd` scans, and list what `ingest` is to read.
+    """Look whether a folder is an nnU-Net raw dataset or one of `.b2nd` scans, and list what `ingest` is to read.
 
-    The subject is the `sub-…` in a case's name, else the case. A case's channels are scans of one subject, and share
+    The latter is known by what these programs, or an export, leave in it or one folder above: `dataset.json`,
+    `pretrain_data….json` or `export.json`. `.b2nd` files anywhere else are scans among others. The subject is the `sub-…` in a case's name, else the case. A case's channels are scans of one subject, and share
     its mask. Masks are named by the `labels` of `dataset.json`.
 
     Returns:
@@ -331,15 +333,17 @@ def find(folder: Path) -> Found | None:
     if is_store(folder):
         raise ConfigError(f"'{folder.name}' is a store already", hint="open it, or export it and ingest that")
     if (folder / DATASET_FILE).is_file() and (folder / "imagesTr").is_dir():
-        described = _read_dataset(folder / DATASET_FILE)
+        described = _read_json(folder / DATASET_FILE)
         ending = str(described.get("file_ending", ""))
         cases = [found for half in ("Tr", "Ts") for found in _raw_cases(folder, half, ending)]
         return _found(folder, cases, _classes(described), _KINDS.get(ending, "nifti"))
-    scans = sorted(path for path in folder.rglob("*.b2nd") if path.is_file()) if folder.is_dir() else []
+    places = (folder, Path(os.path.abspath(folder)).parent) if folder.is_dir() else ()
+    marks = [path for place in places for name in _MARKS for path in place.glob(name) if path.is_file()]
+    scans = sorted(path for path in folder.rglob("*.b2nd") if path.is_file()) if marks else []
     if not scans:
         return None
-    near = [path for path in (folder / DATASET_FILE, folder.parent / DATASET_FILE) if path.is_file()]
-    classes = _classes(_read_dataset(near[0])) if near else {}
+    near = [path for path in marks if path.name == DATASET_FILE]
+    classes = _classes(_read_json(near[0])) if near else {}
     names = {path: path.name.removesuffix(".b2nd") for path in scans}
     cases = [
         (path, names[path], path.with_name(f"{names[path]}_seg.b2nd"))
@@ -349,6 +353,7 @@ def find(folder: Path) -> Found | None:
     return _found(folder, cases, classes, "b2nd")
 
 
+_MARKS = (DATASET_FILE, "pretrain_data*.json", MARK_FILE)
 _KINDS = {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".b2nd": "b2nd"}
 
 
@@ -375,15 +380,15 @@ def _found(folder: Path, cases: Iterable[tuple[Path, str, Path]], classes: dict[
     return Found(sources=tuple(sources), masks=masks)
 
 
-def _read_dataset(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise ValueError("too long")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} cannot be read as JSON", hint="see nnU-Net's dataset format") from error
+        raise ConfigError(f"{path.name} cannot be read as JSON", hint="mend it, or take it away") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path.name} must be a JSON object", hint="see nnU-Net's dataset format")
+        raise ConfigError(f"{path.name} must be a JSON object", hint="mend it, or take it away")
     return content
 
 

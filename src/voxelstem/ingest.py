@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from voxelstem import exchange
 from voxelstem.annotations import Masks, read_masks
 from voxelstem.cluster import Cluster
 from voxelstem.deidentify import deidentify
-from voxelstem.errors import IngestError, StoreError
+from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.intake import Intake, IntakeConfig, Outcome, Task
 from voxelstem.progress import Advance, progress
 from voxelstem.reports import Reports, read_reports
@@ -92,26 +93,26 @@ def ingest(
     key = site_key()
     masks = read_masks(labels, sources) if labels else Masks()
     texts = read_reports(reports, key) if reports else Reports()
-    found = _find(sources, masks)
+    laid = _Laid(masks)
+    found = _find(sources, laid)
+    _check_places(found, laid, texts)
     intake = Intake(key=key, config=config, datasets=tuple(read_dataset(Path(path)) for path in sources))
     readers = Cluster(intake, cluster) if cluster else Workers(intake, workers if workers > 1 else 0)
     root = Path(store)
     if not is_store(root):
         Store.create(root)
-    run = _Run(key, masks, texts)
+    run = _Run(key, laid, texts)
     with Writer(root) as writer, show("ingest", len(found)) as advance:
         check_key(writer, key)
         _check_spacing(writer, config)
         with readers:
-            tasks = (_task(source, dataset, writer, masks, key) for source, dataset in found)
+            tasks = (_task(source, dataset, writer, laid, key) for source, dataset in found)
             for task, outcome in readers.map(tasks):
                 lost = isinstance(outcome, Lost)
                 told = Outcome(code=outcome.code, reason=outcome.reason) if lost else outcome
                 advance(1, run.keep(writer, task, told))
-        for path in masks.unused():
-            run.refuse(
-                writer, _name(path, key), masks.relative(path), "label-without-scan", "no scan lies at the mask's place"
-            )
+        for path, relative in laid.unused():
+            run.refuse(writer, _name(path, key), relative, "label-without-scan", "no scan lies at the mask's place")
     subjects = Store.open(root).subjects()
     return run.report(subjects=len(subjects), reports_unused=texts.unused())
 
@@ -175,22 +176,68 @@ def _check_spacing(writer: Writer, config: IntakeConfig) -> None:
         )
 
 
-def _find(paths: Sequence[Path | str], masks: Masks) -> list[tuple[Source, int]]:
+class _Laid:
+    """The user's masks, and those that lie among the scans of a folder in another program's layout."""
+
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks
+        self.own: dict[int, Masks] = {}
+        """By the number of the folder: two data sets may hold a case of the same name."""
+
+    def take(self, relative: str, dataset: int) -> tuple[Path | None, dict[int, str]]:
+        """The mask of a scan and the names of its classes."""
+        for masks in (self.masks, self.own.get(dataset, Masks())):
+            mask = masks.take(relative)
+            if mask is not None:
+                return mask, masks.names(relative)
+        return None, {}
+
+    def all(self) -> list[Masks]:
+        return [self.masks, *self.own.values()]
+
+    def unused(self) -> list[tuple[Path, str]]:
+        """Masks whose scan did not come by, and where they lie."""
+        return [(path, masks.relative(path)) for masks in self.all() for path in masks.unused()]
+
+    def relative(self, mask: Path) -> str:
+        return next((masks.relative(mask) for masks in self.all() if mask in masks.files), mask.name)
+
+
+def _find(paths: Sequence[Path | str], laid: _Laid) -> list[tuple[Source, int]]:
     """List all scans and which of `paths` each was found in; each once, also where one path lies below another."""
     found: dict[tuple[Path, str], tuple[Source, int]] = {}
     for number, path in enumerate(paths):
-        laid = exchange.find(Path(path))
-        if laid is not None:
-            masks.join(laid.masks)
-        for source in laid.sources if laid is not None else iterate(Path(path)):
+        other = exchange.find(Path(path))
+        if other is not None:
+            laid.own[number] = other.masks
+        for source in other.sources if other is not None else iterate(Path(path)):
             found.setdefault((source.path.resolve(), source.series), (source, number))
-    return [(source, number) for (path, _), (source, number) in found.items() if path not in masks.files]
+    masks = {path for masks in laid.all() for path in masks.files}
+    return [(source, number) for (path, _), (source, number) in found.items() if path not in masks]
+
+
+def _check_places(found: Sequence[tuple[Source, int]], laid: _Laid, texts: Reports) -> None:
+    """See that a mask or a report that is meant for one scan cannot go to two, and let names count only where unique.
+
+    Raises:
+        ConfigError: scans of several folders lie at one place, and a mask or report names it.
+    """
+    places = Counter(source.relative for source, _ in found)
+    twice = [place for place, count in places.items() if count > 1]
+    meant = [place for place in twice if laid.masks.has(place) or place in texts.by_scan]
+    if meant:
+        raise ConfigError(
+            f"{len(meant)} places hold a scan in each of several folders, and a mask or report is meant for one",
+            hint="ingest the folders one after the other, each with its own --labels and --reports",
+        )
+    names = Counter(name for source, _ in found for name in texts.names(source.relative))
+    texts.ambiguous = frozenset(name for name, count in names.items() if count > 1)
 
 
 class _Run:
     """The counts of one ingest, and its one way into the store."""
 
-    def __init__(self, key: bytes, masks: Masks, reports: Reports) -> None:
+    def __init__(self, key: bytes, masks: _Laid, reports: Reports) -> None:
         self.key, self.masks, self.reports = key, masks, reports
         self.kept = self.skipped = 0
         self.refusals: list[Refused] = []
@@ -260,10 +307,9 @@ def _name(path: Path, key: bytes, series: str = "") -> str:
     return source_name("\0".join(filter(None, (path.resolve().as_posix(), series))), key)
 
 
-def _task(source: Source, dataset: int, writer: Writer, masks: Masks, key: bytes) -> Task:
+def _task(source: Source, dataset: int, writer: Writer, laid: _Laid, key: bytes) -> Task:
     name = _name(source.path, key, source.series)
     done = writer.catalogue.done(name)
     known = done[0] if done and writer.holds(name, done[0]) else ""
-    mask = masks.take(source.relative)
-    classes = masks.names(source.relative)
+    mask, classes = laid.take(source.relative, dataset)
     return Task(source=source, name=name, known=known, mask=mask, classes=classes, dataset=dataset)

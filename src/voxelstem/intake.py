@@ -5,10 +5,12 @@ The same function for every scan, whichever process or machine it runs in; `inge
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from voxelstem.deidentify import deidentify
 from voxelstem.errors import IngestError
 from voxelstem.sources import Source, bids, ct_rate
 from voxelstem.sources.bids import Bids
+from voxelstem.sources.header import UNREADABLE
+from voxelstem.sources.raster import shown
 from voxelstem.store.encoding import Encoded, EncodedStudy, Prepared, prepare
 from voxelstem.store.spacing import resample_volume
 from voxelstem.study import Study, Volume
@@ -88,29 +92,26 @@ class Intake:
 
     def __call__(self, task: Task) -> Outcome:
         """Take one source in."""
+        content = ""
         try:
-            fingerprint = self._fingerprint(task)
+            content = _content(task.source.all_files())
+            fingerprint = f"{content}:{self._wishes(task)}"
             if task.known == fingerprint:
                 return Outcome(fingerprint=fingerprint)
             return self._encode(task, fingerprint)
-        except IngestError as error:
-            return Outcome(code=error.code, reason=scrub(error.problem, task.source.path, task.source))
-        except MemoryError:
-            return Outcome(code="too-large", reason="there is not enough memory to read it")
-        except OSError as error:
-            return Outcome(code="unreadable", reason=f"it cannot be read: {error.strerror}")
-        except ValueError as error:
-            return Outcome(code="unreadable", reason=scrub(str(error), task.source.path, task.source))
+        except (IngestError, MemoryError, OSError, ValueError) as error:
+            if isinstance(error, IngestError) and content and task.known.startswith(f"{content}:"):
+                # The same bytes got in before, with other wishes. The scan stays, so the ledger has nothing to say.
+                return Outcome(fingerprint=task.known)
+            code, reason = _why(error, task.source)
+            return Outcome(code=code, reason=reason)
 
-    def _fingerprint(self, task: Task) -> str:
-        """Digest every byte that decides what gets into the store, file by file, and what is done with it."""
-        total = hashlib.sha256(repr(self.config).encode())
-        total.update(repr(bids.said(task.source.relative, self.datasets[task.dataset])).encode())
-        total.update(repr(sorted(task.classes.items())).encode() if task.mask else b"")
-        for file in [*task.source.all_files(), *([task.mask] if task.mask else [])]:
-            with file.open("rb") as opened:
-                total.update(hashlib.file_digest(opened, "sha256").digest())
-        return total.hexdigest()
+    def _wishes(self, task: Task) -> str:
+        """Digest what is done with the scan, and all that decides what gets into the store beside its own bytes."""
+        said = bids.said(task.source.relative, self.datasets[task.dataset])
+        classes = sorted(task.classes.items()) if task.mask else None
+        mask = _content([task.mask]) if task.mask else ""
+        return hashlib.sha256(repr((self.config, said, classes, mask)).encode()).hexdigest()
 
     def _encode(self, task: Task, fingerprint: str) -> Outcome:
         study = _choose(task.source.read(repair=self.config.repair), self.config.modality)
@@ -122,7 +123,7 @@ class Intake:
                 study = lay_mask(study, task.mask, task.classes)
             except IngestError as error:
                 mask_code, mask_reason = error.code, scrub(error.problem, task.mask)
-        study = deidentify(_grouped(study), self.key)
+        study = deidentify(study, self.key)
         prepared = [self._fit(volume) for volume in study.volumes]
         study = replace(study, volumes=())  # the floats go before anything is packed
         encoded = EncodedStudy(
@@ -146,15 +147,26 @@ def _packed(scan: Prepared, native: Prepared | None) -> Encoded:
     return replace(scan.packed(), native=native.packed() if native else None)
 
 
-def _grouped(study: Study) -> Study:
-    """Let a file stand for its acquisition where nothing says which one it is of: its copies are known by that."""
-    volumes = tuple(
-        volume
-        if volume.acquisition.group
-        else replace(volume, acquisition=replace(volume.acquisition, group=f"file {volume.provenance.sha256}"))
-        for volume in study.volumes
-    )
-    return replace(study, volumes=volumes)
+def _why(error: Exception, source: Source) -> tuple[str, str]:
+    """The code and the sentence of what kept a scan out, without its name."""
+    match error:
+        case IngestError():
+            return error.code, scrub(error.problem, source.path, source)
+        case MemoryError():
+            return "too-large", "there is not enough memory to read it"
+        case OSError():
+            return "unreadable", f"it cannot be read: {error.strerror}"
+        case _:
+            return "unreadable", scrub(str(error), source.path, source)
+
+
+def _content(files: Iterable[Path]) -> str:
+    """Digest every byte, file by file."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
 
 
 def _choose(study: Study, modality: str | None) -> Study:
@@ -170,11 +182,14 @@ def scrub(message: str, path: Path, source: Source | None = None) -> str:
     names = {str(path), str(path.resolve()), path.name, path.stem, path.name.split(".")[0]}
     if source is not None:
         names |= {source.subject, source.relative, *source.relative.split("/"), *(file.name for file in source.files)}
-    if path.is_dir():
-        names |= {entry.name for entry in path.iterdir()}
-    elif path.suffix.lower() == ".zip" and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as packed:
-            names |= {Path(member).name for member in packed.namelist()}
+    # What is damaged enough to be refused may not let itself be listed either.
+    with contextlib.suppress(*UNREADABLE):
+        if path.is_dir():
+            names |= {entry.name for entry in path.iterdir()}
+        elif path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(path) as packed:
+                names |= {Path(member).name for member in packed.namelist()}
+    names |= {shown(name) for name in names}
     for name in sorted(filter(None, names), key=len, reverse=True):
         message = message.replace(f"'{name}'", "the file")
         if len(name) >= SHORTEST_NAME:

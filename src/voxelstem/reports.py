@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import zipfile
@@ -87,9 +88,10 @@ HEADINGS = {
     ),
 }
 _SECTION = {heading: section for section, headings in HEADINGS.items() for heading in headings}
+_WORDS = "|".join(sorted(map(re.escape, _SECTION), key=len, reverse=True))
+# With a colon at the start of a line or sentence, or alone on a line.
 _HEADING = re.compile(
-    rf"(?:^|(?<=[\n.;]))[ \t]*({'|'.join(sorted(map(re.escape, _SECTION), key=len, reverse=True))})[ \t]*:",
-    re.IGNORECASE,
+    rf"(?:^|(?<=[.;]))[ \t]*(?P<said>{_WORDS})[ \t]*:|^[ \t]*(?P<alone>{_WORDS})[ \t]*$", re.IGNORECASE | re.MULTILINE
 )
 
 
@@ -103,9 +105,10 @@ def sections(text: str) -> Report:
     parts["rest_text"].append(text[: marks[0].start() if marks else len(text)].strip())
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     for mark, end in zip(marks, ends, strict=False):
-        section = _SECTION[mark.group(1).lower()]
+        heading = mark["said"] or mark["alone"]
+        section = _SECTION[heading.lower()]
         said = text[mark.end() : end].strip()
-        parts[section].append(f"{mark.group(1)}: {said}" if section == "rest_text" and said else said)
+        parts[section].append(f"{heading}: {said}" if section == "rest_text" and said else said)
     joined = {name: "\n".join(filter(None, said)) for name, said in parts.items()}
     return Report(**joined)
 
@@ -117,14 +120,24 @@ class Reports:
     by_scan: dict[str, Report] = field(default_factory=dict)
     """By path below SRC, or by the name of the scan's file."""
     by_subject: dict[str, Report] = field(default_factory=dict)
+    ambiguous: frozenset[str] = frozenset()
+    """Names of files that several scans have."""
     used: set[tuple[str, str]] = field(default_factory=set)
 
-    def find(self, relative: str, subject: str) -> Report | None:
-        """Return the report of a scan: by its path below SRC, by its file's name, else by its subject's pseudonym."""
+    @staticmethod
+    def names(relative: str) -> tuple[str, ...]:
+        """What a file may call the scan beside its path below SRC."""
         name = relative.rpartition("/")[2]
-        places = dict.fromkeys((relative, stem(relative), name, stem(name)))
+        return tuple(dict.fromkeys((name, stem(name))))
+
+    def find(self, relative: str, subject: str) -> Report | None:
+        """Return the report of a scan: by its path below SRC, by its file's name, else by its subject's pseudonym.
+
+        The name counts only where one scan alone has it.
+        """
+        names = (name for name in self.names(relative) if name not in self.ambiguous)
         for kind, texts, place in (
-            *(("scan", self.by_scan, place) for place in places),
+            *(("scan", self.by_scan, place) for place in dict.fromkeys((relative, stem(relative), *names))),
             ("subject", self.by_subject, subject),
         ):
             if place in texts:
@@ -157,12 +170,14 @@ def read_reports(path: Path, key: bytes) -> Reports:
         if not report.text:
             raise ConfigError(f"{path.name}: row {row} has no text in {_named(layout)}", hint=_ROW)
         scan, subject = _first(layout.scan, cells), _first(layout.subject, cells)
-        if scan:
-            reports.by_scan[scan] = report
-        elif subject:
-            reports.by_subject[pseudonym(subject, key)] = report
-        else:
+        if not (scan or subject):
             raise ConfigError(f"{path.name}: row {row} does not say whose report it is", hint=_ROW)
+        texts, whose = (reports.by_scan, scan) if scan else (reports.by_subject, pseudonym(subject, key))
+        if texts.setdefault(whose, report) != report:
+            raise ConfigError(
+                f"{path.name}: row {row} gives another report to a scan or subject that has one already",
+                hint="keep one row for each; for several scans of a subject, name the scans",
+            )
     return reports
 
 
@@ -221,7 +236,7 @@ def _report(layout: Layout, cells: Mapping[str, str]) -> Report:
 
 def _read_lines(path: Path) -> Rows:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file '{path.name}'", hint="check the path after --reports") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -237,6 +252,13 @@ def _read_lines(path: Path) -> Rows:
             raise ConfigError(f"{path.name}: row {number} is not a JSON object", hint=_ROW)
         # Numbers as ids are common: 7 and "7" are one subject.
         yield number, {name: str(cell) for name, cell in cells.items() if isinstance(cell, str | int)}
+
+
+def _plain(cell: object) -> str:
+    """A cell as text; a date that was typed as an id as its day."""
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        return cell.date().isoformat()
+    return "" if cell is None else str(cell)
 
 
 def _read_workbook(path: Path) -> Rows:
@@ -262,7 +284,7 @@ def _read_workbook(path: Path) -> Rows:
         rows = book.worksheets[0].iter_rows(values_only=True)
         names = ["" if name is None else str(name).strip() for name in next(rows, ())]
         for number, cells in enumerate(rows, start=2):
-            told = {name: "" if cell is None else str(cell) for name, cell in zip(names, cells, strict=False) if name}
+            told = {name: _plain(cell) for name, cell in zip(names, cells, strict=False) if name}
             if any(cell.strip() for cell in told.values()):
                 yield number, told
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile, InvalidFileException) as error:

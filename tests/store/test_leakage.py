@@ -81,6 +81,7 @@ def test_a_person_with_other_scans_in_the_other_store_is_shared(tmp_path):
         "exact_copies": 0,
         "near_copies": 0,
         "copies_under_another_subject": 0,
+        "copies_within_a_split": 0,
     }
     (shared,) = found.subjects
     assert (shared.in_a, shared.in_b) == (tuple(r.key for r in one), tuple(r.key for r in two))
@@ -157,7 +158,10 @@ def test_a_copy_within_a_split_is_no_leakage(tmp_path, scan):
     one = somebody_in("train")
     two = somebody_in("train", after=int(one.split()[1]) + 1)
     store = store_of(tmp_path / "a", (one, scan), (two, softer(scan)), (one, small(0)))
-    assert not across_splits(store).found
+    found = across_splits(store)
+    assert not found.found
+    assert [copy.kind for copy in found.within_a_split] == ["near"]
+    assert "1 copies within one split" in describe(found)
 
 
 def test_an_acquisition_in_two_splits_is_leakage(tmp_path):

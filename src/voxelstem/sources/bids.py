@@ -50,6 +50,8 @@ class Bids:
     """The tables of a data set, read once."""
 
     root: Path
+    name: str = ""
+    """What tells it from others, in which `sub-01` is somebody else: its DatasetDOI, else its Name."""
     people: Mapping[str, Person] = field(default_factory=dict)
     """By `sub-…`."""
     ages: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -65,7 +67,7 @@ def read_dataset(root: Path) -> Bids | None:
         None where the folder is none: no dataset_description.json, no participants.tsv, no folder `sub-…`.
 
     Raises:
-        ConfigError: a table is malformed; the message names its row, never what it says.
+        ConfigError: a table or a JSON file beside it is malformed; the message names a row, never what it says.
     """
     if not is_dataset(root):
         return None
@@ -93,7 +95,14 @@ def read_dataset(root: Path) -> Bids | None:
         for table in sorted(root.glob(pattern)):
             place = table.parent.relative_to(root).as_posix()
             days |= {f"{place}/{cells['filename']}": _day(cells) for _, cells in _rows(table, "filename")}
-    return Bids(root=root, people=people, ages=ages, days={place: day for place, day in days.items() if day})
+    days = {place: day for place, day in days.items() if day}
+    return Bids(root=root, name=_name(root), people=people, ages=ages, days=days)
+
+
+def _name(root: Path) -> str:
+    described = _described(root / "dataset_description.json")
+    told = (described.get(field) for field in ("DatasetDOI", "Name"))
+    return keep.short(next((text for text in told if isinstance(text, str) and text.strip()), ""))
 
 
 def is_dataset(root: Path) -> bool:
@@ -167,6 +176,7 @@ def _acquisition(relative: str, parts: Mapping[str, str], suffix: str, dataset: 
     subject, session = f"sub-{parts['sub']}", f"ses-{parts['ses']}" if "ses" in parts else ""
     person = dataset.people.get(subject, Person())
     visit = f"{subject}/{session}"
+    named = [dataset.name] if dataset.name else []
     same = [f"{key}-{value}" for key, value in parts.items() if key not in NEAR_COPIES]
     sidecar = _sidecar(relative, parts, suffix, dataset.root)
     facts = {keyword: text for keyword in keep.FACTS if (text := _fact(keyword, sidecar.get(keyword)))}
@@ -174,8 +184,8 @@ def _acquisition(relative: str, parts: Mapping[str, str], suffix: str, dataset: 
         facts["ContrastBolusAgent"] = keep.clean("ContrastBolusAgent", parts["ce"])
     day = keep.parse_day(str(sidecar.get("AcquisitionDateTime", "")))
     return Acquisition(
-        study=f"{subject}_{session}" if session else subject,
-        group="_".join([*same, suffix]),
+        study="_".join(filter(None, [*named, subject, session])),
+        group="_".join([*named, *same, suffix]),
         session=parts.get("ses", ""),
         date=dataset.days.get(relative) or dataset.days.get(visit) or (day.isoformat() if day else ""),
         age_years=dataset.ages.get((subject, session), person.age_years),
@@ -234,7 +244,8 @@ def _described(path: Path) -> dict[str, Any]:
         return _json(path) if path.is_file() else {}
     except ValueError as problem:
         raise ConfigError(
-            f"{_kind(path)} cannot be used: {problem}", hint="mend it: it says in which unit ages are, and more"
+            f"{_kind(path)} cannot be used: {problem}",
+            hint="mend it: it says which data set this is, or in which unit ages are",
         ) from problem
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +23,20 @@ from voxelstem import geometry
 from voxelstem.errors import IngestError
 from voxelstem.sources import raster
 from voxelstem.sources.frames import Slice, slices_of
-from voxelstem.sources.gates import ImageFacts, check_hu, check_image, check_mr
+from voxelstem.sources.gates import FEWEST_VOXELS, ImageFacts, check_hu, check_image, check_mr
 from voxelstem.sources.grid import Grid, place
 from voxelstem.sources.header import UNREADABLE, Header, Picture, is_dicom, lacks, open_picture
 from voxelstem.sources.keep import acquisition_of
 from voxelstem.sources.pixels import LOSSY, Layout, layout, planes
 from voxelstem.sources.repair import straighten
 from voxelstem.sources.series import ENDINGS, NO_PICTURES, members
-from voxelstem.sources.values import AIR_HU, Reading, may_be_wrong
+from voxelstem.sources.values import AIR_HU, Reading, may_be_wrong, stray_bits
 from voxelstem.study import Provenance, Study, Volume
 
 MOST_FILES = 20_000
+FEWEST_STRAY = 100
+"""Values beyond the declared bits that prove a wrong declaration rather than damage."""
+FEWEST_ALIKE = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +178,7 @@ def _plan(pictures: list[Picture], *, repair: bool) -> _Plan:
             code="several-volumes",
             hint="export each volume as a series of its own",
         )
+    _check_rescale(slices)
     raster.check_size("the series", (len(slices), stored[0].rows, stored[0].columns), np.dtype(np.float32).itemsize)
     grid = place([one.frame for one in slices], repair=repair)
     ordered = [slices[index] for index in grid.order]
@@ -205,6 +210,17 @@ def _check_one_series(headers: list[Header]) -> None:
             "the images of the series name different patients",
             code="several-patients",
             hint="ask the archive which patient the series belongs to",
+        )
+
+
+def _check_rescale(slices: list[Slice]) -> None:
+    """Refuse one slice with a rescale of its own: scanners give one to all slices or to each, damage to one."""
+    counts = Counter((one.slope, one.intercept) for one in slices)
+    if len(slices) >= FEWEST_ALIKE and len(counts) == 2 and min(counts.values()) == 1:  # noqa: PLR2004 - it and the rest
+        raise IngestError(
+            "one slice has another rescale slope or intercept than all others",
+            code="mixed-pixels",
+            hint="its header is damaged, or it belongs to another reconstruction: export the series again",
         )
 
 
@@ -240,6 +256,9 @@ def _assemble(plan: _Plan, subject: str) -> Study:
         straight, affine, repaired = straighten(turned, plan.grid)
         turned, affine = geometry.to_ras(straight, affine)
         notes += repaired
+    if filled.stray:
+        _check_stray(turned, filled.stray)
+        notes.append(f"{filled.stray} values need more bits than the header declares: all bits read give HU")
     (check_hu if plan.modality == "CT" else check_mr)(turned)
     provenance = Provenance(
         source_format="dicom",
@@ -265,6 +284,8 @@ class _Filled:
     affine_ras: Float[np.ndarray, "4 4"]
     sha256: str
     notes: tuple[str, ...]
+    stray: int = 0
+    """Values of a CT that need more bits than the header says were stored."""
 
 
 def _fill(plan: _Plan) -> _Filled:
@@ -293,7 +314,21 @@ def _fill(plan: _Plan) -> _Filled:
         raise IngestError("every voxel of the series is the same", code="constant", hint="export it again")
     if reading.holes:
         array[np.isnan(array)] = reading.low
-    return _Filled(array=array, affine_ras=affine, sha256=content.hexdigest(), notes=notes)
+    return _Filled(array=array, affine_ras=affine, sha256=content.hexdigest(), notes=notes, stray=reading.stray)
+
+
+def _check_stray(array: Float[np.ndarray, "i j k"], count: int) -> None:
+    """Accept wider numbers than the header declares only where they prove to be Hounsfield units (metal, mostly).
+
+    Other readers keep them (pydicom, dcm2niix) or cut them off without a word.
+    """
+    problem = f"{count} values of the series need more bits than the header says were stored"
+    if array.size < FEWEST_VOXELS or count < FEWEST_STRAY:  # a few are damage
+        raise stray_bits(problem)
+    try:
+        check_hu(array)
+    except IngestError as reason:
+        raise stray_bits(f"{problem}, and read with all bits they are no Hounsfield units") from reason
 
 
 def _room(grid: Grid) -> tuple[Float[np.ndarray, "i j k"], Float[np.ndarray, "c r s"], Float[np.ndarray, "4 4"]]:

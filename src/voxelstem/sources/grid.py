@@ -31,6 +31,7 @@ COARSEST_ROUNDING_MM = 0.1  # some scanners round positions to one digit; whole 
 ROUNDING_SHARE = 0.35  # of a gap: a missing slice puts others at least half a gap off the line, so it stays seen
 FINEST_DIGIT = 6
 SMALLEST_MM = 1e-6
+EXACT_DIGITS = 9  # the fit's own error shows from the 13th digit on: 5 mm must not become 5.000000000000001 mm
 
 WIDEST_GAP = 2.05
 """`repair` bridges holes up to this many usual gaps: one missing slice, made up from both its neighbours. Across a
@@ -118,11 +119,12 @@ def place(frames: Sequence[Frame], *, repair: bool = False) -> Grid:
         slide = (positions - positions[0]) @ np.linalg.pinv(axes).T
         slide[:, np.abs(slide).max(axis=0) <= _sideways_mm(positions, float(pixel_mm.min()))] = 0
         tall = float(heights[-1] - heights[0])
-        step, start = tall / max(round(tall / float(np.median(np.diff(heights)))), 1), float(heights[0])
+        count = max(round(tall / float(np.median(np.diff(heights)))), 1)
+        step, start = round(tall / count, EXACT_DIGITS), float(heights[0])
         even = heights - heights[0] if uneven else step * np.arange(len(order))
         needed = Repair(slide_mm=slide, height_mm=even, step_mm=step)
     else:
-        step, start = (float(number) for number in np.polyfit(np.arange(len(order)), heights, 1))
+        step, start = (round(float(number), EXACT_DIGITS) for number in np.polyfit(np.arange(len(order)), heights, 1))
         off = float(np.abs(start + step * np.arange(len(order)) - heights).max())
         if off > TOLERANCE_MM:
             notes = (*notes, f"slice positions lie up to {off:.2f} mm off the even grid that they were read as")
@@ -175,35 +177,42 @@ def _plane(
     """What all slices share: unit vectors along the column index and the row index, pixel spacing, normal (LPS)."""
     cosines = np.array([_numbers(one, "orientation", 6) for one in frames])
     pixel = np.array([_numbers(one, "pixel_spacing_mm", 2) for one in frames])
-    axes = cosines[0].reshape(2, 3).T
+    usual, usual_mm = _usual(cosines), _usual(pixel)
+    axes = usual.reshape(2, 3).T
     lengths = np.linalg.norm(axes, axis=0)
     if (np.abs(lengths - 1) > LENGTH_TOLERANCE).any():
         raise _bad_affine(f"direction cosines have the length 1, these have {lengths[0]:.3f} and {lengths[1]:.3f}")
     axes = axes / lengths
     normal = np.cross(axes[:, 0], axes[:, 1])
     affine = np.eye(4)
-    affine[:3, :2], affine[:3, 2] = axes * pixel[0, ::-1], normal
+    affine[:3, :2], affine[:3, 2] = axes * usual_mm[::-1], normal
     try:
         geometry.check_affine(affine)
     except ValueError as problem:
         raise _bad_affine(str(problem)) from problem
     if pixel.min() <= 0:
         raise _bad_affine("a pixel spacing is not positive")
-    odd = int(np.count_nonzero(np.abs(cosines - cosines[0]).max(axis=1) > COSINE_TOLERANCE))
+    odd = int(np.count_nonzero(np.abs(cosines - usual).max(axis=1) > COSINE_TOLERANCE))
     if odd:
         raise IngestError(
-            f"{odd} of {len(frames)} slices point in another direction than {frames[0].name}",
+            f"{odd} of {len(frames)} slices point in another direction than the others",
             code="mixed-orientation",
             hint="give one stack of parallel slices in its own folder",
         )
     sizes = {(one.rows, one.columns) for one in frames}
-    if len(sizes) > 1 or np.abs(pixel - pixel[0]).max() > TOLERANCE_SHARE * pixel[0].min():
+    if len(sizes) > 1 or np.abs(pixel - usual_mm).max() > TOLERANCE_SHARE * usual_mm.min():
         raise IngestError(
             "the slices of the series differ in rows, columns or pixel spacing",
             code="mixed-size",
             hint="give one reconstruction in its own folder",
         )
-    return axes, pixel[0], normal / np.linalg.norm(normal)
+    return axes, usual_mm, normal / np.linalg.norm(normal)
+
+
+def _usual(numbers: Float[np.ndarray, "slice n"]) -> Float[np.ndarray, " n"]:
+    """What most slices say, so that a digit that is wrong in one of them moves nothing."""
+    said, counts = np.unique(numbers, axis=0, return_counts=True)
+    return said[int(np.argmax(counts))]
 
 
 def _without_doubles(

@@ -152,9 +152,9 @@ class Header:
 
 
 @lru_cache(MOST_DECODED)
-def _decoded(tag: BaseTag, vr: str, value: bytes, little_endian: bool) -> tuple[object, ...]:  # noqa: FBT001 - a cache's key
+def _decoded(tag: BaseTag, vr: str, value: bytes, little_endian: bool) -> tuple[object, ...]:
     """Decode a value. The slices of a series repeat most of theirs, and decoding took longer than their pixels."""
-    raw = RawDataElement(tag, vr, len(value), value, 0, False, little_endian)  # noqa: FBT003 - pydicom's own order
+    raw = RawDataElement(tag, vr, len(value), value, 0, False, little_endian)
     return tuple(_listed(convert_raw_data_element(raw).value))
 
 

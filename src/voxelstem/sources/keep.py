@@ -202,6 +202,8 @@ def clean(keyword: str, text: str) -> str:
     if rule.act is Act.NUMBER:
         return "\\".join(f"{number:.8g}" for number in numbers(keyword, text))
     if rule.act is Act.WORDS and rule.words is not None:
+        if not rule.otherwise and not vocabulary.at_most_one_number(text):
+            return ""
         known = [
             vocabulary.tidy(value) if vocabulary.all_known(value, rule.words) else rule.otherwise for value in values
         ]
@@ -291,16 +293,18 @@ def _group(dataset: Dataset, modality: str, day: date | None) -> str:
 
     Scanners since about 2007 give an acquisition its own UID. Older ones are told by number and time; slices have
     their own times in some makers' images, so that CT, where two phases are hardly in one minute under one number,
-    counts minutes. Where this fails, two reconstructions are not linked here, and only their likeness shows it.
+    counts minutes. A number alone says nothing, as all series of a study may be number 1. Where this fails, two
+    reconstructions are not linked here, and only their likeness shows it.
     """
     study = _text(dataset, "StudyInstanceUID")
     event = _text(dataset, "IrradiationEventUID") or _text(dataset, "AcquisitionUID")
     if not event:
         number = _text(dataset, "AcquisitionNumber") or _text(dataset, "FrameAcquisitionNumber")
-        time = _text(dataset, "AcquisitionTime") or _text(dataset, "AcquisitionDateTime")[8:]
-        if not (number or time):
+        times = (_text(dataset, "AcquisitionTime")[:6], _text(dataset, "AcquisitionDateTime")[8:14])
+        time = next((time for time in times if time.strip(" 0:")), "")  # zeros are what programs write that remove it
+        if not time:
             return ""
-        event = f"{number} {day or ''} {time[: 4 if modality == 'CT' else 6]}"
+        event = f"{number} {day or ''} {time[:4] if modality == 'CT' else time}"
     parts = "\0".join((study, _text(dataset, "FrameOfReferenceUID"), event))
     return hashlib.sha256(parts.encode("utf-8", "replace")).hexdigest()
 

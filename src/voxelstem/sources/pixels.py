@@ -41,7 +41,8 @@ UNDEFINED = 0xFFFFFFFF
 LONG_VR = (b"OB", b"OW", b"UN", b"OL", b"OV")
 
 START_OF_FRAME = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7)
-STANDALONE = (0x01, *range(0xD0, 0xD9))  # JPEG markers without a length
+FIRST_SEGMENT = 0xC0  # markers below are reserved
+STANDALONE = tuple(range(0xD0, 0xDA))  # JPEG markers without a length; none belongs before the pixels
 START_OF_SCAN = 0xDA
 
 
@@ -222,9 +223,14 @@ def _unpack_segment(data: bytes, count: int, *, name: str) -> bytearray:
 
 def _unpack(data: bytes, picture: Picture, stored: Layout) -> Plane:
     name = picture.header.name
-    size = _size_2000(data) if picture.syntax in JPEG_2000 else _size_jpeg(data)
-    if size != (stored.rows, stored.columns):
-        raise raster.corrupt(name, f"it declares {stored.rows} x {stored.columns} pixels and packs {size}")
+    rows, columns, count, bits = _head_2000(data) if picture.syntax in JPEG_2000 else _head_jpeg(data)
+    if (rows, columns) != (stored.rows, stored.columns):
+        raise raster.corrupt(name, f"it declares {stored.rows} x {stored.columns} pixels and packs {rows} x {columns}")
+    # GDCM ends the whole process over a width that it cannot hold.
+    if count != 1 or bits < 1 or min([width for width in WIDTHS if width >= bits], default=0) != stored.bits_allocated:
+        raise raster.corrupt(
+            name, f"it declares one value of {stored.bits_allocated} bits a pixel and packs {count} of {bits} bits"
+        )
     options: dict[str, Any] = {
         "rows": stored.rows,
         "columns": stored.columns,
@@ -243,24 +249,35 @@ def _unpack(data: bytes, picture: Picture, stored: Layout) -> Plane:
     return values
 
 
-def _size_jpeg(data: bytes) -> tuple[int, int]:
-    """Rows and columns that a JPEG or JPEG-LS stream declares (ITU T.81, B.2.2; T.87, C.2.2)."""
-    at = data.index(b"\xff\xd8") + 2
-    while data[at] == 0xFF:  # noqa: PLR2004 - every marker begins so
+def _head_jpeg(data: bytes) -> tuple[int, int, int, int]:
+    """What a JPEG or JPEG-LS stream declares: rows, columns, values a pixel, bits a value (ITU T.81, B.2; T.87, C.2).
+
+    Every segment up to the packed pixels must be one that may stand there: over another GDCM ends the process.
+    """
+    at, found = data.index(b"\xff\xd8") + 2, None
+    while True:
+        if data[at] != 0xFF:  # noqa: PLR2004 - every marker begins so
+            raise ValueError("no marker where a segment ends")
         kind = data[at + 1]
-        if kind in START_OF_FRAME:
-            return struct.unpack_from(">HH", data, at + 5)  # pyright: ignore[reportReturnType]
-        if kind == START_OF_SCAN:
-            break
         if kind == 0xFF:  # noqa: PLR2004 - filling
             at += 1
-        else:
-            at += 2 if kind in STANDALONE else 2 + struct.unpack_from(">H", data, at + 2)[0]
-    raise ValueError("no start of frame")
+            continue
+        if kind == START_OF_SCAN:
+            break
+        if kind < FIRST_SEGMENT or kind in STANDALONE or (kind in START_OF_FRAME and found):
+            raise ValueError("a marker that may not stand before the pixels")
+        if kind in START_OF_FRAME:
+            bits, rows, columns, count = struct.unpack_from(">BHHB", data, at + 4)
+            found = rows, columns, count, bits
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    if found is None:
+        raise ValueError("no start of frame")
+    return found
 
 
-def _size_2000(data: bytes) -> tuple[int, int]:
-    """Rows and columns that a JPEG 2000 codestream declares in its SIZ segment (ITU T.800, A.5.1)."""
+def _head_2000(data: bytes) -> tuple[int, int, int, int]:
+    """The same of a JPEG 2000 codestream, from its SIZ segment (ITU T.800, A.5.1)."""
     at = data.index(b"\xff\x4f\xff\x51") + 4
     right, bottom, left, top = struct.unpack_from(">4I", data, at + 4)
-    return bottom - top, right - left
+    count, depth = struct.unpack_from(">HB", data, at + 36)
+    return bottom - top, right - left, count, (depth & 0x7F) + 1

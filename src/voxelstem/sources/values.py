@@ -24,7 +24,7 @@ class Reading:
         """Begin a series of this modality, `CT` or `MR`."""
         self.modality = modality
         self.low, self.high = np.nan, np.nan
-        self.padded = self.holes = 0
+        self.padded = self.holes = self.stray = 0
         self._kept_padding = False
         self._unextended = False
         self._below: set[float] = set()
@@ -37,7 +37,12 @@ class Reading:
         Raises:
             IngestError: `stray-bits`, or `corrupt`.
         """
-        values, unextended = in_range(raw, stored, header)
+        values, unextended, stray = in_range(raw, stored, header)
+        if stray and self.modality != "CT":
+            raise stray_bits(
+                f"{header.name} says that it stores {stored.bits_stored} bits, and {stray} values need more"
+            )
+        self.stray += stray
         self._unextended |= unextended
         if slope.is_integer() and intercept.is_integer() and stored.bits_allocated <= MOST_BITS:
             plane = np.multiply(values, np.float32(slope), dtype=np.float32, casting="unsafe")
@@ -90,37 +95,37 @@ def may_be_wrong(stored: Layout) -> bool:
     return stored.signed if stored.bits_stored < stored.bits_allocated else not stored.signed
 
 
-def in_range(values: Plane, stored: Layout, header: Header) -> tuple[Plane, bool]:
+def in_range(values: Plane, stored: Layout, header: Header) -> tuple[Plane, bool, int]:
     """Take the stored bits out of the allocated ones.
 
     Returns:
-        The values, and whether negative ones came without their sign in the unused bits: the standard allows that,
-        but so look positive values of 2^(bits - 1) and more that were declared signed by mistake.
-
-    Raises:
-        IngestError: `stray-bits` when the unused bits hold what nothing explains.
+        The values; whether negative ones came without their sign in the unused bits (the standard allows that, but so
+        look positive values of 2^(bits - 1) and more that were declared signed by mistake); and how many values need
+        unused bits that nothing explains. Those are left as they are: what they mean, the whole series must prove.
     """
     if stored.bits_stored == stored.bits_allocated:
-        return values, False
+        return values, False, 0
     span, shift = 1 << stored.bits_stored, stored.high_bit + 1 - stored.bits_stored
     low, high = int(values.min()), int(values.max())
     if not shift:
         if (-span // 2 if stored.signed else 0) <= low and high < (span // 2 if stored.signed else span):
-            return values, False
+            return values, False, 0
         if stored.signed and low >= 0 and high < span:
-            return np.where(values >= span // 2, values.astype(np.int32) - span, values), True
+            return np.where(values >= span // 2, values.astype(np.int32) - span, values), True, 0
         padding = padding_range(header, stored)
         outside = (values < (-span // 2 if stored.signed else 0)) | (values >= (span // 2 if stored.signed else span))
-        if padding and bool(((values >= padding[0]) & (values <= padding[1]) | ~outside).all()):
-            return values, False
-    if not shift and not _has_overlay(header):
-        raise IngestError(
-            f"{header.name} says that it stores {stored.bits_stored} bits, and its values run from {low} to {high}",
-            code="stray-bits",
-            hint="nothing proves which bits count; export the original series",
-        )
+        stray = outside if padding is None else outside & ~((values >= padding[0]) & (values <= padding[1]))
+        count = int(np.count_nonzero(stray))
+        if not count or not _has_overlay(header):
+            return values, False, count
     values = (values.astype(np.int64) >> shift) & (span - 1)
-    return (np.where(values >= span // 2, values - span, values) if stored.signed else values), False
+    return (np.where(values >= span // 2, values - span, values) if stored.signed else values), False, 0
+
+
+def stray_bits(problem: str) -> IngestError:
+    """The refusal of values that need more bits than the header says were stored."""
+    hint = "nothing proves which bits count; export the original series"
+    return IngestError(problem, code="stray-bits", hint=hint)
 
 
 def _has_overlay(header: Header) -> bool:

@@ -69,6 +69,11 @@ def all_known(text: str, known: re.Pattern[str]) -> bool:
     )
 
 
+def at_most_one_number(text: str) -> bool:
+    """Whether no more than one word is made of digits alone: a row of short numbers can be a telephone's, or a day."""
+    return sum(part.isdigit() for part in re.split(r"[^A-Za-z0-9]+", text)) <= 1
+
+
 def tidy(text: str) -> str:
     """A text on one line, and not beginning with a sign that a spreadsheet takes for a formula's."""
     return " ".join(text.split()).lstrip(" +-_&/.,")

@@ -228,8 +228,8 @@ def pack(stored: Int16[np.ndarray, "channel i j k"]) -> bytes:
             clevel=5,
             typesize=2,
             nthreads=1,
-            # By bytes, not bits: 1.4 times as fast to undo, for 2 to 14 % more bytes of a real CT. Never BITSHUFFLE with
-            # DELTA: the two did not round-trip together.
+            # By bytes, not bits: 1.4 times as fast to undo, for 2 to 14 % more bytes of a real CT. And never bits
+            # together with DELTA, which did not round-trip.
             filters=[blosc2.Filter.SHUFFLE],
             filters_meta=[0],
         ),

@@ -41,6 +41,8 @@ class Leakage:
     """What was compared, in words."""
     unchecked: tuple[str, ...]
     """What could not be compared, and why."""
+    within_a_split: tuple[Copy, ...] = ()
+    """Of one store: copies that lie in the same split. No leak, but not independent scans either."""
 
     @property
     def found(self) -> bool:
@@ -57,6 +59,7 @@ class Leakage:
             "exact_copies": exact,
             "near_copies": len(self.copies) - exact,
             "copies_under_another_subject": sum(not copy.same_subject for copy in self.copies),
+            "copies_within_a_split": len(self.within_a_split),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -136,10 +139,12 @@ def across_splits(store: Store, *, limits: Limits = LIMITS) -> Leakage:
         )
         for column in (roll.subject, roll.group)
     )
+    copies = find_copies(store, limits=limits)
     return Leakage(
         subjects=subjects,
         acquisitions=acquisitions,
-        copies=tuple(copy for copy in find_copies(store, limits=limits) if copy.across_splits),
+        copies=tuple(copy for copy in copies if copy.across_splits),
+        within_a_split=tuple(copy for copy in copies if not copy.across_splits),
         checked=("subjects", "acquisitions", "exact copies", "near copies"),
         unchecked=(),
     )
@@ -170,12 +175,17 @@ def describe(found: Leakage) -> str:
         "exact_copies": "exact copies",
         "near_copies": "near copies",
         "copies_under_another_subject": "of these copies under another subject",
+        "copies_within_a_split": "copies within one split: no leak, but not independent scans",
     }
     lines = ["shared" if found.found else "nothing shared" if found.checked else "nothing could be compared"]
     lines += [f"{found.counts[name]} {word}" for name, word in words.items()]
     told = [f"subject: {_keys(shared.in_a)} | {_keys(shared.in_b)}" for shared in found.subjects]
     told += [f"acquisition: {_keys(shared.in_a)} | {_keys(shared.in_b)}" for shared in found.acquisitions]
-    told += [f"{copy.kind} copy: {_keys((copy.key_a,))} | {_keys((copy.key_b,))}" for copy in found.copies]
+    told += [
+        f"{copy.kind} copy{'' if copy in found.copies else ' within a split'}: "
+        f"{_keys((copy.key_a,))} | {_keys((copy.key_b,))}"
+        for copy in (*found.copies, *found.within_a_split)
+    ]
     lines += told[:MOST_LINES] + (
         [f"… and {len(told) - MOST_LINES} more (see --json)"] if len(told) > MOST_LINES else []
     )

@@ -25,7 +25,7 @@ class Wanted:
     contrast: str = ""
     session: str = ""
     max_spacing_mm: float = math.inf
-    """No edge of a voxel is longer than this."""
+    """No edge of a voxel is longer than this, but for a nanometre of rounding."""
     min_voxels: int = 0
     """Of one channel."""
     labelled: bool = False
@@ -98,6 +98,8 @@ _COLUMNS = (
     "reported",
 )
 _AT_ONCE = 4096
+_ROUNDING_MM = 1e-6
+"""What turning an affine into spacings may add."""
 
 
 def select(connection: sqlite3.Connection, wanted: Wanted, last: int) -> Selection:
@@ -106,14 +108,15 @@ def select(connection: sqlite3.Connection, wanted: Wanted, last: int) -> Selecti
     words["split"] = "" if wanted.split == "any" else wanted.split
     terms = ["number <= :last", *(f"{name} = :{name}" for name, word in words.items() if word)]
     if math.isfinite(wanted.max_spacing_mm):
-        terms.append("MAX(spacing_i, spacing_j, spacing_k) <= :max_spacing_mm")
+        terms.append("MAX(spacing_i, spacing_j, spacing_k) <= :max_spacing_mm + :rounding")
     if wanted.min_voxels:
         terms.append("size_i * size_j * size_k >= :min_voxels")
     if wanted.labelled:
         terms.append("label_key != ''")
     if wanted.reported:
         terms.append("reported")
-    given = words | {"last": last, "max_spacing_mm": wanted.max_spacing_mm, "min_voxels": wanted.min_voxels}
+    given = words | {"last": last, "min_voxels": wanted.min_voxels}
+    given |= {"max_spacing_mm": wanted.max_spacing_mm, "rounding": _ROUNDING_MM}
     cursor = connection.cursor()
     cursor.row_factory = None  # plain tuples: a quarter of the time
     cursor.execute(f"SELECT {', '.join(_COLUMNS)} FROM volumes WHERE {' AND '.join(terms)}", given)

@@ -54,8 +54,9 @@ class Writer:
         """Write a study; the files first, then all its rows at once. What is there already is not written twice.
 
         A report, scan-level labels, voxel labels, what the source says of the acquisition, and the native scan
-        replace those of an earlier visit; where the study brings none, the earlier ones stay. With `source` and
-        `fingerprint` the catalogue remembers where it came from.
+        replace those of an earlier visit; where the study brings none, the earlier ones stay. Only a native scan's
+        voxel labels go when other labels come without it. With `source` and `fingerprint` the catalogue remembers
+        where it came from.
 
         Returns:
             The keys of the volumes.
@@ -117,7 +118,7 @@ class Writer:
         said = volume.acquisition
         if known is not None and said == Acquisition():
             said = known.acquisition
-        native = _native(volume) or (known.native if known else None)
+        native = _native(volume, known)
         beside = native.bytes + native.label_bytes if native else 0
         fresh = Record(
             key=volume.key,
@@ -180,10 +181,14 @@ def _frames(volume: Encoded) -> dict[tuple[str, str], bytes]:
     return frames
 
 
-def _native(volume: Encoded) -> Native | None:
-    scan = volume.native
+def _native(volume: Encoded, known: Record | None) -> Native | None:
+    """The native scan to keep, with labels of the same visit as the volume's: their classes are said once for both."""
+    scan, before, packed = volume.native, known.native if known else None, volume.labels
     if scan is None:
-        return None
+        same = packed is None or known is None or (packed.key, packed.classes) == (known.label_key, known.classes)
+        return before if before is None or same else replace(before, label_key="", label_bytes=0)
+    if before is not None and before.key == scan.key and packed is None:
+        return before
     return Native(
         key=scan.key,
         voxels=scan.voxels,
