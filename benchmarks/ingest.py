@@ -160,17 +160,20 @@ def compare(everyone: list[Side], src: Path, scratch: Path, repeats: int, worker
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from voxelstem.intake import Intake, Task
-from voxelstem.sources import iterate
-import voxelstem.sources.dicom
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from voxelstem.sources import dicom, iterate
+
+def peak():
+    # Not ru_maxrss: a process inherits that of the one that started it.
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+before = peak()
 source = next(iterate(Path(sys.argv[1])))
 outcome = Intake(key=bytes(32))(Task(source=source, name="x"))
 assert outcome.study is not None, outcome.reason
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(before, after)
+print(before, peak())
 """
 
 

@@ -138,7 +138,7 @@ def main() -> None:
     print("| scan | voxelstem | SimpleITK | dcm2niix | nibabel |\n|---|---|---|---|---|")
     lines: dict[tuple[str, ...], list[str]] = {}
     for row in found:
-        cells = (str(Path(row.name).parent), row.ours, *peers.get(str(row.path), ["", "", ""]))
+        cells = (row.name.partition("/")[0], row.ours, *peers.get(str(row.path), ["", "", ""]))
         lines.setdefault(cells, []).append(row.name)
     for (_, *cells), names in lines.items():
         name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"

@@ -13,7 +13,7 @@ import pytest
 from voxelstem.annotations import lay_mask, read_masks
 from voxelstem.errors import ConfigError, StoreError
 from voxelstem.exchange import Exported, Found, case, export_b2nd, export_nifti, export_nnunet, find
-from voxelstem.sources import iterate, nifti
+from voxelstem.sources import b2nd, iterate, nifti
 from voxelstem.store import Store, Writer
 from voxelstem.store.encoding import encode_study
 from voxelstem.store.subjects import pseudonym
@@ -260,6 +260,33 @@ def test_a_folder_with_something_else_is_left_alone(store: Store, tmp_path: Path
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("change", ["volumes", "classes", "format", "damage"])
+def test_another_export_is_not_mixed_with_an_earlier_one(tmp_path: Path, change: str) -> None:
+    out, volumes = tmp_path / "out", [volume(seed) for seed in range(3)]
+    export_nnunet(filled(tmp_path / "one", *volumes), out)
+    if change == "volumes":
+        volumes.pop()
+    if change == "classes":
+        # A new first name in the alphabet: what was 1 becomes 2.
+        volumes = [volume(seed, classes={**CLASSES, 3: "aorta"}) for seed in range(3)]
+    if change == "damage":
+        (out / "export.json").write_text("{")
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    with pytest.raises(ConfigError, match="other volumes" if change != "damage" else "JSON"):
+        (export_b2nd if change == "format" else export_nnunet)(filled(tmp_path / "two", *volumes), out)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_an_export_that_was_killed_is_completed_by_the_same_command(store: Store, tmp_path: Path) -> None:
+    export_nnunet(store, tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for path in list(whole)[::2]:
+        if path.name != "export.json":
+            path.unlink()
+    export_nnunet(store, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == whole
+
+
 def test_a_folder_that_cannot_be_written_is_said_so(store: Store) -> None:
     for export in (export_nifti, export_nnunet, export_b2nd):
         with pytest.raises(StoreError, match="cannot be written"):
@@ -329,3 +356,33 @@ def test_other_folders_are_nobody_s_layout(tmp_path: Path, store: Store) -> None
     assert find(tmp_path / "plain") is None
     with pytest.raises(ConfigError, match="store already"):
         find(store.path)
+
+
+def put_b2nd(path: Path) -> None:
+    one = volume(0, "MR", labelled=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b2nd.pack(one.array, one.affine_ras, one.modality))
+
+
+def test_one_b2nd_file_hides_no_other_scan(tmp_path: Path) -> None:
+    one = volume(0)
+    nifti.write(tmp_path / "src" / "case1" / "ct.nii.gz", one.array[0], one.affine_ras)
+    put_b2nd(tmp_path / "src" / "case2" / "mr.b2nd")
+    assert find(tmp_path / "src") is None
+    assert {source.kind for source in iterate(tmp_path / "src")} == {"nifti", "b2nd"}
+
+
+@pytest.mark.parametrize("mark", ["dataset.json", "pretrain_data.json", "pretrain_data__onemmiso.json", "export.json"])
+def test_a_b2nd_folder_is_known_by_what_lies_in_it_or_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    put_b2nd(tmp_path / "set" / "plans" / "sub-1" / "mr.b2nd")
+    assert find(tmp_path / "set") is None
+    (tmp_path / "set" / mark).write_text("{}")
+    monkeypatch.chdir(tmp_path / "set" / "plans")
+    for folder in (tmp_path / "set", tmp_path / "set" / "plans", Path(".")):
+        found = find(folder)
+        assert found is not None
+        assert [(source.kind, source.subject) for source in found.sources] == [("b2nd", "sub-1")]
+    assert find(tmp_path) is None
+    assert find(tmp_path / "set" / "plans" / "sub-1") is None

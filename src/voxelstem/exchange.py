@@ -275,8 +275,7 @@ def _collection(records: Iterable[Record], pictures: Mapping[str, str], name: st
 
 def _begin(out: Path, kind: str, records: Iterable[Record], values: Mapping[str, int]) -> None:
     """Mark the folder as this export's: one of other volumes or class numbers must not be mixed with it."""
-    keys = "\n".join(sorted(record.key for record in records))
-    volumes = hashlib.sha256(keys.encode()).hexdigest()
+    volumes = hashlib.sha256("\n".join(sorted(record.key for record in records)).encode()).hexdigest()
     said = {"written_by": "voxelstem", "format": kind, "classes": dict(values), "volumes": volumes}
     mark = out / MARK_FILE
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not mark.is_file())):
@@ -320,9 +319,10 @@ def _unwritten(error: OSError) -> StoreError:
 def find(folder: Path) -> Found | None:
     """Look whether a folder is an nnU-Net raw dataset or one of `.b2nd` scans, and list what `ingest` is to read.
 
-    The latter is known by what these programs, or an export, leave in it or one folder above: `dataset.json`,
-    `pretrain_data….json` or `export.json`. `.b2nd` files anywhere else are scans among others. The subject is the `sub-…` in a case's name, else the case. A case's channels are scans of one subject, and share
-    its mask. Masks are named by the `labels` of `dataset.json`.
+    The latter is known by what these programs or an export leave in it or one folder above: `dataset.json`,
+    `pretrain_data….json` or `export.json`; anywhere else a `.b2nd` file is a scan among others. The subject is the
+    `sub-…` in a case's name, else the case. A case's channels are scans of one subject, and share its mask. Masks are
+    named by the `labels` of `dataset.json`.
 
     Returns:
         The scans and masks; None for a folder of another kind.
@@ -359,9 +359,7 @@ _KINDS = {".nii.gz": "nifti", ".nii": "nifti", ".nrrd": "nrrd", ".mha": "mha", "
 
 def _raw_cases(folder: Path, half: str, ending: str) -> Iterator[tuple[Path, str, Path]]:
     if ending not in _KINDS:
-        raise ConfigError(
-            f"{DATASET_FILE}: 'file_ending' must be one of {', '.join(_KINDS)}", hint="convert the images"
-        )
+        raise ConfigError(f"{DATASET_FILE}: 'file_ending' must be one of {', '.join(_KINDS)}", hint="convert them")
     for path in sorted((folder / f"images{half}").glob(f"*{ending}")):
         name = re.sub(r"_\d{4}$", "", path.name.removesuffix(ending))
         yield path, name, folder / f"labels{half}" / f"{name}{ending}"
@@ -385,10 +383,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise ValueError("too long")
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} cannot be read as JSON", hint="mend it, or take it away") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path.name} must be a JSON object", hint="mend it, or take it away")
+        raise ConfigError(f"{path.name} is no JSON object", hint="mend it, or take it away") from error
     return content
 
 

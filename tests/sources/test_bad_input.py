@@ -10,7 +10,9 @@ import zlib
 from collections import Counter
 
 import gdcm
+import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -29,9 +31,10 @@ from voxelstem.sources import dicom
 
 SHAPE = (6, 5, 4)
 DEFLATED = (ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
+POSITION_BYTES = len("-10.000000\\-20.000000\\30.000000")
 PIXELS, POSITION = b"\xe0\x7f\x10\0", b"\x20\0\x32\0DS"
-MOVED_MM = 0.1 * 0.6
-"""How far a flip may move a volume unseen: slices may slide by a tenth of a pixel, for scanners round positions."""
+MOVED_MM = 0.1 * 3**0.5
+"""How far a flip may move a volume unseen: scanners round each coordinate to 0.1 mm at the coarsest."""
 
 
 def picture(index, plane, series="1.2.3"):
@@ -89,7 +92,7 @@ def flip_and_cut(folder, count):
         else:
             same = np.array_equal(volume.array, truth.array)
             still = volume.shape_ijk == truth.shape_ijk and np.abs(volume.affine_ras - truth.affine_ras).max() < 1e-6
-            place = whole.index(POSITION) + 8 <= at < whole.index(POSITION) + 8 + len("-10.000000\\-20.000000\\30.00000")
+            place = whole.index(POSITION) + 8 <= at < whole.index(POSITION) + 8 + POSITION_BYTES
             pixels = at >= whole.index(PIXELS) + 12
             what = "harmless" if same and still else "silent: pixels" if pixels and still else "silent"
             if place and same and moved_mm(volume, truth) <= MOVED_MM and not still:
@@ -125,8 +128,8 @@ def test_flips_and_cuts_of_plain_files_are_refused_or_harmless_but_in_plain_valu
         ({"PixelSpacing": [0.8, 0.603]}, None),
         ({"ImageOrientationPatient": [1, 0.0008, 0, 0, 1, 0]}, None),
         ({"ImageOrientationPatient": [1, 0.008, 0, 0, 1, 0]}, "mixed-orientation"),
-        ({"ImagePositionPatient": [-10, -20, 30.1]}, "slice-gaps"),
-        ({"ImagePositionPatient": [-10, -20.1, 30]}, "tilt"),
+        ({"ImagePositionPatient": [-10, -20, 30.3]}, "slice-gaps"),
+        ({"ImagePositionPatient": [-10, -20.3, 30]}, "tilt"),
     ],
 )
 @pytest.mark.parametrize("which", [0, 3])
@@ -230,3 +233,108 @@ def test_flips_in_packed_pixels_never_end_the_process_or_fill_its_memory(tmp_pat
     assert grown_mib < 64
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+from voxelstem.intake import Intake, Task
+from voxelstem.sources import dicom, iterate, nifti, raster
+
+def peak():
+    # Not ru_maxrss: a process inherits that of the one that started it.
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+raster.MOST_BYTES = 2**20 * int(sys.argv[2])
+before = peak()
+(source,) = iterate(Path(sys.argv[1]))
+outcome = Intake(key=bytes(32))(Task(source=source, name="x"))
+print(outcome.code or "kept", peak() - before)
+"""
+
+
+def measured(path, cap_mib):
+    """What came of taking `path` in, in a process of its own, and by how much its memory grew."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), str(cap_mib)], capture_output=True, text=True, check=True
+    )
+    code, grown = run.stdout.split()
+    return code, int(grown)
+
+
+def bomb(kind):
+    """A picture that is small and unpacks to 160 MiB and more."""
+    one = picture(0, np.zeros(SHAPE[1:]))
+    if kind == "rows":
+        one.Rows = one.Columns = 20_000
+    if kind.startswith("rle"):
+        one.Rows = one.Columns = 11_585 if kind == "rle" else 64
+        segment = bytes([129, 7]) * (80 * 2**20 // 128)
+        frame = struct.pack("<16I", 2, 64, 64 + len(segment), *[0] * 13) + segment * 2
+        one.PixelData = encapsulate([frame])
+        one["PixelData"].VR = "OB"
+        one.file_meta.TransferSyntaxUID = RLELossless
+    if kind.startswith("deflated"):
+        if kind == "deflated pixels":
+            one.PixelData = bytes(160 * 2**20)
+        else:
+            one["PatientComments"] = DataElement("PatientComments", "UT", "x" * (160 * 2**20))
+    return one
+
+
+def deflated(data):
+    """A plain file's bytes under the deflated transfer syntax; pydicom would take long over so many zeros."""
+    end = 144 + struct.unpack_from("<I", data, 140)[0]
+    plain, other = (f"{syntax}\0"[: len(syntax) + len(syntax) % 2].encode() for syntax in DEFLATED)
+    old, new = (b"\x02\0\x10\0UI" + struct.pack("<H", len(name)) + name for name in (plain, other))
+    meta = data[:140] + struct.pack("<I", end - 144 + len(new) - len(old)) + data[144:end].replace(old, new)
+    packer = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    return meta + packer.compress(data[end:]) + packer.flush()
+
+
+@pytest.mark.parametrize("kind", ["rows", "rle", "rle hidden", "deflated pixels", "deflated header"])
+def test_a_bomb_is_refused_within_the_cap(tmp_path, kind):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    one = bomb(kind)
+    for index in range(3 if kind.startswith("rle") else 1):
+        one.ImagePositionPatient = [0, 0, index]
+        path = folder / f"{index}.dcm"
+        one.save_as(path, enforce_file_format=True)
+        if kind.startswith("deflated"):
+            path.write_bytes(deflated(path.read_bytes()))
+    assert path.stat().st_size < 6 * 2**20
+    code, grown = measured(folder, 128)
+    assert code in ("too-large", "corrupt")
+    assert grown < 1.1 * 128 * 2**20
+
+
+def body(shape):
+    """A body of soft tissue with noise, in air: stored values (slice, row, column), HU + 1024."""
+    rng = np.random.default_rng(0)
+    _, j, i = np.meshgrid(*(np.linspace(-1, 1, edge, dtype=np.float32) for edge in shape), indexing="ij", sparse=True)
+    inside = np.broadcast_to((i / 0.7) ** 2 + (j / 0.85) ** 2 < 1, shape)
+    return np.where(inside, 1064, 24).astype(np.int16) + rng.integers(-20, 20, shape, np.int16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "kept to the end", "packed", "noise", "nifti"])
+def test_taking_a_scan_in_needs_at_most_four_times_its_stored_voxels(tmp_path, kind):
+    shape = (300, 512, 512)
+    values = body(shape)
+    if kind == "noise":  # as good as incompressible
+        values += np.random.default_rng(1).integers(0, 200, shape, np.int16)
+    if kind == "nifti":
+        path = tmp_path / "a.nii.gz"
+        nib.save(nib.Nifti1Image(values.T - np.int16(1024), np.diag([-0.7, -0.7, 1.0, 1.0])), path)
+    else:
+        # Numbers whose sign may turn out to be wrong are kept until all are known.
+        late = {"BitsStored": 12, "HighBit": 11} if kind == "kept to the end" else {}
+        path = save(tmp_path / "a", values, **late)
+    if kind == "packed":
+        for file in path.iterdir():
+            one = pydicom.dcmread(file)
+            one.compress(RLELossless)
+            one.save_as(file)
+    code, grown = measured(path, 4096)
+    print(kind, f"{grown / values.nbytes:.2f}x")
+    assert code == "kept"
+    assert grown < 4 * values.nbytes

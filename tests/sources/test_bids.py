@@ -48,7 +48,7 @@ def test_names_and_tables_become_the_acquisition(root):
     assert (with_contrast.session, with_contrast.contrast, with_contrast.sex) == ("02", "T1w", "F")
     assert with_contrast.age_years == 34.0  # the session's own age is not known: the participant's
     assert with_contrast.date == "2011-01-02"
-    assert with_contrast.study == "sub-01_ses-02"
+    assert with_contrast.study == "made up_sub-01_ses-02"
     assert with_contrast.facts["ContrastBolusAgent"] == "enhanced"
     flair = acquisition(root, "sub-01/ses-01/anat/sub-01_ses-01_FLAIR.nii.gz")
     assert (flair.session, flair.contrast, flair.age_years, flair.date) == ("01", "FLAIR", 34.5, "2009-06-15")
@@ -64,6 +64,34 @@ def test_near_copies_share_a_group_and_others_do_not():
     assert group("sub-01_rec-norm_T1w.nii.gz") == group("sub-01_T1w.nii.gz") == group("sub-01_echo-2_T1w.nii.gz")
     names = ("sub-01_T1w", "sub-01_T2w", "sub-01_run-2_T1w", "sub-01_ses-2_T1w", "sub-02_T1w", "sub-01_ce-gad_T1w")
     assert len({group(f"{name}.nii.gz") for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"Name": "A"}, {"Name": "B"}, False),
+        ({"Name": "A", "DatasetDOI": "doi:10.1/a"}, {"Name": "A", "DatasetDOI": "doi:10.1/b"}, False),
+        ({"Name": "A", "DatasetDOI": "doi:10.1/a"}, {"Name": "A 2", "DatasetDOI": "doi:10.1/a"}, True),
+        ({"Name": "A" * 70 + "1"}, {"Name": "A" * 70 + "2"}, False),
+        ({"Name": 7, "DatasetDOI": " "}, {}, True),
+    ],
+)
+def test_sub_01_of_two_data_sets_is_not_one_acquisition(tmp_path, one, other, same):
+    told = []
+    for number, described in enumerate((one, other)):
+        root = tmp_path / str(number)
+        nifti.write(root / "sub-01/anat/sub-01_T1w.nii.gz", scan(), np.eye(4))
+        (root / "dataset_description.json").write_text(json.dumps(described))
+        told.append(acquisition(root, "sub-01/anat/sub-01_T1w.nii.gz"))
+    assert (told[0].group == told[1].group) is same
+    assert (told[0].study == told[1].study) is same
+    assert max(len(found.study) for found in told) < 100
+
+
+def test_a_description_that_is_no_json_is_told(root):
+    (root / "dataset_description.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"dataset_description\.json cannot be used: it is no JSON from line 1"):
+        bids.read_dataset(root)
 
 
 def test_sidecars_are_inherited_cleaned_and_in_dicom_s_units(root):

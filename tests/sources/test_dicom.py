@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import os
-import struct
-import subprocess
-import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -14,13 +10,10 @@ import pytest
 from pydicom.config import disable_value_validation
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
 from pydicom.uid import (
     CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     MRImageStorage,
-    RLELossless,
     generate_uid,
 )
 
@@ -35,7 +28,6 @@ real = pytest.mark.skipif(
 )
 STRAIGHT = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 COUNT, ROWS, COLUMNS = 6, 5, 4
-DEFLATED = (ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
 
 
 def voxels():
@@ -157,6 +149,14 @@ def test_a_series_without_patient_id_gets_the_folder_s_subject(tmp_path):
         one.PatientID = ""
         del one.SeriesInstanceUID
     assert dicom.read(save(tmp_path / "a", datasets), subject="folder").subject == "folder"
+
+
+@pytest.mark.parametrize("lacking", [0, COUNT - 1])
+def test_a_patient_id_that_some_slices_lack_is_still_the_subject(tmp_path, lacking):
+    datasets = series()
+    datasets[lacking].PatientID = ""
+    datasets[1].PatientID = "\0Doe^Jane"
+    assert dicom.read(save(tmp_path / "a", datasets), subject="folder").subject == "Doe^Jane"
 
 
 def test_a_missing_slice_is_refused_with_its_place(tmp_path):
@@ -409,11 +409,10 @@ KEPT = {
     "ct/crlm_1004_ge_dicom": ("2286652 voxels of padding set to -1024 HU",),
     "ct/ts_dicom_j2k": (),
 }
-REFUSED = {
+REFUSED = {  # slicecount/001 is left out: a copy of half of anatomical/001
     "compressed/rgb/001",
     "gantrytilting/001",
     "notavolume/001",
-    "slicecount/001",
     "sliceincrement/001",
     "sliceincrement/002",
     "sliceorientation/001",
@@ -541,142 +540,45 @@ def test_nasty_texts_neither_crash_nor_leak(tmp_path, value, spoil):
     assert value[:20] not in str(caught.value)
 
 
-def damaged(data, rng):
-    """One flipped bit, or a cut, and where."""
-    at = int(rng.integers(0, len(data)))
-    if rng.random() < 0.3:
-        return data[:at], at
-    return data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :], at
+def metal(hu):
+    """Slices of a body in air, with a block of `hu`, stored as HU + 1024 and declared to take 12 bits."""
+    _, j, i = np.meshgrid(*(np.linspace(-1, 1, edge) for edge in (8, 48, 48)), indexing="ij", sparse=True)
+    values = np.where(np.broadcast_to((i / 0.7) ** 2 + (j / 0.85) ** 2 < 1, (8, 48, 48)), 1064, 24)
+    values = values + np.random.default_rng(0).integers(-20, 20, values.shape)
+    for step in range(8):  # its edges are blurred, as every scanner's are
+        values[1:-1, 20 + step // 2 : 30 - step // 2, 20 + step // 2 : 30 - step // 2] += (hu - 40) // 8
+    return values
 
 
-def flip_and_cut(folder, count):
-    """Damage one slice of a series at a time; return how often it was refused, harmless, or beyond detection."""
-    truth = dicom.read(folder, subject="s").volumes[0]
-    files = sorted(folder.iterdir())
-    rng = np.random.default_rng(0)
-    refusals = harmless = silent = 0
-    for _ in range(count):
-        victim = files[int(rng.integers(len(files)))]
-        whole = victim.read_bytes()
-        data, at = damaged(whole, rng)
-        victim.write_bytes(data)
-        try:
-            volume = dicom.read(folder, subject="s").volumes[0]
-        except IngestError:
-            refusals += 1
-        else:
-            same = np.array_equal(volume.array, truth.array)
-            near = volume.shape_ijk == truth.shape_ijk and np.allclose(volume.affine_ras, truth.affine_ras, atol=0.2)
-            assert near, f"a flip at byte {at} moved the volume"
-            # Uncompressed DICOM has no checksum: a value or a rescale that stays possible is beyond detection.
-            pixels = at >= whole.index(b"\xe0\x7f\x10\0")
-            rescale = any(0 <= at - whole.index(tag) < 24 for tag in (b"\x28\0\x52\x10", b"\x28\0\x53\x10"))
-            assert same or pixels or rescale, f"a flip at byte {at} changed voxels"
-            harmless, silent = harmless + same, silent + (not same)
-        victim.write_bytes(whole)
-    return refusals, harmless, silent
+def declared_too_narrow(values):
+    datasets = (series() + series())[: len(values)]
+    for index, one in enumerate(datasets):
+        one.SeriesInstanceUID, one.ImagePositionPatient = datasets[0].SeriesInstanceUID, [-10, -20, 2.5 * index]
+        one.Rows, one.Columns = values.shape[1:]
+        one.BitsStored, one.HighBit, one.PixelRepresentation = 12, 11, 0
+        one.RescaleSlope, one.RescaleIntercept, one.PixelData = 1, -1024, values[index].astype(np.uint16).tobytes()
+    return datasets
 
 
-def test_flips_and_cuts_are_refused_or_harmless_or_in_plain_values(tmp_path):
-    refusals, harmless, silent = flip_and_cut(save(tmp_path / "a", series()), 150)
-    assert refusals + harmless + silent == 150
-    assert refusals > 40
+def test_a_ct_with_more_bits_than_declared_is_kept_where_they_give_hounsfield_units(tmp_path):
+    values = metal(6000)
+    assert np.count_nonzero(values > 4095) > 100
+    volume = dicom.read(save(tmp_path / "a", declared_too_narrow(values)), subject="s").volumes[0]
+    np.testing.assert_array_equal(volume.array[0], values.transpose(2, 1, 0)[::-1, ::-1] - 1024)
+    assert "more bits than the header declares" in volume.provenance.notes[0]
 
 
-@pytest.mark.slow
-def test_a_thousand_flips_and_cuts_are_refused_or_harmless_or_in_plain_values(tmp_path):
-    assert sum(flip_and_cut(save(tmp_path / "a", series()), 1000)) == 1000
+def few(values):
+    values[3, 5, 5:9] += 4096
+    return values
 
 
-MEASURE = """
-import resource, sys
-from pathlib import Path
-from voxelstem import sources
-from voxelstem.errors import IngestError
-from voxelstem.sources import dicom, raster
-raster.MOST_BYTES = 2**20 * int(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    (source,) = sources.iterate(Path(sys.argv[1]))
-    source.read()
-    code = "kept"
-except IngestError as problem:
-    code = problem.code
-print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
+def text(values):
+    values[:, 2::3, 2:46:3] += 8192  # a drawing in unused bits that the header says nothing of
+    return values
 
 
-def measured(path, cap_mib):
-    """What came of reading `path` in a process of its own, and by how much its memory grew."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path), str(cap_mib)], capture_output=True, text=True, check=True
-    )
-    code, grown = run.stdout.split()
-    return code, int(grown)
-
-
-def bomb(kind):
-    """A picture that is small and unpacks to 160 MiB and more."""
-    one = series()[0]
-    if kind == "rows":
-        one.Rows = one.Columns = 20_000
-    if kind.startswith("rle"):
-        one.Rows = one.Columns = 11_585 if kind == "rle" else 64
-        segment = bytes([129, 7]) * (80 * 2**20 // 128)
-        frame = struct.pack("<16I", 2, 64, 64 + len(segment), *[0] * 13) + segment * 2
-        one.PixelData = encapsulate([frame])
-        one["PixelData"].VR = "OB"
-        one.file_meta.TransferSyntaxUID = RLELossless
-    if kind.startswith("deflated"):
-        if kind == "deflated pixels":
-            one.PixelData = bytes(160 * 2**20)
-        else:
-            one["PatientComments"] = DataElement("PatientComments", "UT", "x" * (160 * 2**20))
-    return one
-
-
-def deflated(data):
-    """A plain file's bytes under the deflated transfer syntax; pydicom would take long over so many zeros."""
-    end = 144 + struct.unpack_from("<I", data, 140)[0]
-    plain, other = (f"{syntax}\0"[: len(syntax) + len(syntax) % 2].encode() for syntax in DEFLATED)
-    old, new = (b"\x02\0\x10\0UI" + struct.pack("<H", len(name)) + name for name in (plain, other))
-    meta = data[:140] + struct.pack("<I", end - 144 + len(new) - len(old)) + data[144:end].replace(old, new)
-    packer = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
-    return meta + packer.compress(data[end:]) + packer.flush()
-
-
-@pytest.mark.parametrize("kind", ["rows", "rle", "rle hidden", "deflated pixels", "deflated header"])
-def test_a_bomb_is_refused_within_the_cap(tmp_path, kind):
-    folder = tmp_path / "a"
-    folder.mkdir()
-    one = bomb(kind)
-    for index in range(3 if kind.startswith("rle") else 1):
-        one.ImagePositionPatient = [0, 0, index]
-        path = folder / f"{index}.dcm"
-        one.save_as(path, enforce_file_format=True)
-        if kind.startswith("deflated"):
-            path.write_bytes(deflated(path.read_bytes()))
-    assert path.stat().st_size < 6 * 2**20
-    code, grown = measured(folder, 128)
-    assert code in ("too-large", "corrupt")
-    assert grown < 1.1 * 128 * 2**20
-
-
-@pytest.mark.slow
-def test_reading_takes_at_most_three_times_the_stored_volume(tmp_path):
-    datasets = series()
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "a"
-    folder.mkdir()
-    for index in range(100):
-        one = datasets[0]
-        one.Rows = one.Columns = 512
-        one.RescaleSlope, one.SOPInstanceUID = 1, generate_uid()
-        one.ImagePositionPatient = [0, 0, index]
-        values = rng.integers(0, 60, (512, 512)) + 1000
-        values[:200] = 0
-        one.PixelData = values.astype(np.int16).tobytes()
-        one.save_as(folder / f"{index}.dcm", enforce_file_format=True)
-    code, grown = measured(folder, 4096)
-    assert code == "kept"
-    assert grown < 3.2 * 100 * 512 * 512 * 2
+@pytest.mark.parametrize("spoil", [few, text, lambda values: values + 4096])
+def test_a_ct_with_more_bits_than_declared_is_refused_where_they_prove_nothing(tmp_path, spoil):
+    with refused("stray-bits"):
+        dicom.read(save(tmp_path / "a", declared_too_narrow(spoil(metal(2000)))), subject="s")

@@ -92,6 +92,22 @@ def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(axes, step, start
         assert np.abs(grid.affine_ras @ corner - true @ corner).max() < 0.06
 
 
+@pytest.mark.parametrize("step", [0.5, 0.625, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0])
+@pytest.mark.parametrize("start", [0.0, -123.5, -812.75, 37.1])
+def test_the_slice_spacing_is_the_true_one_to_the_last_digit(step, start):
+    for count in (16, 77, 301):
+        affine = place(stack([start + height for height in even(count, step)])).affine_ras
+        assert affine[2, 2] == step
+
+
+@pytest.mark.parametrize("step", [0.1, 0.7, 1.1])
+def test_a_repaired_stack_has_the_true_slice_spacing_too(step):
+    for start in (0.0, -812.75):
+        heights = [start + height for height in even(77, step)]
+        tilted = stack(heights, slide=[(0, 0.2 * height, 0) for height in even(77, step)])
+        assert place(tilted, repair=True).affine_ras[2, 2] == step
+
+
 def test_a_deviation_from_the_even_grid_is_noted():
     assert place(stack(even(60, 0.625), digits=1)).notes == (
         "slice positions lie up to 0.05 mm off the even grid that they were read as",

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 from voxelstem import sources
 from voxelstem.errors import IngestError
 from voxelstem.sources import iterate, nifti
+from voxelstem.store.catalogue import FILE_NAME
+from voxelstem.store.reader import Store
 
 
 def refused(code):
@@ -134,3 +139,71 @@ def test_of_a_bids_data_set_only_scans_are_found(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     assert [source.relative for source in iterate(tmp_path)] == ["sub-1/anat/sub-1_T1w.nii.gz"]
+
+
+def test_of_a_bids_data_set_the_dicom_of_other_folders_is_no_scan(tmp_path):
+    for name in ("sub-1/dicom/1.dcm", "sourcedata/sub-1/1.dcm", "derivatives/x/1.dcm", "sub-1/sourcedata/1.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [source.relative for source in iterate(tmp_path)] == ["sub-1/dicom", "sub-1/sourcedata"]
+
+
+def test_a_store_among_the_scans_is_passed_over(tmp_path):
+    scan(tmp_path / "a.nii.gz")
+    Store.create(tmp_path / "store")
+    scan(tmp_path / "store" / "volumes" / "x.nii.gz")
+    assert sources.STORE_FILE == FILE_NAME
+    assert [source.relative for source in iterate(tmp_path)] == ["a.nii.gz"]
+
+
+def test_the_mask_beside_a_preprocessed_scan_is_no_scan(tmp_path):
+    for name in ("x.b2nd", "x_seg.b2nd", "alone_seg.b2nd"):
+        (tmp_path / name).write_bytes(b"")
+    assert [source.relative for source in iterate(tmp_path)] == ["alone_seg.b2nd", "x.b2nd"]
+
+
+def test_links_to_folders_are_followed_once_and_after_all_else(tmp_path):
+    scan(tmp_path / "elsewhere" / "deep" / "one.nii.gz")
+    scan(tmp_path / "src" / "z" / "two.nii.gz")
+    links = {
+        "a": "../elsewhere",
+        "b": "../elsewhere",
+        "c": "z",
+        "z/loop": "..",
+        "up": "../..",
+        "../elsewhere/deep/l": "..",
+    }
+    for name, target in links.items():
+        (tmp_path / "src" / name).symlink_to(target, target_is_directory=True)
+    found = [source.relative for source in islice(iterate(tmp_path / "src"), 9)]
+    assert found == ["z/two.nii.gz", "a/deep/one.nii.gz"]
+
+
+def test_no_folder_is_lost_where_a_file_system_does_not_number_them(tmp_path, monkeypatch):
+    scan(tmp_path / "a" / "b" / "one.nii.gz")
+    real_stat = Path.stat
+
+    def unnumbered(path, **options):
+        found = real_stat(path, **options)
+        return os.stat_result((found.st_mode, 0, 0, *found[3:]))
+
+    monkeypatch.setattr(Path, "stat", unnumbered)
+    assert [source.relative for source in iterate(tmp_path)] == ["a/b/one.nii.gz"]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(tmp_path, monkeypatch):
+    scan(tmp_path / "a" / "one.nii.gz")
+    scan(tmp_path / "b" / "c" / "two.nii.gz")
+    real_scandir = os.scandir
+
+    def guarded(path):  # rights alone do not stop the administrator, who may run the tests
+        if str(path) == str(tmp_path / "b" / "c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    first, second = iterate(tmp_path)
+    assert (first.relative, second.relative, second.subject) == ("a/one.nii.gz", "b/c", "b")
+    with refused("unreadable") as caught:
+        second.read()
+    assert "b" not in caught.value.problem.split()

@@ -83,6 +83,20 @@ def test_without_event_or_number_phases_are_told_by_the_minute():
     assert of("") == ""
 
 
+@pytest.mark.parametrize("time", [None, "", "000000", "000000.00", "00:00:00"])
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_a_number_without_a_time_links_nothing(time):
+    """Programs that de-identify take times away, and then T1 and T2 of a study are all number 1."""
+
+    def of(**values: object) -> str:
+        return acquisition_of(header(Modality="MR", AcquisitionNumber=1, AcquisitionTime=time, **values)).group
+
+    assert of(EchoTime=10) == of(EchoTime=90) == ""
+    assert of(AcquisitionDateTime="20240131000000.000000") == ""
+    assert of(AcquisitionDateTime="20240131101500.000000") != ""
+    assert of(AcquisitionUID="1.2.7") == of(AcquisitionUID="1.2.7", EchoTime=90) != ""
+
+
 def test_an_enhanced_image_tells_from_its_frames():
     kernel, frame, shared, one, image = Dataset(), Dataset(), Dataset(), Dataset(), header()
     del image.ConvolutionKernel, image.AcquisitionNumber
@@ -147,6 +161,12 @@ def test_contrast_is_one_harmless_word(modality, agent, weighting, contrast):
         ("SliceThickness", "0.625", "0.625"),
         ("ImageType", "ORIGINAL\\PRIMARY\\MILLER", "ORIGINAL\\PRIMARY\\OTHER"),
         ("ConvolutionKernel", "Br40d\\Miller", ""),
+        ("ConvolutionKernel", "19 50 01 31", ""),
+        ("ConvolutionKernel", "19\\50\\01\\31", ""),
+        ("ConvolutionKernel", "B30f\\19-50", ""),
+        ("ManufacturerModelName", "Drive 12 345 678", ""),
+        ("ManufacturerModelName", "Brilliance 64", "Brilliance 64"),
+        ("ImageType", "ORIGINAL\\1\\2", "ORIGINAL\\OTHER\\OTHER"),
         ("ConvolutionKernel", "\\".join(["B30f"] * 99), ""),
         ("Manufacturer", "SIEMENS\0Miller", ""),
         ("PatientID", "4711", ""),

@@ -131,6 +131,26 @@ def test_every_lossless_codec_gives_the_values_back(tmp_path, syntax, expected):
     np.testing.assert_array_equal(unpack(data), values)
 
 
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        gdcm.TransferSyntax.JPEGLosslessProcess14,
+        gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+        gdcm.TransferSyntax.JPEGLSLossless,
+        gdcm.TransferSyntax.JPEG2000Lossless,
+        gdcm.TransferSyntax.RLELossless,
+    ],
+)
+def test_no_codec_cuts_bits_off_that_the_header_does_not_declare(tmp_path, syntax):
+    values = large() * np.uint16(2)
+    data = packed(values, syntax, tmp_path)
+    for tag, number in ((b"\x28\0\x01\x01US\2\0", 12), (b"\x28\0\x02\x01US\2\0", 11)):
+        data = data.replace(tag + struct.pack("<H", number + 4), tag + struct.pack("<H", number))
+    picture = open_picture(data, name="image 1")
+    assert layout(picture).bits_stored == 12
+    np.testing.assert_array_equal(unpack(data), values)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), distinct=st.sampled_from([1, 2, 300]), bits=st.sampled_from([8, 16]))
 def test_rle_by_pydicom_is_read_by_us(seed, distinct, bits):

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import builtins
 import io
+import os
 import shutil
+import signal
+import struct
 import zipfile
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from voxelstem import sources
 from voxelstem.errors import IngestError
 from voxelstem.sources import series as module
-from voxelstem.sources.series import glance, in_zip
+from voxelstem.sources.header import UNREADABLE
+from voxelstem.sources.series import glance, in_zip, members
 
 
 def file_of(series="1.2.3", instance=None, *, syntax=uid.ExplicitVRLittleEndian, **values):
@@ -117,11 +121,80 @@ def test_a_series_spread_over_folders_is_one(tmp_path):
     assert found(tmp_path) == {"p#1.1": ["p/a/1", "p/b/c/2"], "p/b": []}
 
 
-def test_a_copy_of_a_series_is_a_scan_of_its_own(tmp_path):
-    files = [file_of("1.1", f"7.{index}") for index in range(3)]
-    put(tmp_path, {f"a/{index}": data for index, data in enumerate(files)})
-    put(tmp_path, {f"b/{index}": data for index, data in enumerate(files[:2])})
+def copies(root, **folders):
+    """One series: in each folder the slices with these numbers; 0 has no SOPInstanceUID."""
+    for folder, numbers in folders.items():
+        for place, number in enumerate(numbers):
+            data = file_of("1.1", f"7.{number}") if number else file_of("1.1", "7.8")[:300]
+            put(root, {f"{folder}/{place}": data})
+    return {name.removeprefix(root.name): files for name, files in found(root).items()}
+
+
+def test_an_equal_copy_of_a_series_is_a_scan_of_its_own(tmp_path):
+    assert copies(tmp_path, a=[1, 2, 3], b=[3, 1, 2]) == {"a": [], "b": []}
+
+
+def test_a_part_copy_of_a_series_is_left_out(tmp_path):
+    assert copies(tmp_path, a=[1, 2], b=[1, 2, 3], c=[3]) == {"b": []}
+
+
+def test_parts_that_overlap_are_one_scan_without_doubles(tmp_path):
+    assert copies(tmp_path, a=[1, 2], b=[2, 3], c=[4]) == {"#1.1": ["a/0", "a/1", "b/1", "c/0"]}
+
+
+def test_a_double_inside_a_folder_is_left_to_the_reader(tmp_path):
+    assert copies(tmp_path, a=[1, 1, 2], b=[2, 3]) == {"#1.1": ["a/0", "a/1", "a/2", "b/1"]}
+
+
+def test_nothing_is_left_out_where_a_file_s_place_in_the_series_is_unknown(tmp_path):
+    assert copies(tmp_path, a=[1, 2, 0], b=[1, 2, 3]) == {"a": [], "b": []}
+
+
+def unreadable(root):
+    """Where the sources lie that are refused because something cannot be opened."""
+    lost = []
+    for source in sources.iterate(root):
+        if source.unreadable:
+            with pytest.raises(IngestError) as caught:
+                source.read()
+            assert caught.value.code == "unreadable"
+            assert source.all_files() == ()
+            lost.append(source.relative)
+    return lost
+
+
+@pytest.mark.parametrize("name", ["3", "3.dcm"])
+def test_a_series_with_a_slice_that_cannot_be_opened_is_refused(tmp_path, name):
+    put(tmp_path, {"a/1": file_of("1.1"), "a/2": file_of("1.1"), "b/1": file_of("1.2")})
+    (tmp_path / "a" / name).symlink_to("nowhere")
+    assert unreadable(tmp_path) == ["a"]
     assert found(tmp_path) == {"a": [], "b": []}
+
+
+def test_a_file_that_cannot_be_opened_is_passed_over_where_nothing_says_that_it_is_a_picture(tmp_path):
+    put(tmp_path, {"b/1": file_of("1.2"), "a/notes.txt": b"text"})
+    (tmp_path / "a" / "link").symlink_to("nowhere")
+    assert found(tmp_path) == {"b": []}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_nobody_waits_for_a_pipe(tmp_path):
+    def late(*_):
+        pytest.fail("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    put(tmp_path, {"a/1": file_of("1.1"), "c/1": file_of("1.2"), "c/2": file_of("1.3")})
+    for name in ("a/pipe", "b.nii", "b.zip", "c/x.dcm", "d.dcm"):
+        os.mkfifo(tmp_path / name)
+    try:
+        lost = sorted(place.partition("#")[0] for place in unreadable(tmp_path))
+        kept = [source.relative for source in sources.iterate(tmp_path) if not source.unreadable]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert lost == sorted(["b.nii", "b.zip", "c", tmp_path.name])
+    assert [place.partition("#")[0] for place in kept] == ["a", "c", "c"]
 
 
 def test_a_damaged_file_stays_with_the_only_series_beside_it(tmp_path):
@@ -199,3 +272,66 @@ def test_a_zip_that_cannot_be_opened_or_unpacks_to_too_much_is_left_to_the_reade
         with pytest.raises(IngestError) as caught:
             source.read()
         assert caught.value.code == code
+
+
+def test_a_member_without_a_uid_stays_with_the_only_series_beside_it(tmp_path):
+    def series_of(*series):
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
+            for index, uid_ in enumerate(series):
+                packed.writestr(f"{index}", file_of(uid_))
+        return {one.series: one.members for one in in_zip(tmp_path / "all.zip")}
+
+    assert series_of("", "1.1", "1.1") == {"1.1": ()}
+    assert series_of("", "1.1", "1.2") == {"": ("0",), "1.1": ("1",), "1.2": ("2",)}
+    assert series_of("", "") == {"": ()}
+
+
+def contents(path):
+    with zipfile.ZipFile(path) as packed:
+        return sorted(packed.read(one) for one in members(packed))
+
+
+def test_a_flipped_bit_in_a_zip_s_directory_never_loses_a_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as packed:
+        # One bit makes the first letter a dot (hidden), or the last one a slash (a folder).
+        for name in ("n1/1o", "n2/2o", "n3/3o"):
+            packed.writestr(name, name * 3)
+    good = (tmp_path / "good.zip").read_bytes()
+    (start,) = struct.unpack_from("<I", good, len(good) - 6)
+    seen = {"harmless": 0, "refused": 0}
+    for at in range(start, len(good)):
+        for bit in range(8):
+            (tmp_path / "flipped.zip").write_bytes(good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :])
+            try:
+                assert contents(tmp_path / "flipped.zip") == contents(tmp_path / "good.zip"), (at - start, bit)
+                seen["harmless"] += 1
+            except (*UNREADABLE, IngestError):
+                seen["refused"] += 1
+    assert all(seen.values())
+
+
+def test_zips_of_the_large_kind_and_with_a_comment_or_hidden_files_are_read(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as packed:
+        packed.comment = b"a comment"
+        for name in ("d/", "d/.hidden", "d/1", "2"):
+            packed.writestr(name, name)
+    assert contents(tmp_path / "plain.zip") == [b"2", b"d/1"]
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    with zipfile.ZipFile(tmp_path / "large.zip", "w") as packed:
+        for name in "123":
+            packed.writestr(name, name)
+    data = (tmp_path / "large.zip").read_bytes()
+    assert b"PK\6\6" in data
+    assert contents(tmp_path / "large.zip") == [b"1", b"2", b"3"]
+    # The plain record of a truly large zip is full; the count of the large one decides.
+    end, end64 = data.rfind(b"PK\5\6"), data.rfind(b"PK\6\6")
+    for count, fits in ((3, True), (4, False)):
+        changed = bytearray(data)
+        struct.pack_into("<HH", changed, end + 8, 0xFFFF, 0xFFFF)
+        struct.pack_into("<QQ", changed, end64 + 24, count, count)
+        (tmp_path / "large.zip").write_bytes(changed)
+        if fits:
+            assert contents(tmp_path / "large.zip") == [b"1", b"2", b"3"]
+        else:
+            with pytest.raises(IngestError, check=lambda problem: problem.code == "corrupt"):
+                contents(tmp_path / "large.zip")

@@ -58,33 +58,36 @@ def test_a_whole_slope_is_exact_and_a_broken_one_is_rounded_once():
     ],
 )
 def test_unused_bits_may_hold_the_sign_or_nothing(raw, signed, expected, unextended):
-    values, found = in_range(plane(*raw, signed=signed), layout(stored=12, signed=signed), header())
-    assert (values[0].tolist(), found) == (list(expected), unextended)
+    values, found, stray = in_range(plane(*raw, signed=signed), layout(stored=12, signed=signed), header())
+    assert (values[0].tolist(), found, stray) == (list(expected), unextended, 0)
 
 
 @pytest.mark.parametrize(
     ("raw", "signed"), [((0, 1, 2, 4096), False), ((0, 1, 2, -2049), True), ((0, -1, 9, 4000), True)]
 )
-def test_unused_bits_that_nothing_explains_are_refused(raw, signed):
+def test_unused_bits_that_nothing_explains_are_counted_in_a_ct_and_refused_in_an_mr(raw, signed):
+    stored, pixels = layout(stored=12, signed=signed), plane(*raw, signed=signed)
+    reading, values = read(pixels, stored)
+    assert (reading.stray, values.tolist()) == (1, pixels[0].tolist())
     with refused("stray-bits"):
-        in_range(plane(*raw, signed=signed), layout(stored=12, signed=signed), header())
+        read(pixels, stored, modality="MR")
 
 
 def test_a_drawing_in_unused_bits_is_taken_out():
     drawn = header()
     drawn.dataset.add_new((0x6000, 0x0102), "US", 12)
-    values, _ = in_range(plane(0x1005, 7, 0x1FFF, 0, signed=False), layout(stored=12, signed=False), drawn)
+    values, *_ = in_range(plane(0x1005, 7, 0x1FFF, 0, signed=False), layout(stored=12, signed=False), drawn)
     assert values[0].tolist() == [5, 7, 4095, 0]
 
 
 def test_bits_that_are_stored_high_are_shifted_down():
-    values, _ = in_range(plane(0x7FF0, 0x0010, 0, -0x8000), layout(stored=12, high=15), header())
+    values, *_ = in_range(plane(0x7FF0, 0x0010, 0, -0x8000), layout(stored=12, high=15), header())
     assert values[0].tolist() == [2047, 1, 0, -2048]
 
 
 def test_padding_beyond_the_stored_bits_is_no_stray_bit():
     padded = header(PixelPaddingValue=-2000)
-    values, _ = in_range(plane(-2000, 0, 5, 1000), layout(stored=11), padded)
+    values, *_ = in_range(plane(-2000, 0, 5, 1000), layout(stored=11), padded)
     assert values[0].tolist() == [-2000, 0, 5, 1000]
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,6 +35,19 @@ def filled(make, tmp_path_factory):
     return store, keys
 
 
+def test_a_file_with_other_numbers_than_int16_is_damaged_and_not_read_as_if_it_were(make, tmp_path):
+    (key,) = write(Store.create(tmp_path), make.study(make.volume()))
+    path = file_path(tmp_path, "volumes", key)
+    shape = (1, *Store.open(tmp_path).record(key).shape_ijk)
+    other = blosc2.asarray(np.ones(shape, np.uint16), chunks=shape, blocks=shape).to_cframe()
+    path.write_bytes(other)
+    with sqlite3.connect(tmp_path / "catalogue.sqlite") as catalogue:
+        catalogue.execute("update volumes set bytes = ?", (len(other),))
+    catalogue.close()
+    with pytest.raises(StoreError, match="header does not say"):
+        Store.open(tmp_path).crop(key, (0, 0, 0), (1, 1, 1))
+
+
 @given(data=st.data())
 def test_a_crop_equals_the_slice_of_the_whole(filled, data):
     store, keys = filled
@@ -46,6 +61,30 @@ def test_a_crop_equals_the_slice_of_the_whole(filled, data):
     np.testing.assert_array_equal(crop, store.volume(key).array[(slice(None), *box)])
     if store.record(key).has_labels:
         np.testing.assert_array_equal(store.label_crop(key, start, size), store.labels(key).array[box])
+
+
+def test_several_crops_are_the_same_as_one_by_one_also_in_memory_that_is_given(filled):
+    store, keys = filled
+    rng = np.random.default_rng(0)
+    for key in keys:
+        record = store.record(key)
+        starts = [tuple(int(at) for at in rng.integers(0, np.subtract(record.shape_ijk, 7))) for _ in range(5)]
+        room = np.full((5, record.channels, 8, 8, 16), np.nan, np.float32)[..., ::2]
+        assert store.crops(key, starts, (8, 8, 8), out=room) is room
+        np.testing.assert_array_equal(room, store.crops(key, starts, (8, 8, 8)))
+        np.testing.assert_array_equal(room, [store.crop(key, start, (8, 8, 8)) for start in starts])
+
+
+def test_no_crops_are_an_empty_array(filled):
+    store, (key, *_) = filled
+    assert store.crops(key, [], (2, 3, 4)).shape == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("room", [np.empty((1, 1, 2, 2, 3), np.float32), np.empty((1, 1, 2, 2, 2), np.float64)])
+def test_memory_that_does_not_fit_is_refused(filled, room):
+    store, (key, *_) = filled
+    with pytest.raises(ValueError, match="out must be float32"):
+        store.crops(key, [(0, 0, 0)], (2, 2, 2), out=room)
 
 
 @pytest.mark.parametrize(

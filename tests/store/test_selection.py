@@ -154,3 +154,13 @@ def test_a_volume_keeps_its_number_when_more_is_said_of_it(make, tmp_path):
     write(store, make.study(report=Report(rest_text="clear")))
     with Catalogue.read(tmp_path) as catalogue:
         assert catalogue.last() == before
+
+
+def test_rounding_in_an_affine_takes_no_volume_out(make, tmp_path):
+    store = Store.create(tmp_path)
+    for seed, thick in enumerate((5.000000000000001, 5.0, 5.001)):
+        volume = dataclasses.replace(make.volume(seed=seed), affine_ras=np.diag([1.0, 1.0, thick, 1.0]))
+        write(store, make.study(volume))
+    found = store.select(Wanted(max_spacing_mm=5.0))
+    assert len(found) == 2
+    assert found.spacing_mm.max() < 5.001

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxelstem.errors import IngestError
-from voxelstem.sources.bids import is_dataset, is_scan
+from voxelstem.sources.bids import NOT_RAW, is_dataset, is_scan
 from voxelstem.sources.raster import LabelGrid, shown
 from voxelstem.sources.series import Finder, Glance, Series, glance, in_zip
 from voxelstem.study import Study
@@ -57,6 +57,8 @@ KINDS = {
 """File endings and who reads them. DICOM files often have none; they are known by the word DICM inside."""
 
 MOST_NAMED = 10  # studies that an error lists
+STORE_FILE = "catalogue.sqlite"
+"""What a store holds at its top (`store.catalogue.FILE_NAME`, which readers of the outside world do not import)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,8 @@ class Source:
     """The series' files, where not all DICOM pictures of the folder belong to it, or some lie in others."""
     members: tuple[str, ...] = ()
     """The same for a zip: the names inside."""
+    unreadable: bool = False
+    """It, or a file of it, cannot be opened: it is refused when it is read, instead of being lost without a word."""
 
     def read(self, *, repair: bool = False) -> Study:
         """Read it.
@@ -86,6 +90,12 @@ class Source:
         Raises:
             IngestError: the scan was refused; `code` says why.
         """
+        if self.unreadable:
+            raise IngestError(
+                "it cannot be opened, or a file of it cannot",
+                code="unreadable",
+                hint="check its rights, where its links lead, and that it is no pipe",
+            )
         reader = SOURCES[self.kind]
         if self.kind != "dicom":
             return reader(self.path, subject=self.subject)
@@ -94,7 +104,9 @@ class Source:
         )
 
     def all_files(self) -> tuple[Path, ...]:
-        """Every file that decides what is read, in a stable order."""
+        """Every file that decides what is read, in a stable order; none where one cannot be opened."""
+        if self.unreadable:
+            return ()
         if self.files or not self.path.is_dir():
             return self.files or (self.path,)
         return tuple(sorted(entry for entry in self.path.iterdir() if entry.is_file()))
@@ -140,8 +152,12 @@ def iterate(src: str | Path) -> Iterator[Source]:
     `#` and a piece of the UID's digest where that folder holds more. Series come after other files of their folder,
     and only when all folders that may hold more of them were seen (`series.MOST_HELD`). Every file is opened once.
 
-    Hidden files and files of no known kind are skipped, and so are DICOM files that are no pictures; of a BIDS data
-    set, derivatives, source data and masks (`bids.is_scan`).
+    Links to folders are followed after all else, so that a scan keeps the name of where it lies. What cannot be
+    opened or listed is a source too, which is refused when it is read.
+
+    Hidden files and files of no known kind are skipped, and so are DICOM files that are no pictures, copies of part
+    of a series, stores, `_seg.b2nd` masks beside their scan, and of a BIDS data set derivatives, source data and
+    masks (`bids.is_scan`).
 
     Raises:
         IngestError: `missing`, `empty`, or `unknown-format` for a single file.
@@ -175,31 +191,81 @@ def _one_file(path: Path) -> Iterator[Source]:
 
 def _below(src: Path) -> Iterator[Source]:
     finder, in_bids = Finder(), is_dataset(src)
-    for folder, below, names in os.walk(src):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, names in _folders(src, skipped=NOT_RAW if in_bids else ()):
+        if names is None:
+            yield _series(src, Series(path=folder, series="", unreadable=True))
+            continue
         dicom: list[tuple[str, Glance]] = []
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(folder, name)
+        for name in names:
+            path = folder / name
             kind = KINDS.get(ending(name))
             if kind is not None and (kind != "dicom" or ending(name) == ".zip"):
                 relative = path.relative_to(src).as_posix()
-                if not in_bids or is_scan(relative):
+                if not _is_mask(name, names) and (not in_bids or is_scan(relative)):
                     yield from _file(path, relative, kind)
                 continue
             seen = glance(path)
             if seen is not None:
                 dicom.append((name, seen))
-        for found in finder.add(Path(folder), dicom):
+        for found in finder.add(folder, dicom):
             yield _series(src, found)
     for found in finder.rest():
         yield _series(src, found)
 
 
+def _is_mask(name: str, names: list[str]) -> bool:
+    """Whether it is the mask of a preprocessed scan beside it, as nnU-Net names it."""
+    return name.endswith("_seg.b2nd") and f"{name.removesuffix('_seg.b2nd')}.b2nd" in names
+
+
+def _folders(src: Path, *, skipped: tuple[str, ...]) -> Iterator[tuple[Path, list[str] | None]]:
+    """A folder and all below it, with the sorted names of their files, or None where one cannot be listed.
+
+    Neither hidden ones nor stores, nor those at the top that are `skipped`. Links come last, and only to where the
+    walk has not been, nor to what it lies in.
+    """
+    seen = {_place(parent) for parent in src.resolve().parents}
+    waiting, links = [src], list[Path]()
+    linked = False
+    while waiting or links:
+        if not waiting:
+            waiting, links, linked = links[::-1], [], True
+        folder = waiting.pop()
+        try:
+            place = _place(folder)
+            # Folders that no link led to are never asked: some file systems have no numbers to tell them apart.
+            if linked and place in seen:
+                continue
+            seen.add(place)
+            with os.scandir(folder) as listed:
+                entries = sorted((one for one in listed if not one.name.startswith(".")), key=lambda one: one.name)
+        except OSError:
+            yield folder, None
+            continue
+        if any(entry.name == STORE_FILE for entry in entries):
+            continue
+        names: list[str] = []
+        below: list[Path] = []
+        for entry in entries:
+            if not os.path.isdir(entry.path) if entry.is_symlink() else not entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            elif folder != src or entry.name not in skipped:
+                (links if entry.is_symlink() else below).append(folder / entry.name)
+        waiting += reversed(below)
+        yield folder, names
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
 def _file(path: Path, relative: str, kind: str) -> Iterator[Source]:
     """One file: one scan, or each series in a zip."""
     subject = raw_subject(relative)
-    if ending(path.name) != ".zip":
-        yield Source(path=path, relative=relative, kind=kind, subject=subject)
+    unreadable = not os.path.isfile(path)  # a pipe, or a link to nowhere
+    if unreadable or ending(path.name) != ".zip":
+        yield Source(path=path, relative=relative, kind=kind, subject=subject, unreadable=unreadable)
         return
     for found in in_zip(path):
         yield Source(
@@ -221,6 +287,7 @@ def _series(src: Path, found: Series) -> Source:
         subject=raw_subject(relative),
         series=found.series if found.mark else "",
         files=found.files,
+        unreadable=found.unreadable,
     )
 
 

@@ -6,7 +6,9 @@ Where slices lie is proved in `grid`, what pictures are refused stands in `gates
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -49,6 +51,8 @@ class _Plan:
     slices: list[Slice]
     grid: Grid
     modality: str
+    patient: str
+    """PatientID of all pictures that have one; empty where none has."""
     doubts: tuple[str, ...]
     """What is odd in the headers and no reason to refuse."""
 
@@ -162,7 +166,7 @@ def _may_be_picture(header: Header) -> bool:
 
 def _plan(pictures: list[Picture], *, repair: bool) -> _Plan:
     """Check what the pictures are before where they lie, and where they lie before anything is unpacked."""
-    _check_one_series([picture.header for picture in pictures])
+    patient = _check_one_series([picture.header for picture in pictures])
     doubts = dict.fromkeys(doubt for picture in pictures for doubt in _check_kind(picture.header))
     stored = [layout(picture) for picture in pictures]
     if len({(one.bits_allocated, one.bits_stored, one.high_bit, one.signed) for one in stored}) > 1:
@@ -192,11 +196,13 @@ def _plan(pictures: list[Picture], *, repair: bool) -> _Plan:
         slices=light,
         grid=grid,
         modality=pictures[0].header.text("Modality"),
+        patient=patient,
         doubts=tuple(doubts),
     )
 
 
-def _check_one_series(headers: list[Header]) -> None:
+def _check_one_series(headers: list[Header]) -> str:
+    """Refuse pictures of different series or patients; return the PatientID, which some of them may lack."""
     # De-identified series may have no number at all; they count as one.
     if len({one.text("SeriesInstanceUID") for one in headers}) > 1:
         count = len({one.text("SeriesInstanceUID") for one in headers})
@@ -205,12 +211,14 @@ def _check_one_series(headers: list[Header]) -> None:
             code="several-series",
             hint="take them all with `voxelstem ingest`, or put each into its own folder",
         )
-    if len({one.text("PatientID").strip() for one in headers} - {""}) > 1:
+    patients = {one.text("PatientID").strip().strip("\0") for one in headers} - {""}
+    if len(patients) > 1:
         raise IngestError(
             "the images of the series name different patients",
             code="several-patients",
             hint="ask the archive which patient the series belongs to",
         )
+    return next(iter(patients), "")
 
 
 def _check_rescale(slices: list[Slice]) -> None:
@@ -248,7 +256,6 @@ def _assemble(plan: _Plan, subject: str) -> Study:
     assert first is not None
     acquisition = acquisition_of(first.header.dataset)
     lossy = first.header.text("LossyImageCompression") == "01" or first.syntax in LOSSY
-    patient = first.header.text("PatientID").strip().strip("\0") or subject
     filled = _fill(plan)
     notes = [*plan.doubts, *plan.grid.notes, *filled.notes, *(["pixels were compressed with loss"] if lossy else [])]
     turned, affine = filled.array, filled.affine_ras
@@ -273,7 +280,7 @@ def _assemble(plan: _Plan, subject: str) -> Study:
         provenance=provenance,
         acquisition=acquisition,
     )
-    return Study(subject=patient, volumes=(volume,))
+    return Study(subject=plan.patient or subject, volumes=(volume,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,13 +321,22 @@ def _fill(plan: _Plan) -> _Filled:
         raise IngestError("every voxel of the series is the same", code="constant", hint="export it again")
     if reading.holes:
         array[np.isnan(array)] = reading.low
+    plan.pictures.clear()
+    _give_back()
     return _Filled(array=array, affine_ras=affine, sha256=content.hexdigest(), notes=notes, stray=reading.stray)
+
+
+def _give_back() -> None:
+    """Return the files' freed bytes to the system: glibc would keep them beside all that is made of the scan next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _check_stray(array: Float[np.ndarray, "i j k"], count: int) -> None:
     """Accept wider numbers than the header declares only where they prove to be Hounsfield units (metal, mostly).
 
-    Other readers keep them (pydicom, dcm2niix) or cut them off without a word.
+    Other readers (pydicom, GDCM, SimpleITK, dcm2niix) cut such bits off without a word, which folds metal into tissue.
     """
     problem = f"{count} values of the series need more bits than the header says were stored"
     if array.size < FEWEST_VOXELS or count < FEWEST_STRAY:  # a few are damage

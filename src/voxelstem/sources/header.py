@@ -30,7 +30,7 @@ from voxelstem.sources import raster
 
 PREAMBLE = 128
 MARK = b"DICM"
-HEADER_BYTES = 64 * 2**20
+HEADER_BYTES = 32 * 2**20
 """Of a deflated file at most this much is unpacked before its header must have said how large its pixels are."""
 TRAILER_BYTES = 2**20  # what may follow the pixels of a deflated file
 

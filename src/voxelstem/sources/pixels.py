@@ -239,7 +239,8 @@ def _unpack(data: bytes, picture: Picture, stored: Layout) -> Plane:
         "photometric_interpretation": "MONOCHROME2",
         "pixel_representation": int(stored.signed),
         "bits_allocated": stored.bits_allocated,
-        "bits_stored": stored.bits_stored,
+        # GDCM cuts off what lies above, without a word: whether it counts is for `values` to find out.
+        "bits_stored": max(stored.bits_stored, bits),
         "pixel_keyword": "PixelData",
     }
     decoder = get_decoder(uid.UID(picture.syntax))

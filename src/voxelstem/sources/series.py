@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
 import warnings
 import zipfile
@@ -40,6 +41,9 @@ SOP_CLASS, SOP_INSTANCE, MODALITY = 0x00080016, 0x00080018, 0x00080060
 STUDY, SERIES = 0x0020000D, 0x0020000E
 SYNTAX = 0x00020010
 WANTED = (SYNTAX, SOP_CLASS, SOP_INSTANCE, MODALITY, STUDY, SERIES)
+END_MARK, END64_MARK, FULL = b"PK\5\6", b"PK\6\6", 0xFFFF
+END_BYTES = 2**16 + 22 + 20 + 56
+"""The records at the end of a zip: the longest comment, the plain record, and the two of large files (zip64)."""
 LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 
 
@@ -52,6 +56,10 @@ class Glance:
     series: str = ""
     """SeriesInstanceUID; empty where there is none or the file is damaged."""
     instance: str = ""
+    named: bool = True
+    """False where only the files beside it can tell whether it is a picture: it cannot be opened, and its name says
+    nothing."""
+    unreadable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,20 +77,29 @@ class Series:
     mark: str = ""
     """What tells it from others at the same `path`: a piece of its UID's digest, which stays when files are renamed
     or other series come and go. Empty where it is alone."""
+    unreadable: bool = False
+    """A file of it cannot be opened."""
 
 
 def glance(path: Path) -> Glance | None:
     """Look at a file's first bytes; nothing if it is no DICOM.
 
-    A file that cannot be read, or is damaged, counts as a picture where its name or its first bytes say DICOM: it is
-    refused when it is read, not passed over.
+    A file that is damaged counts as a picture where its name or its first bytes say DICOM, and one that cannot be
+    opened where its name or other pictures beside it do: it is refused when it is read, not passed over.
     """
     named = path.suffix.lower() in ENDINGS
     try:
-        with path.open("rb") as opened:
+        with open(path, "rb", opener=_open_at_once) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                return Glance(picture=True, unreadable=True) if named else None
             return _look(opened, named=named)
     except OSError:
-        return Glance(picture=True) if named else None
+        return Glance(picture=True, named=named, unreadable=True)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A pipe would be waited for until somebody writes into it.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _look(opened: IO[bytes], *, named: bool) -> Glance | None:
@@ -161,21 +178,22 @@ class Finder:
 
     def __init__(self) -> None:
         """Begin a walk."""
-        self.held: dict[tuple[str, Path | None], dict[Path, list[tuple[str, str]]]] = {}
+        self.held: dict[tuple[str, Path | None], dict[Path, list[tuple[str, Glance]]]] = {}
         self.alone: dict[Path, int] = {}
         self.count = 0
 
     def add(self, folder: Path, files: list[tuple[str, Glance]]) -> Iterator[Series]:
         """Take the DICOM files of one folder; hand out series that need not wait any longer."""
         pictures = [(name, seen) for name, seen in files if seen.picture]
+        if not any(seen.named for _, seen in pictures):
+            return
         known = {seen.series for _, seen in pictures} - {""}
         for name, seen in pictures:
             # What has lost its UID, or never had one, belongs to the only series beside it, or stands for itself.
             series = seen.series or (next(iter(known)) if len(known) == 1 else "")
             place = (series, None) if series else ("", folder)
-            self.held.setdefault(place, {}).setdefault(folder, []).append((name, seen.instance))
-        if pictures:
-            self.alone[folder] = max(len(known), 1) + (len(known) > 1 and any(not s.series for _, s in pictures))
+            self.held.setdefault(place, {}).setdefault(folder, []).append((name, seen))
+        self.alone[folder] = max(len(known), 1) + (len(known) > 1 and any(not s.series for _, s in pictures))
         self.count += len(pictures)
         while self.count > MOST_HELD and len(self.held) > 1:
             yield from self._hand_out(next(iter(self.held)))
@@ -189,18 +207,43 @@ class Finder:
         folders = self.held.pop(key)
         series, mark = key[0], _mark(key[0])
         self.count -= sum(map(len, folders.values()))
-        # Parts of a series make up one scan. Copies are scans of their own, which the store finds to be equal.
-        instances = [{instance for _, instance in files} - {""} for files in folders.values()]
-        parts = len(folders) > 1 and sum(map(len, instances)) == len(set().union(*instances))
-        if parts:
-            files = tuple(folder / name for folder in sorted(folders) for name, _ in folders[folder])
-            yield Series(path=Path(os.path.commonpath(folders)), series=series, files=files, mark=mark)
-            return
-        for folder, files in sorted(folders.items()):
-            if self.alone[folder] == 1:
-                yield Series(path=folder, series=series)
-            else:
-                yield Series(path=folder, series=series, files=tuple(folder / name for name, _ in files), mark=mark)
+        for scan in _scans(folders):
+            paths = tuple(path for path, _ in scan)
+            places = {path.parent for path in paths}
+            whole = len(places) == 1 and self.alone[paths[0].parent] == 1
+            yield Series(
+                path=Path(os.path.commonpath(places)),
+                series=series,
+                files=() if whole else paths,
+                mark="" if whole else mark,
+                unreadable=any(seen.unreadable for _, seen in scan),
+            )
+
+
+def _scans(folders: dict[Path, list[tuple[str, Glance]]]) -> Iterator[list[tuple[Path, Glance]]]:
+    """The scans that the folders with one series make up, by SOPInstanceUID.
+
+    Parts are one scan, also where they overlap; what a fuller copy holds as well is left out. Copies that are equally
+    full are scans of their own, which the store finds to be equal: one may be damaged. So are all that overlap where
+    a file has no UID, for nobody knows what it doubles.
+    """
+    files = {folder: [(folder / name, seen) for name, seen in folders[folder]] for folder in sorted(folders)}
+    held = {folder: {seen.instance for _, seen in files[folder]} - {""} for folder in files}
+    if sum(map(len, held.values())) == len(set[str]().union(*held.values())):
+        yield [one for folder in files for one in files[folder]]
+        return
+    full = [one for one in held if not any(held[one] < other for other in held.values())]
+    if any(not seen.instance for folder in files for _, seen in files[folder]):
+        yield from files.values()
+    elif all(held[one] == held[full[0]] for one in full):
+        yield from (files[one] for one in full)
+    else:
+        joined: list[tuple[Path, Glance]] = []
+        taken: set[str] = set()
+        for folder in full:
+            joined += [one for one in files[folder] if one[1].instance not in taken]
+            taken |= held[folder]
+        yield joined
 
 
 def _mark(series: str) -> str:
@@ -219,6 +262,8 @@ def in_zip(path: Path) -> list[Series]:
                     groups.setdefault(seen.series, []).append(member.filename)
     except (*UNREADABLE, IngestError):
         return [Series(path=path, series="")]
+    if len(groups) == 2 and "" in groups:  # noqa: PLR2004 - as in a folder, they belong to the only series beside them
+        del groups[""]  # and the one that is left is read from all members
     if len(groups) < 2:  # noqa: PLR2004 - one series needs no mark
         return [Series(path=path, series=series) for series in groups] or [Series(path=path, series="")]
     return [
@@ -230,14 +275,40 @@ def in_zip(path: Path) -> list[Series]:
 def members(packed: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The files of a zip that are not hidden, checked against what one scan may unpack to.
 
+    A zip's directory has no checksum: it is compared with the number of files that the end of the zip tells, and the
+    names of what is passed over with those at the files themselves. `zipfile` compares the others when it opens them.
+
     Raises:
-        IngestError: `too-large`.
+        IngestError: `corrupt` or `too-large`.
+        BadZipFile: a name differs.
     """
-    found = [one for one in packed.infolist() if not one.is_dir() and not _is_hidden(one.filename)]
+    listed = packed.infolist()
+    if len(listed) != _count(packed, len(listed)):
+        raise raster.corrupt("the zip", "its directory does not list as many files as its end says")
+    found = [one for one in listed if not one.is_dir() and not _is_hidden(one.filename)]
+    chosen = {one.header_offset for one in found}
+    for one in listed:
+        if one.header_offset not in chosen:
+            packed.open(one).close()
     largest = max((one.file_size for one in found), default=0)
     if largest > raster.MOST_BYTES:
         raise raster.too_large("the zip", f"holds a file of {largest / 2**30:.1f} GiB")
     return found
+
+
+def _count(packed: zipfile.ZipFile, listed: int) -> int:
+    """How many files the end of a zip tells of (APPNOTE.TXT 4.3.14 and 4.3.16); `listed` where it cannot say."""
+    if packed.fp is None:
+        return listed
+    packed.fp.seek(0, os.SEEK_END)
+    packed.fp.seek(max(packed.fp.tell() - END_BYTES, 0))
+    tail = packed.fp.read()
+    at = tail.rfind(END_MARK)
+    (count,) = struct.unpack_from("<H", tail, at + 10)
+    if count < FULL:
+        return count + (listed & ~FULL if listed > FULL else 0)
+    at = tail.rfind(END64_MARK, 0, at)
+    return listed if at < 0 else struct.unpack_from("<Q", tail, at + 32)[0]
 
 
 def _is_hidden(name: str) -> bool:

@@ -29,6 +29,7 @@ MAX_RECORDS = 4096
 """Records that are kept in memory; the longest unused one goes first."""
 EVERYTHING = Wanted()
 Box = tuple[slice, ...]
+Crops = Float32[np.ndarray, "crop channel i j k"]
 
 
 class Store:
@@ -230,22 +231,21 @@ class Store:
         """
         return self.crops(key, (start_ijk,), size_ijk)[0]
 
-    def crops(
-        self, key: str, starts_ijk: Sequence[Triple], size_ijk: Triple
-    ) -> Float32[np.ndarray, "crop channel i j k"]:
-        """Read several boxes into one piece of memory: new memory costs as much as decoding, less in one large piece.
+    def crops(self, key: str, starts_ijk: Sequence[Triple], size_ijk: Triple, *, out: Crops | None = None) -> Crops:
+        """Read several boxes into one piece of memory, `out` if it is given: new memory can cost as much as decoding.
 
         Raises:
-            StoreError: as `crop`, or no box is asked for.
+            StoreError: as `crop`.
+            ValueError: `out` is not float32 of shape (crop, channel, i, j, k).
         """
         record = self.record(key)
         boxes = [_box(record, start, size_ijk) for start in starts_ijk]
-        if not boxes:
-            raise StoreError("no crop is asked for", hint="name at least one place where a crop begins")
-        found = np.empty((len(boxes), record.channels, *size_ijk), np.float32)
-        stored = np.empty(found.shape[1:], np.int16)
-        for box, crop in zip(boxes, found, strict=True):
-            decode(self._slice(record, "volumes", key, box, out=stored), record.slope, record.intercept, out=crop)
+        shape = (len(boxes), record.channels, *size_ijk)
+        found = np.empty(shape, np.float32) if out is None else out
+        if (found.shape, found.dtype) != (shape, np.float32):
+            raise ValueError(f"out must be float32 of shape {shape}, got {found.dtype} of shape {found.shape}")
+        for crop, stored in zip(found, self._slices(record, "volumes", key, boxes), strict=True):
+            decode(stored, record.slope, record.intercept, out=crop)
         return found
 
     def label_crop(self, key: str, start_ijk: Triple, size_ijk: Triple) -> Int16[np.ndarray, "i j k"]:
@@ -279,27 +279,28 @@ class Store:
         if digest(self._slice(record, kind, name, _EVERYTHING), slope, intercept) != voxels:
             raise StoreError(f"the file of {_WHAT[kind]} '{name[:16]}' is damaged: its voxels changed", hint=_HEAL)
 
-    def _slice(
-        self, record: Record, kind: str, name: str, box: Box, *, out: Int16[np.ndarray, "channel i j k"] | None = None
-    ) -> Int16[np.ndarray, "channel i j k"]:
+    def _slice(self, record: Record, kind: str, name: str, box: Box) -> Int16[np.ndarray, "channel i j k"]:
+        return next(self._slices(record, kind, name, (box,)))
+
+    def _slices(
+        self, record: Record, kind: str, name: str, boxes: Sequence[Box]
+    ) -> Iterator[Int16[np.ndarray, "channel i j k"]]:
+        """Decode boxes of one size. Each stands in the same memory, until the next is asked for."""
         size = files_of(record)[kind, name][0]
         native = record.native
-        if native is not None and name in (native.key, native.label_key):
-            grid = native.channels, native.shape_ijk
-        else:
-            grid = record.channels, record.shape_ijk
-        shape = (1 if kind == "labels" else grid[0], *grid[1])
+        scan = native if native is not None and name in (native.key, native.label_key) else record
+        shape = (1 if kind == "labels" else scan.channels, *scan.shape_ijk)
         path = file_path(self.path, kind, name)
-        start, stop = zip(*(part.indices(extent)[:2] for part, extent in zip(box, shape, strict=True)), strict=True)
+        edges = [[part.indices(extent)[:2] for part, extent in zip(box, shape, strict=True)] for box in boxes]
+        stored = np.empty([stop - start for start, stop in edges[0]], np.int16) if edges else None
         try:
-            stored = np.empty(np.subtract(stop, start), np.int16) if out is None else out
-            # What `file[box]` comes down to, without the sixth of a millisecond that it takes to understand any index.
-            return self._file(path, size, shape).get_slice_numpy(stored, (start, stop))
+            file = self._file(path, size, shape)
+            for box in edges:
+                # What `file[box]` comes down to, without its time to understand any index.
+                yield file.get_slice_numpy(stored, tuple(zip(*box, strict=True)))
         except (OSError, RuntimeError, ValueError) as error:
-            raise StoreError(
-                f"the file of {_WHAT[kind]} '{name[:16]}' is missing or damaged: {error}",
-                hint=_HEAL,
-            ) from error
+            what = f"the file of {_WHAT[kind]} '{name[:16]}'"
+            raise StoreError(f"{what} is missing or damaged: {error}", hint=_HEAL) from error
 
     def _file(self, path: Path, size: int, shape: tuple[int, ...]) -> Any:
         """Open a file, or take it from those that this thread has open: blosc2's handles are not for sharing."""
@@ -322,7 +323,7 @@ class Store:
         files[path] = opened
         if len(files) > MAX_OPEN_FILES:
             files.popitem(last=False)
-        return files[path]
+        return opened
 
 
 _HEAL = "ingest its scan again; the rest of the store is not affected"
@@ -367,11 +368,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def decode(
-    stored: Int16[np.ndarray, "channel i j k"],
-    slope: float,
-    intercept: float,
-    *,
-    out: Float32[np.ndarray, "channel i j k"] | None = None,
+    stored: Int16[np.ndarray, "channel i j k"], slope: float, intercept: float, *, out: np.ndarray | None = None
 ) -> Float32[np.ndarray, "channel i j k"]:
     """Turn stored numbers back into HU or intensity, in the memory `out` if it is given."""
     values: Float32[np.ndarray, "channel i j k"] = np.empty(stored.shape, np.float32) if out is None else out
