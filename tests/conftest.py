@@ -5,6 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A slow machine is no fault of the code under test.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def settled_key(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The key of tests that share a store: with another, other phantoms would be held out."""
+    (tmp_path_factory.getbasetemp() / "shared-site.key").write_text("01" * 32 + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -154,21 +154,30 @@ def nifti(path: Path, volume: Volume, *, shape: tuple[int, ...] | None = None) -
     return path
 
 
+def of_its_own(series: list[Dataset], number: int) -> list[Dataset]:
+    """The same slices under other UIDs: part of a series that is there already would be left out as a copy."""
+    made = copy.deepcopy(series)
+    for index, one in enumerate(made):
+        one.SeriesInstanceUID, one.SOPInstanceUID = f"1.2.8.{NUMBER}.{number}", f"1.2.8.{NUMBER}.{number}.{index}"
+    return made
+
+
 def plant_refused(raw: Path, series: list[Dataset], volume: Volume) -> None:
     """Scans that are refused, each for its own reason."""
     few = series[:8]
-    write_series(raw / f"{MARK}GAP", few[:4] + few[5:])
-    write_series(raw / f"{MARK}CUT", few)
+    write_series(raw / f"{MARK}GAP", of_its_own(few[:4] + few[5:], 1))
+    write_series(raw / f"{MARK}CUT", of_its_own(few, 2))
     cut = sorted((raw / f"{MARK}CUT").iterdir())[3]
     cut.write_bytes(cut.read_bytes()[:-200])
-    for name, keyword, kind, value in (
+    wrong = (
         ("PET", "Modality", "CS", f"{MARK}M"),
         ("BURNED", "BurnedInAnnotation", "CS", "YES"),
         ("WORDS", "PixelSpacing", "LO", [MARK, MARK]),
         ("PLACE", "ImagePositionPatient", "LO", [MARK] * 3),
         ("SLOPE", "RescaleSlope", "LO", MARK),
-    ):
-        changed = copy.deepcopy(few)
+    )
+    for number, (name, keyword, kind, value) in enumerate(wrong, start=3):
+        changed = of_its_own(few, number)
         with disable_value_validation():
             for one in changed:
                 one.add_new(keyword, kind, value)
@@ -177,7 +186,7 @@ def plant_refused(raw: Path, series: list[Dataset], volume: Volume) -> None:
     for one in twin:
         one.PatientID, one.SeriesInstanceUID = f"{MARK}TWIN", f"1.2.7.{NUMBER}"
     write_series(raw / f"{MARK}TWIN", twin)
-    write_zip(raw / f"{MARK}UP.zip", few, inside=f"../../{MARK}")
+    write_zip(raw / f"{MARK}UP.zip", of_its_own(few, 9), inside=f"../../{MARK}")
     (raw / f"{MARK}.zip").write_bytes(b"PK\3\4" + MARK.encode())
     whole = nifti(raw / f"sub-{MARK}HALF" / f"sub-{MARK}HALF_T1w.nii.gz", volume).read_bytes()
     (raw / f"sub-{MARK}HALF" / f"sub-{MARK}HALF_T1w.nii.gz").write_bytes(whole[: len(whole) // 2])
