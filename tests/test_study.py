@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from voxelstem.study import InputSpec, LabelMap, Provenance, Study, Volume
+from voxelstem.study import INPUT_SPECS, InputSpec, LabelMap, Provenance, Study, Volume
 
 PROVENANCE = Provenance(source_format="nifti", sha256="0" * 64, orientation="RAS")
 
@@ -65,3 +65,16 @@ def test_two_studies_do_not_share_their_labels():
 def test_an_input_spec_guards_its_numbers(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         InputSpec(**changes)
+
+
+def test_presets_know_their_names_and_keep_the_window():
+    for name, spec in INPUT_SPECS.items():
+        assert spec.preset == name
+        assert (spec.modality, spec.low_hu, spec.high_hu, spec.block_ijk) == ("CT", -1000.0, 1000.0, (128, 128, 64))
+
+
+def test_a_scan_is_fed_at_the_specs_spacing_or_at_its_own():
+    have = (0.9, 0.9, 5.0)
+    assert INPUT_SPECS["ct-stage1"].grid_spacing_mm(have) == (0.5, 0.5, 1.0)
+    assert INPUT_SPECS["ct-stage2"].grid_spacing_mm(have) == (0.75, 0.75, 1.5)
+    assert INPUT_SPECS["ct-native"].grid_spacing_mm(have) == have

@@ -63,31 +63,41 @@ def test_a_batch_of_noise_replays_and_knows_its_places():
 
 
 class SeesWhatIsMasked(ScanVit):
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
         del masked
-        return super().encode_blocks(blocks, keep=keep)
+        return super().encode_blocks(blocks, keep=keep, **rest)
 
 
 class SeesWhatIsNotKept(ScanVit):
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
-        cls, tokens = super().encode_blocks(blocks, masked=masked)
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        cls, tokens = super().encode_blocks(blocks, masked=masked, **rest)
         return cls, tokens if keep is None else tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 class SortsWhatIsKept(ScanVit):
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
-        return super().encode_blocks(blocks, masked=masked, keep=None if keep is None else keep.sort().values)
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        return super().encode_blocks(blocks, masked=masked, keep=None if keep is None else keep.sort().values, **rest)
 
 
 class KnowsOneSize(ScanVit):
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
-        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep)
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep, **rest)
         return cls, tokens[:, :8]
 
 
 class MixesRows(ScanVit):
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
-        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep)
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep, **rest)
         return cls + cls.mean(dim=0), tokens
 
 
@@ -119,14 +129,17 @@ class HidesState(ScanVit):
         super().__init__(config)
         self.secret = torch.randn(config.block.dim)
 
-    def encode_blocks(self, blocks: Tensor, *, masked: Any = None, keep: Any = None) -> tuple[Tensor, Tensor]:
-        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep)
+    def encode_blocks(
+        self, blocks: Tensor, *, masked: Any = None, keep: Any = None, **rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        cls, tokens = super().encode_blocks(blocks, masked=masked, keep=keep, **rest)
         return cls + self.secret, tokens
 
 
 class IsBlindToPlaces(ScanVit):
-    def look_at_scan(self, cls: Tensor, tokens: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        return cls.sum(dim=1).round() * 0 + self.scan_encoder.prefix[0], super().look_at_scan(cls, tokens, grid)[1]
+    def look_at_scan(self, described: Tensor, grid: tuple[int, int, int], **rest: Any) -> tuple[Tensor, Tensor]:
+        blind = described.sum(dim=1)[:, : self.dim].round() * 0 + self.scan_encoder.prefix[0]
+        return blind, super().look_at_scan(described, grid, **rest)[1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -70,8 +71,12 @@ class Backbone(Protocol):
         *,
         masked: Bool[Tensor, "batch n patch"] | None = None,
         keep: Int[Tensor, "batch n kept"] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tokens:
-        """Both levels. `masked` patches are hidden behind a token, patches outside `keep` never enter."""
+        """Both levels. `masked` patches are hidden behind a token, patches outside `keep` never enter.
+
+        `generator` draws what a backbone changes by chance in training; without it nothing is left to chance.
+        """
         ...
 
     def encode_blocks(
@@ -80,14 +85,19 @@ class Backbone(Protocol):
         *,
         masked: Bool[Tensor, "row patch"] | None = None,
         keep: Int[Tensor, "row kept"] | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
         """First level only: cls and patch tokens of each block."""
         ...
 
     def look_at_scan(
-        self, cls: Float[Tensor, "batch n dim"], tokens: Float[Tensor, "batch n patch dim"], grid: tuple[int, int, int]
+        self,
+        described: Float[Tensor, "batch n 2*dim"],
+        grid: tuple[int, int, int],
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
-        """Second level only: the scan's token and the blocks' tokens."""
+        """Second level only: the scan's token and the blocks' tokens, from concat(cls, mean of patches) of each."""
         ...
 
     def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:

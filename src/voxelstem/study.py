@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int16
@@ -142,6 +144,10 @@ class InputSpec:
     low_hu: float = -1000.0
     high_hu: float = 1000.0
     block_ijk: tuple[int, int, int] = (32, 32, 32)
+    preset: str = ""
+    """The name in `INPUT_SPECS` that these numbers go by, where they go by one."""
+    resampling: Literal["spacing", "native"] = "spacing"
+    """Whether scans are brought to `spacing_mm`, or fed on the grid that they come with."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -155,3 +161,24 @@ class InputSpec:
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
         if min(self.block_ijk) < 1:
             raise ValueError(f"block_ijk must be at least one voxel, got {self.block_ijk}")
+
+    def grid_spacing_mm(self, have_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+        """Spacing at which a scan of `have_mm` is fed to the network."""
+        return have_mm if self.resampling == "native" else self.spacing_mm
+
+
+_SPECTRE = InputSpec(block_ijk=(128, 128, 64))
+
+
+INPUT_SPECS: Mapping[str, InputSpec] = MappingProxyType(
+    {
+        "ct-stage1": replace(_SPECTRE, preset="ct-stage1", spacing_mm=(0.5, 0.5, 1.0)),
+        "ct-stage2": replace(_SPECTRE, preset="ct-stage2", spacing_mm=(0.75, 0.75, 1.5)),
+        "ct-native": replace(_SPECTRE, preset="ct-native", spacing_mm=(0.75, 0.75, 1.5), resampling="native"),
+    }
+)
+"""Every way in circulation to feed SPECTRE (arXiv 2511.17209), all in [-1000, 1000] HU.
+
+`ct-stage1`: its self-supervised stage and the paper's evaluations. `ct-stage2`: its alignment with reports, the last
+thing that the released weights learned. `ct-native`: the default of the package `spectre-fm`, which resamples nothing.
+"""

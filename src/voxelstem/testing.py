@@ -196,11 +196,12 @@ def _check_levels(network: Any, grid: Shape) -> None:
         return
     if tokens.scan is None or tokens.blocks is None:
         raise AssertionError("it says it has a scan level, and gives no scan tokens")
-    scan, rows = network.look_at_scan(tokens.cls, tokens.patches, grid)
+    described = torch.cat([tokens.cls, tokens.patches.mean(dim=2)], dim=-1)
+    scan, rows = network.look_at_scan(described, grid)
     _require(scan.ndim == 2 and len(scan) == 2, "the scan level does not give one vector a scan")  # noqa: PLR2004
     _require(rows.shape == (2, n, scan.shape[1]), "the scan level does not give one vector a block")
     _require(_close(scan, tokens.scan) and _close(rows, tokens.blocks), "encode and look_at_scan disagree")
-    other = network.look_at_scan(tokens.cls.roll(1, 1), tokens.patches.roll(1, 1), grid)[0]
+    other = network.look_at_scan(described.roll(1, 1), grid)[0]
     _require(not torch.equal(other, scan), "the scan level does not see where the blocks lie")
 
 

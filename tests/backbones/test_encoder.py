@@ -97,8 +97,55 @@ def test_heads_that_three_axes_of_pairs_do_not_fill_are_refused(dim: int, heads:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dim": 0}, {"heads": 0}, {"depth": -1}, {"registers": -1}, {"mlp_ratio": 0.0}, {"rope_base": -1.0}]
+    "wrong",
+    [
+        {"dim": 0},
+        {"heads": 0},
+        {"depth": -1},
+        {"registers": -1},
+        {"mlp_ratio": 0.0},
+        {"rope_base": -1.0},
+        {"rope_shift": -0.1},
+        {"rope_jitter": 0.5},
+        {"rope_rescale": 0.9},
+    ],
 )
 def test_sizes_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EncoderConfig(**wrong)
+
+
+def test_intermediates_are_the_normalised_states_and_the_last_is_the_output() -> None:
+    encoder, (x, positions) = make(), tokens()
+    first, last = encoder.intermediates(x, positions, (1, 2))
+    shallow = make(dataclasses.replace(CONFIG, depth=1))
+    shallow.load_state_dict({name: value for name, value in encoder.state_dict().items() if "blocks.1." not in name})
+    for got, wanted in zip((*first, *last), (*shallow(x, positions), *encoder(x, positions)), strict=True):
+        assert torch.equal(got, wanted)
+    assert torch.equal(encoder.intermediates(x, positions, (2, 1))[1][0], first[0])
+
+
+@pytest.mark.parametrize("layers", [(0,), (3,), (1, -1)])
+def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="counted from 1 to 2"):
+        make().intermediates(*tokens(), layers)
+
+
+def test_the_cls_attention_leaves_the_prefix_out() -> None:
+    encoder, (x, positions) = make(), tokens()
+    looks = encoder.cls_attention(x, positions)
+    assert looks.shape == (2, 2, 8)
+    assert (looks > 0).all()
+    assert (looks.sum(dim=-1) < 1).all()
+
+
+def test_positions_move_only_with_a_generator_and_only_where_the_config_says_so() -> None:
+    x, positions = tokens()
+    still, moving = make(), make(dataclasses.replace(CONFIG, rope_rescale=2.0))
+    plain = still(x, positions)[0]
+    assert torch.equal(still(x, positions, generator=torch.Generator())[0], plain)
+    assert torch.equal(moving(x, positions)[0], plain)
+    drawn = [moving(x, positions, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[0], drawn[2], atol=1e-4)
+    assert not torch.allclose(drawn[0], plain, atol=1e-4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from voxelstem.backbones.heads import Projector, ProjectorConfig
+from voxelstem.backbones.heads import AlignHead, Projector, ProjectorConfig
 
 CONFIG = ProjectorConfig(hidden=16, bottleneck=6, prototypes=9)
 
@@ -50,3 +50,22 @@ def test_every_weight_gets_a_gradient(projector: Projector) -> None:
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="must be >= 1"):
         ProjectorConfig(**{name: 0})
+
+
+def test_an_align_head_is_an_mlp_and_a_weight_normalised_layer() -> None:
+    torch.manual_seed(0)
+    head = AlignHead(6, hidden=5, bottleneck=4, out=3).requires_grad_(False)
+    head.gain.copy_(torch.tensor([[1.0], [2.0], [0.5]]))
+    x = torch.randn(7, 6)
+    inside = head.mlp(x)
+    for out in range(3):
+        direction = head.direction[out] / head.direction[out].square().sum().sqrt()
+        torch.testing.assert_close(head(x)[:, out], head.gain[out] * (inside @ direction))
+
+
+def test_an_align_head_has_the_sizes_of_the_released_ones() -> None:
+    with torch.device("meta"):
+        shapes = [tuple(parameter.shape) for parameter in AlignHead(2160).parameters()]
+    assert (512, 1) in shapes
+    assert (512, 256) in shapes
+    assert (2048, 2160) in shapes

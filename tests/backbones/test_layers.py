@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from voxelstem.backbones.layers import Attention, Block, grid_positions, rope_turns, rotate, scaled_linear
+from voxelstem.backbones.layers import (
+    Attention,
+    Block,
+    grid_positions,
+    move_positions,
+    pair_order,
+    rope_turns,
+    rotate,
+    scaled_linear,
+)
 
 BASE = 1000.0
 
@@ -137,3 +146,45 @@ def test_a_block_whose_branches_are_scaled_to_nothing_changes_nothing() -> None:
     block = Block(12, 2, mlp_ratio=4.0, eps=1e-5, layer_scale=0.0)
     x = torch.randn(2, 5, 12)
     assert torch.equal(block(x, rope_turns(random_positions(5), 6, base=BASE)), x)
+
+
+def test_the_pair_order_leads_from_the_half_split_form_to_neighbours() -> None:
+    assert pair_order(12) == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]
+
+
+def test_positions_are_moved_then_stretched_for_each_sample_alone() -> None:
+    positions = random_positions(5)
+    moved = move_positions(
+        positions, 400, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(3)
+    )
+    assert moved.shape == (400, 5, 3)
+    # Of two tokens the difference is stretched only, so what is left tells the draws apart.
+    stretch = (moved[:, 1] - moved[:, 0]) / (positions[:, 1] - positions[:, 0])
+    shift = moved[:, 0] / stretch - positions[:, 0]
+    assert float(shift.abs().max()) <= 0.3 + 1e-4
+    assert float(shift.abs().max()) > 0.28
+    logs = stretch.log() / math.log(2)
+    assert float(logs.abs().max()) <= 1 + math.log(1.5) / math.log(2) + 1e-4
+    common = logs.mean(dim=1)
+    assert 0.45 < float(common.std()) < 0.70  # log-uniform over (-1, 1) has 0.577; jitter adds a little
+    assert float((logs - common[:, None]).abs().max()) > 0.3
+    again = move_positions(
+        positions, 400, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(3)
+    )
+    assert torch.equal(moved, again)
+
+
+def test_positions_stay_where_they_are_without_shift_jitter_and_rescale() -> None:
+    positions = random_positions(5)
+    same = move_positions(positions, 2, shift=0.0, jitter=1.0, rescale=1.0, generator=torch.Generator())
+    assert torch.equal(same, positions.expand(2, -1, -1))
+
+
+def test_the_first_tokens_looks_are_the_shares_that_attention_mixes_by() -> None:
+    attention, turns, x = Attention(24, 2), rope_turns(random_positions(6), 12, base=BASE), torch.randn(2, 6, 24)
+    with torch.no_grad():
+        looks = attention.first_looks(x, turns)
+        assert looks.shape == (2, 2, 6)
+        value = attention.qkv(x)[..., 48:].unflatten(-1, (2, 12))
+        mixed = torch.einsum("bht,bthd->bhd", looks, value).flatten(1)
+        torch.testing.assert_close(attention.proj(mixed), attention(x, turns, torch.ones(24))[:, 0])

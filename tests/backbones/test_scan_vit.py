@@ -154,7 +154,7 @@ def test_without_a_scan_level_there_are_blocks_only() -> None:
     assert tokens.scan is None
     assert tokens.blocks is None
     with pytest.raises(ValueError, match="no scan level"):
-        flat.look_at_scan(tokens.cls, tokens.patches, GRID)
+        flat.look_at_scan(torch.cat([tokens.cls, tokens.patches.mean(dim=2)], dim=-1), GRID)
 
 
 def test_the_same_seed_draws_the_same_network() -> None:
@@ -186,3 +186,33 @@ def test_patches_that_do_not_fill_the_block_are_refused() -> None:
 def test_sizes_below_one_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ScanVitConfig(**wrong)
+
+
+def test_unit_inputs_enter_as_they_are(network: ScanVit) -> None:
+    plain = ScanVit(dataclasses.replace(CONFIG, inputs="unit")).eval().requires_grad_(False)
+    plain.load_state_dict(network.state_dict())
+    blocks = scans().flatten(0, 1)
+    assert torch.equal(plain.encode_blocks(2 * blocks - 1)[1], network.encode_blocks(blocks)[1])
+
+
+def test_intermediates_and_attention_are_those_of_the_first_level(network: ScanVit) -> None:
+    blocks = scans().flatten(0, 1)
+    (last,) = network.intermediates(blocks, (2,))
+    cls, patches = network.encode_blocks(blocks)
+    assert torch.equal(last[0], cls)
+    assert torch.equal(last[1], patches)
+    assert network.cls_attention(blocks).shape == (8, 2, PATCHES)
+
+
+def test_a_generator_moves_the_patches() -> None:
+    moving = dataclasses.replace(CONFIG, block=dataclasses.replace(LEVEL, rope_shift=0.5))
+    torch.manual_seed(0)
+    network = ScanVit(moving)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    plain = network.encode(scans(), GRID)
+    moved = network.encode(scans(), GRID, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(plain.patches, moved.patches, atol=1e-4)
+    assert torch.equal(moved.scan, network.encode(scans(), GRID, generator=torch.Generator().manual_seed(1)).scan)

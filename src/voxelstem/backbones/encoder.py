@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from voxelstem.backbones.layers import Block, rope_turns
+from voxelstem.backbones.layers import Block, move_positions, rope_turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,10 @@ class EncoderConfig:
     rope_base: float = 1000.0
     registers: int = 0
     """Extra tokens that belong to no place (Darcet et al. 2023)."""
+    rope_shift: float = 0.0
+    """The three changes of positions in training, see `layers.move_positions`; at 0, 1 and 1 there are none."""
+    rope_jitter: float = 1.0
+    rope_rescale: float = 1.0
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -41,6 +48,11 @@ class EncoderConfig:
         if not (1 <= self.dim * self.mlp_ratio < math.inf and self.eps > 0 and self.rope_base > 0):
             raise ValueError(
                 f"need mlp_ratio > 0, eps > 0 and rope_base > 0, got {self.mlp_ratio}, {self.eps}, {self.rope_base}"
+            )
+        if not (0 <= self.rope_shift < math.inf and min(self.rope_jitter, self.rope_rescale) >= 1):
+            raise ValueError(
+                f"need rope_shift >= 0, rope_jitter >= 1 and rope_rescale >= 1, got "
+                f"{self.rope_shift}, {self.rope_jitter}, {self.rope_rescale}"
             )
         if self.dim % self.heads or (self.dim // self.heads) % 6:
             raise ValueError(f"dim / heads must be a multiple of 6 for 3D RoPE, got {self.dim} / {self.heads}")
@@ -69,19 +81,89 @@ class Encoder(nn.Module):
         self.apply(init_linear)
 
     def forward(
-        self, x: Float[Tensor, "batch token dim"], positions: Float[Tensor, "#batch token 3"]
+        self,
+        x: Float[Tensor, "batch token dim"],
+        positions: Float[Tensor, "#batch token 3"],
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch token dim"]]:
-        """Return the cls token and the other tokens; `positions` lie in (-1, 1)."""
-        config = self.config
-        count = len(self.prefix)
-        # A prefix token lies nowhere: position 0 turns it by no angle, whatever the others' positions are.
-        everywhere = F.pad(positions, (0, 0, count, 0))
-        turns = rope_turns(everywhere, config.dim // config.heads, base=config.rope_base)
+        """Return the cls token and the other tokens; `positions` lie in (-1, 1).
+
+        With a `generator` the positions of each sample are changed as the config says, which is for training.
+        """
+        if generator is not None and self._moves:
+            positions = self._moved(positions, len(x), generator)
+        for state in self._states(x, positions):
+            x = state
+        return self._split(x)
+
+    def intermediates(
+        self,
+        x: Float[Tensor, "batch token dim"],
+        positions: Float[Tensor, "#batch token 3"],
+        layers: Sequence[int],
+    ) -> list[tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch token dim"]]]:
+        """Normalised cls and tokens after the named blocks, counted from 1; the last equals `forward`.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        depth = len(self.blocks)
+        if not all(1 <= layer <= depth for layer in layers):
+            raise ValueError(f"layers are counted from 1 to {depth}, got {tuple(layers)}")
+        wanted = {
+            layer: self._split(state) for layer, state in enumerate(self._states(x, positions)) if layer in layers
+        }
+        return [wanted[layer] for layer in layers]
+
+    def cls_attention(
+        self, x: Float[Tensor, "batch token dim"], positions: Float[Tensor, "#batch token 3"]
+    ) -> Float[Tensor, "batch head token"]:
+        """How much the cls token looks at each token in the last block; cls and registers take the rest of 1.
+
+        Raises:
+            ValueError: the encoder has no block.
+        """
+        if not self.blocks:
+            raise ValueError("an encoder of depth 0 has no attention")
+        for state in islice(self._states(x, positions), len(self.blocks)):
+            x = state  # as the last block meets it
+        last: Any = self.blocks[-1]
+        return last.attn.first_looks(last.norm1(x), self._turns(positions))[..., len(self.prefix) :]
+
+    def _states(self, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
+        """Prefix and tokens before the first block and after each."""
+        turns = self._turns(positions)
         x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        yield x
         for block in self.blocks:
             x = block(x, turns)
+            yield x
+
+    def _turns(self, positions: Tensor) -> Tensor:
+        # A prefix token lies nowhere: position 0 turns it by no angle, whatever the others' positions are.
+        everywhere = F.pad(positions, (0, 0, len(self.prefix), 0))
+        return rope_turns(everywhere, self.config.dim // self.config.heads, base=self.config.rope_base)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
-        return x[:, 0], x[:, count:]
+        return x[:, 0], x[:, len(self.prefix) :]
+
+    @property
+    def _moves(self) -> bool:
+        config = self.config
+        return (config.rope_shift, config.rope_jitter, config.rope_rescale) != (0.0, 1.0, 1.0)
+
+    def _moved(self, positions: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+        config = self.config
+        return move_positions(
+            positions,
+            rows,
+            shift=config.rope_shift,
+            jitter=config.rope_jitter,
+            rescale=config.rope_rescale,
+            generator=generator,
+        )
 
 
 def init_linear(module: nn.Module) -> None:

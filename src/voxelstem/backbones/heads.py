@@ -1,4 +1,4 @@
-"""Projectors: used by an objective and then thrown away."""
+"""Projectors: an objective compares what they make of embeddings."""
 
 from __future__ import annotations
 
@@ -52,3 +52,31 @@ class Projector(nn.Module):
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows prototype"]:
         """Logits: cosines in [-1, 1], both sides normalised."""
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+
+
+class AlignHead(nn.Module):
+    """Brings scans and reports into one space: an MLP, then a weight-normalised layer (SPECTRE's SigLIP head).
+
+    The last layer is gain * direction / |direction| for each output (Salimans and Kingma 2016), without a bias. Its
+    outputs are not normalised: the loss and the cosine do that.
+    """
+
+    def __init__(self, dim: int, *, hidden: int = 2048, bottleneck: int = 256, out: int = 512) -> None:
+        """`dim` is the embedding's: 2160 for SPECTRE's scans, 1024 for its texts."""
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.gain = nn.Parameter(torch.ones(out, 1))
+        self.direction = nn.Parameter(torch.empty(out, bottleneck))
+        nn.init.trunc_normal_(self.direction, std=0.02)
+        self.mlp.apply(init_linear)
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows out"]:
+        """Project embeddings."""
+        weight = self.gain * self.direction / self.direction.norm(dim=1, keepdim=True)
+        return F.linear(self.mlp(x), weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Complex, Float
@@ -14,6 +15,33 @@ def grid_positions(grid: tuple[int, int, int]) -> Float[Tensor, "cells 3"]:
     """Centres of the cells of a grid, each axis scaled to (-1, 1); C-order, last axis fastest."""
     axes = [(torch.arange(size, dtype=torch.float32) + 0.5) / size * 2 - 1 for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def move_positions(
+    positions: Float[Tensor, "#batch token 3"],
+    rows: int,
+    *,
+    shift: float,
+    jitter: float,
+    rescale: float,
+    generator: torch.Generator,
+) -> Float[Tensor, "rows token 3"]:
+    """Places of the tokens of `rows` samples, each sample's changed by a draw of its own.
+
+    In the order of DINOv3 (Siméoni et al. 2025) and SPECTRE: each axis is moved by uniform(-shift, shift), then
+    stretched by log-uniform [1 / jitter, jitter], then all three together by log-uniform [1 / rescale, rescale].
+    Shift 0, jitter 1 and rescale 1 change nothing.
+    """
+    moved = (2 * torch.rand(rows, 1, 3, generator=generator) - 1) * shift
+    axes = (2 * torch.rand(rows, 1, 3, generator=generator) - 1) * math.log(jitter)
+    whole = (2 * torch.rand(rows, 1, 1, generator=generator) - 1) * math.log(rescale)
+    return (positions + moved.to(positions)) * (axes + whole).exp().to(positions)
+
+
+def pair_order(head_dim: int) -> list[int]:
+    """Where each row of a head stands in the half-split form of RoPE: neighbours (2d, 2d + 1) are its (d, d + half)."""
+    half = head_dim // 2
+    return [row for pair in range(half) for row in (pair, pair + half)]
 
 
 def rope_turns(positions: Float[Tensor, "*rows 3"], head_dim: int, *, base: float) -> Complex[Tensor, "*rows half"]:
@@ -57,11 +85,23 @@ class Attention(nn.Module):
         scale: Float[Tensor, " dim"],
     ) -> Float[Tensor, "batch token dim"]:
         """Every token looks at every token; the result is multiplied by `scale`."""
+        query, key, value = self._project(x, turns)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return scaled_linear(mixed.transpose(1, 2).flatten(2), self.proj, scale)
+
+    def first_looks(
+        self, x: Float[Tensor, "batch token dim"], turns: Complex[Tensor, "#batch token half"]
+    ) -> Float[Tensor, "batch head token"]:
+        """How much the first token looks at each token, in each head; the shares of a head add up to 1."""
+        query, key, _ = self._project(x, turns)
+        scores = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(2)
+        return (scores.float() / math.sqrt(query.shape[-1])).softmax(dim=-1)
+
+    def _project(self, x: Tensor, turns: Tensor) -> Sequence[Tensor]:
+        """Query, key and value, each (batch, head, token, head_dim); the first two turned."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        query, key = rotate(qkv[:2], turns).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, qkv[2])
-        return scaled_linear(mixed.transpose(1, 2).reshape(batch, tokens, dim), self.proj, scale)
+        return *rotate(qkv[:2], turns).unbind(0), qkv[2]
 
 
 def scaled_linear(

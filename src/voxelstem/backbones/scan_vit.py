@@ -7,7 +7,9 @@ embeddings concat(cls, mean of patch tokens). Both are the same `Encoder`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from voxelstem.backbones.encoder import Encoder, EncoderConfig, init_linear
 from voxelstem.backbones.layers import grid_positions
+from voxelstem.backbones.pools import pool
 from voxelstem.protocols import Tokens
 
 
@@ -28,6 +31,9 @@ class ScanVitConfig:
     block_ijk: tuple[int, int, int] = (32, 32, 32)
     block: EncoderConfig = field(default_factory=EncoderConfig)
     scan: EncoderConfig = field(default_factory=lambda: EncoderConfig(depth=2, rope_base=100.0))
+    inputs: Literal["centred", "unit"] = "centred"
+    """Windowed voxels lie in [0, 1]: `unit` takes them so, as SPECTRE's weights want; `centred` moves them to (-1, 1)
+    first, which keeps an untrained embedding's outputs small."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -83,22 +89,25 @@ class ScanVit(nn.Module):
         *,
         masked: Bool[Tensor, "batch n patch"] | None = None,
         keep: Int[Tensor, "batch n kept"] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tokens:
         """Embed the blocks of scans (windowed to [0, 1]; n = grid i * j * k).
 
         `masked` patches are replaced by the mask token (iBOT); with `keep` only those patches enter the
-        network at all, and only those come back (MAE).
+        network at all, and only those come back (MAE). `generator` draws the change of positions in training.
         """
         batch, n = blocks.shape[:2]
         cls, tokens = self.encode_blocks(
             blocks.flatten(0, 1),
             masked=None if masked is None else masked.flatten(0, 1),
             keep=None if keep is None else keep.flatten(0, 1),
+            generator=generator,
         )
         cls, tokens = cls.unflatten(0, (batch, n)), tokens.unflatten(0, (batch, n))
         if not self.has_scan_level:
             return Tokens(cls=cls, patches=tokens)
-        scan, scan_blocks = self.look_at_scan(cls, tokens, grid)
+        described = pool(cls.flatten(0, 1), tokens.flatten(0, 1)).unflatten(0, (batch, n))
+        scan, scan_blocks = self.look_at_scan(described, grid, generator=generator)
         return Tokens(cls=cls, patches=tokens, blocks=scan_blocks, scan=scan)
 
     def encode_blocks(
@@ -107,20 +116,41 @@ class ScanVit(nn.Module):
         *,
         masked: Bool[Tensor, "row patch"] | None = None,
         keep: Int[Tensor, "row kept"] | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
-        """First level: cls and patch tokens of each block by itself; `masked` and `keep` as in `encode`."""
-        patches = patchify(blocks, self.patch_ijk)
-        i, j, k = (size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True))
-        positions = grid_positions((i, j, k)).to(blocks.device)[None]
+        """First level: cls and patch tokens of each block by itself; the other arguments as in `encode`."""
+        patches, positions = self._patches(blocks)
         if keep is not None:
             index = keep[..., None]
             patches = patches.gather(1, index.expand(-1, -1, patches.shape[-1]))
             positions = positions.expand(len(patches), -1, -1).gather(1, index.expand(-1, -1, 3))
-        # Windowed voxels lie in [0, 1]; centred ones keep the embedding's first outputs small.
-        x = self.embed(2 * patches - 1)
+        x = self.embed(patches)
         if masked is not None:
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        return self.block_encoder(x, positions)
+        return self.block_encoder(x, positions, generator=generator)
+
+    def intermediates(
+        self, blocks: Float[Tensor, "row channel i j k"], layers: Sequence[int]
+    ) -> list[tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]]:
+        """Normalised cls and patch tokens after the named layers of the first level, counted from 1, for dense tasks.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        patches, positions = self._patches(blocks)
+        return self.block_encoder.intermediates(self.embed(patches), positions, layers)
+
+    def cls_attention(self, blocks: Float[Tensor, "row channel i j k"]) -> Float[Tensor, "row head patch"]:
+        """How much each block's cls token looks at each of its patches in the last layer."""
+        patches, positions = self._patches(blocks)
+        return self.block_encoder.cls_attention(self.embed(patches), positions)
+
+    def _patches(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches as they enter the network, and where they lie in their block."""
+        patches = patchify(blocks, self.patch_ijk)
+        i, j, k = (size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True))
+        positions = grid_positions((i, j, k)).to(blocks.device)[None]
+        return 2 * patches - 1 if self.config.inputs == "centred" else patches, positions
 
     @property
     def has_scan_level(self) -> bool:
@@ -128,17 +158,21 @@ class ScanVit(nn.Module):
         return self.scan_encoder is not None
 
     def look_at_scan(
-        self, cls: Float[Tensor, "batch n dim"], tokens: Float[Tensor, "batch n patch dim"], grid: tuple[int, int, int]
+        self,
+        described: Float[Tensor, "batch n 2*dim"],
+        grid: tuple[int, int, int],
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
-        """Second level: describe each block by concat(cls, mean of its patches) and let all look at all.
+        """Second level: the blocks, each described by `pools.pool` (concat(cls, mean of patches)), look at each other.
 
         Raises:
             ValueError: the architecture has no scan level.
         """
         if self.scan_encoder is None or self.scan_project is None:
             raise ValueError("this backbone has no scan level: scan.depth is 0")
-        described = torch.cat([cls, tokens.mean(dim=2)], dim=-1)
-        return self.scan_encoder(self.scan_project(described), grid_positions(grid).to(cls.device)[None])
+        positions = grid_positions(grid).to(described.device)[None]
+        return self.scan_encoder(self.scan_project(described), positions, generator=generator)
 
     def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
         """Depth 0 is the patch embedding, then one for each transformer block, the scan level last."""

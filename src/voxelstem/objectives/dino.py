@@ -93,10 +93,12 @@ class Projected(nn.Module):
         self,
         views: Float[Tensor, "row channel i j k"],
         masked: Bool[Tensor, "row patch"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return cls embeddings, cls logits and patch embeddings; each view is one block."""
         hidden = None if masked is None else masked[:, None]
-        tokens = self.backbone.encode(views[:, None], (1, 1, 1), masked=hidden)
+        tokens = self.backbone.encode(views[:, None], (1, 1, 1), masked=hidden, generator=generator)
         return tokens.cls[:, 0], self.cls_head(tokens.cls[:, 0]), tokens.patches[:, 0]
 
 
@@ -137,7 +139,8 @@ class Dino(nn.Module):
         globals_ = batch.views["global"].transpose(0, 1)
         count, samples = globals_.shape[:2]
         flat = globals_.flatten(0, 1)
-        masked = self._draw_mask(flat, batch.seed)
+        generator = torch.Generator().manual_seed(batch.seed)
+        masked = self._draw_mask(flat, generator)
         temperature = schedules.linear(
             progress,
             start=config.teacher_temperature_start,
@@ -150,11 +153,12 @@ class Dino(nn.Module):
             cls_target = centred_softmax(teacher_cls, self.cls_centre, temperature=temperature)
             patch_target = centred_softmax(teacher_patch, self.patch_centre, temperature=temperature)
             self._move_centres(teacher_cls, teacher_patch)
-        cls, cls_logits, patches = self.student(flat, masked)
+        cls, cls_logits, patches = self.student(flat, masked, generator=generator)
         student = [cls_logits.unflatten(0, (count, samples))]
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1)
-            student.append(self.student(local.flatten(0, 1))[1].unflatten(0, local.shape[:2]))
+            logits = self.student(local.flatten(0, 1), generator=generator)[1]
+            student.append(logits.unflatten(0, local.shape[:2]))
         terms = {
             "dino": dino(
                 torch.cat(student),
@@ -171,10 +175,11 @@ class Dino(nn.Module):
         scalars["teacher_entropy"] = float(-(cls_target * (cls_target + 1e-12).log()).sum(-1).mean())
         return StepOutput(loss=loss, scalars=scalars)
 
-    def _draw_mask(self, views: Float[Tensor, "row channel i j k"], seed: int) -> Bool[Tensor, "row patch"]:
+    def _draw_mask(
+        self, views: Float[Tensor, "row channel i j k"], generator: torch.Generator
+    ) -> Bool[Tensor, "row patch"]:
         sizes = zip(views.shape[-3:], self.student.backbone.patch_ijk, strict=True)
         i, j, k = (size // patch for size, patch in sizes)
-        generator = torch.Generator().manual_seed(seed)
         masked = draw_cuboids(len(views), (i, j, k), ratio=self.config.mask_ratio, generator=generator)
         return masked.to(views.device)
 

@@ -123,7 +123,7 @@ class Mae(nn.Module):
         kept, drawn = round(patches * self.config.keep), round(patches * self.config.decode)
         order = torch.rand(rows * n, patches, generator=generator).argsort(dim=1).to(view.device)
         keep, hidden = order[:, :kept], order[:, kept : kept + drawn]
-        tokens = self.backbone.encode(blocks, grid, keep=keep.unflatten(0, (rows, n)))
+        tokens = self.backbone.encode(blocks, grid, keep=keep.unflatten(0, (rows, n)), generator=generator)
         context = tokens.cls if tokens.blocks is None else tokens.blocks
         positions = grid_positions((cells[0], cells[1], cells[2])).to(view.device)
         predicted = self._decode(
