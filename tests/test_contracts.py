@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import ProjectorConfig
+from voxelstem.backbones.i3resnet import I3ResNetConfig
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.config import flatten, overlay, read_toml, to_toml
 from voxelstem.objectives import OBJECTIVES
@@ -30,7 +32,8 @@ SMALL = {
         block_ijk=BLOCK,
         block=EncoderConfig(dim=24, depth=2, heads=2),
         scan=EncoderConfig(dim=24, depth=1, heads=2),
-    )
+    ),
+    "i3resnet": I3ResNetConfig(width=2, depths=(1, 2, 1, 1), block_ijk=(64, 32, 32)),
 }
 """A size of each backbone at which a test takes milliseconds; a new backbone adds its own."""
 
@@ -80,13 +83,14 @@ class TestBackbone:
 
     def test_it_gives_one_vector_a_block_and_one_a_patch(self, name: str):
         backbone = a_backbone(name)
-        tokens = backbone.encode(torch.rand(2, 6, 1, *BLOCK), (1, 2, 3))
-        patches = torch.tensor([size // patch for size, patch in zip(BLOCK, backbone.patch_ijk, strict=True)]).prod()
+        block_ijk = SMALL[name].block_ijk
+        tokens = backbone.encode(torch.rand(2, 6, 1, *block_ijk), (1, 2, 3))
+        patches = math.prod(size // patch for size, patch in zip(block_ijk, backbone.patch_ijk, strict=True))
         assert tokens.cls.shape == (2, 6, backbone.dim)
-        assert tokens.patches.shape == (2, 6, int(patches), backbone.dim)
+        assert tokens.patches.shape == (2, 6, patches, backbone.dim)
 
     def test_the_same_blocks_give_the_same_tokens(self, name: str):
-        backbone, blocks = a_backbone(name).eval(), torch.rand(1, 2, 1, *BLOCK)
+        backbone, blocks = a_backbone(name).eval(), torch.rand(1, 2, 1, *SMALL[name].block_ijk)
         assert torch.equal(backbone.encode(blocks, (1, 1, 2)).cls, backbone.encode(blocks, (1, 1, 2)).cls)
 
     def test_every_parameter_stands_in_one_group_by_depth(self, name: str):

@@ -17,6 +17,7 @@ from voxelstem.metrics import (
     averaged,
     balanced_accuracy,
     bootstrap_interval,
+    effective_rank,
     macro_auroc,
     mean,
     paired_difference,
@@ -183,3 +184,27 @@ def test_a_senseless_level_or_number_of_draws_is_refused(bad: dict[str, float]) 
 
 def test_an_interval_prints_estimate_and_bounds() -> None:
     assert str(Interval(estimate=0.71234, low=0.6, high=0.8, subjects=12)) == "0.712 [0.600, 0.800]"
+
+
+def naive_rank(rows: np.ndarray) -> float:
+    values = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
+    shares = [value / sum(values) for value in values]
+    return float(np.exp(-sum(share * np.log(share) for share in shares if share > 0)))
+
+
+def test_effective_rank_is_the_entropy_of_the_singular_values():
+    rows = np.random.default_rng(0).normal(size=(40, 7)) * [9, 5, 3, 1, 1, 0.1, 0.1]
+    assert effective_rank(rows) == pytest.approx(naive_rank(rows), rel=1e-6)
+
+
+def test_rows_on_a_line_have_rank_one():
+    line = np.linspace(-1, 1, 20)[:, None] * np.array([[1.0, 2.0, -3.0]]) + 5
+    assert effective_rank(line) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_rows_that_fill_space_evenly_have_the_rank_of_the_space():
+    assert effective_rank(np.concatenate([np.eye(6), -np.eye(6)])) == pytest.approx(6.0, rel=1e-6)
+
+
+def test_equal_rows_have_no_direction_and_break_nothing():
+    assert effective_rank(np.ones((5, 3))) == pytest.approx(1.0, abs=1e-3)

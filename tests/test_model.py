@@ -9,11 +9,12 @@ import torch
 
 import voxelstem as vs
 from voxelstem.card import Card, write_weights
-from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.errors import CheckpointError, ConfigError, IngestError
 from voxelstem.model import Model, load, make_model
 from voxelstem.sources import nifti
 from voxelstem.sources.phantom import PhantomConfig, phantom, turn_from_ras
 from voxelstem.study import InputSpec, Provenance, Study, Volume
+from voxelstem.views.tile import cover, split_blocks, tile
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 ARCHITECTURE = {
@@ -65,9 +66,9 @@ def test_the_scan_level_pools_only_where_it_was_trained():
 
 
 def test_without_a_scan_level_a_scan_is_the_mean_of_its_blocks_by_seen_voxels():
-    # 33 layers in 3 blocks of 16: 7 of padding in front and 8 behind.
+    # 33 layers in 3 blocks of 16: 15 of padding behind.
     embedding = model().embed(volume((33, 16, 16)))
-    seen = np.array([9, 16, 8]) / 33
+    seen = np.array([16, 16, 1]) / 33
     assert np.allclose(embedding.scan, (embedding.blocks * seen[:, None]).sum(axis=0), atol=1e-5)
 
 
@@ -110,13 +111,13 @@ def test_a_bright_landmark_changes_the_token_that_lies_at_its_place(spacing: tup
     assert (np.abs(centre_mm - want_mm) <= 16.0 + 1e-6).all()
 
 
-def test_tokens_cover_the_padded_scan_around_its_own_middle():
+def test_tokens_cover_the_scan_from_its_low_corner_on():
     embedding = model().embed(volume((20, 16, 10)), tokens=True)
     affine = embedding.tokens_affine_ras
     assert affine is not None
     assert np.allclose(np.diag(affine), [32, 32, 32, 1])
-    # Axis 0: 32 voxels for 20, so 6 of padding in front; the first patch's centre is at voxel 1.5 - 6.
-    assert affine[:3, 3].tolist() == [-50 + 8 * (1.5 - 6), 20 + 8 * 1.5, 300 + 8 * (1.5 - 3)]
+    # The first patch of 4 voxels has its centre at voxel 1.5.
+    assert affine[:3, 3].tolist() == [-50 + 8 * 1.5, 20 + 8 * 1.5, 300 + 8 * 1.5]
 
 
 def test_however_the_file_s_axes_run_the_embedding_is_the_same(tmp_path: Path):
@@ -215,3 +216,109 @@ def test_scratch_goes_the_same_way_through_the_network() -> None:
     assert scratch.use_scan_level
     assert scratch.card.trained == ()
     assert not model(trained=("block",)).scratch(seed=1).use_scan_level
+
+
+def unit(scan: Volume) -> torch.Tensor:
+    """The window of `SPEC`, spelt out."""
+    return ((torch.from_numpy(scan.array) + 200) / 500).clamp(0, 1)
+
+
+@pytest.mark.parametrize("shape", [(35, 16, 47), (20, 9, 33), (5, 16, 17)])
+def test_like_spectre_is_the_centre_crop_with_every_token_in_the_mean(shape: tuple[int, ...]):
+    scan, both = volume(shape), model(trained=("block", "scan"))
+    embedding = both.embed(scan, like_spectre=True, tokens=True)
+    assert embedding.grid == tuple(max(size // 16, 1) for size in shape)
+    voxels = unit(scan)
+    for axis, size in enumerate(shape, start=1):
+        short = max(16 - size, 0)
+        pad = [0] * 6
+        pad[6 - 2 * axis], pad[7 - 2 * axis] = short // 2, short - short // 2
+        voxels = torch.nn.functional.pad(voxels, pad)
+        whole = voxels.shape[axis] // 16 * 16
+        voxels = voxels.narrow(axis, voxels.shape[axis] // 2 - whole // 2, whole)
+    cls, patches = both.backbone.encode_blocks(split_blocks(voxels, (16, 16, 16)))
+    described = torch.cat([cls, patches.mean(dim=1)], dim=1)
+    whole, rows = both.backbone.look_at_scan(described[None], embedding.grid)
+    assert np.allclose(embedding.blocks, rows[0], atol=1e-5)
+    assert np.allclose(embedding.scan, torch.cat([whole[0], rows[0].mean(dim=0)]), atol=1e-5)
+    kept = [min(size, size // 16 * 16 or size) / size for size in shape]
+    assert embedding.coverage == pytest.approx(np.prod(kept))
+
+
+def test_patches_of_nothing_but_padding_stay_out_of_the_mean():
+    scan, one = volume((16, 16, 6)), model()
+    tiling = cover((16, 16, 6), (16, 16, 16))
+    cls, patches = one.backbone.encode_blocks(tile(unit(scan), tiling, fill=0.0))
+    # Along k patches of 4: one is scan, one is half, two are padding.
+    share = torch.tensor([1.0, 0.5, 0.0, 0.0]).repeat(16)
+    mean = (patches[0] * share[:, None]).sum(dim=0) / share.sum()
+    assert np.allclose(one.embed(scan).scan, torch.cat([cls[0], mean]), atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [("block",), ("block", "scan")])
+def test_a_pool_keeps_cls_or_mean_or_both(trained: tuple[str, ...]):
+    scan, one = volume((20, 16, 16)), model(trained=trained)
+    both, cls, mean = (one.embed(scan, pool=kind).scan for kind in ("cls-mean", "cls", "mean"))
+    assert np.array_equal(both, np.concatenate([cls, mean]))
+    with pytest.raises(ConfigError, match="pool must be one of"):
+        one.embed(scan, pool="max")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_facts_say_what_was_seen_and_how():
+    facts = model().embed(volume((20, 16, 16), spacing=(8.0, 8.0, 8.0))).facts
+    assert facts is not None
+    assert (facts.seen_mm, facts.spacing_mm) == ((160.0, 128.0, 128.0), (8.0, 8.0, 8.0))
+    assert (facts.compute, facts.precision, facts.relative_error, facts.warnings) == ("reference", "fp32", 0.0, ())
+    assert facts.effective_rank == pytest.approx(1.0, abs=1e-6)  # two blocks lie on a line
+    assert facts.hu == "not-judged"  # so few voxels
+    alone = model().embed(volume((16, 16, 16))).facts
+    assert alone is not None
+    assert alone.effective_rank is None
+    half = model().embed(volume((16, 16, 16)), precision="bf16").facts
+    assert half is not None
+    assert half.precision == "bf16"
+    assert 0 < half.relative_error <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "how", "words"),
+    [
+        ((16, 16, 16), (8.0, 8.0, 17.0), {}, ("thick: voxels are 17 mm apart head-foot",)),
+        ((16, 10, 16), (8.0, 8.0, 8.0), {}, ("small: 10 of the 16 voxels of a block front-back",)),
+        ((16, 16, 17), (8.0, 8.0, 8.0), {"like_spectre": True}, ("cut: the centre crop leaves 5.9%",)),
+        ((32, 32, 32), (4.0, 4.0, 4.0), {"spec": replace(SPEC, resampling="native")}, ("spacing: fed at 4 x 4 x 4",)),
+        ((16, 16, 16), (8.1, 8.0, 8.0), {}, ()),
+    ],
+)
+def test_what_the_weights_never_saw_is_warned_of(shape, spacing, how, words: tuple[str, ...]):
+    facts = model().embed(volume(shape, spacing=spacing), **how).facts
+    assert facts is not None
+    assert len(facts.warnings) == len(words)
+    assert all(found.startswith(word) for found, word in zip(facts.warnings, words, strict=True))
+
+
+def test_values_that_are_no_hounsfield_units_are_recorded_and_warned_of():
+    body = phantom(PhantomConfig(seed=1, spacing_mm=(8.0, 8.0, 8.0))).volumes[0]
+    good, shifted = (model().embed(replace(body, array=body.array + by)).facts for by in (0.0, 1024.0))
+    assert good is not None
+    assert shifted is not None
+    assert (good.hu, shifted.hu) == ("fits", "no-rescale")
+    assert shifted.warnings == ("hu: the values are not Hounsfield units (no-rescale)",)
+
+
+def test_a_scan_with_a_hole_of_nan_is_refused():
+    scan = volume((16, 16, 16))
+    scan.array[0, 3, 3, 3] = np.nan
+    with pytest.raises(IngestError) as caught:
+        model().embed(scan)
+    assert caught.value.code == "not-finite"
+
+
+def test_air_is_computed_once_and_counts_as_it_would_alone():
+    scan = volume((48, 16, 16))
+    scan.array[:, 16:] = -1000.0
+    embedding = model().embed(scan)
+    air = volume((16, 16, 16))
+    air.array[:] = -500.0
+    assert np.array_equal(embedding.blocks[1], embedding.blocks[2])
+    assert np.allclose(embedding.blocks[1], model().embed(air).blocks[0], atol=1e-6)

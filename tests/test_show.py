@@ -7,7 +7,8 @@ import pytest
 from nibabel.nifti1 import Nifti1Image
 
 from voxelstem.errors import ConfigError, IngestError
-from voxelstem.show import describe, show
+from voxelstem.report.words import describe
+from voxelstem.show import show
 from voxelstem.store import Refusal, Store, Writer, write
 from voxelstem.study import Acquisition, LabelMap, Provenance, Report, Study, Volume
 

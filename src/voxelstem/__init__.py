@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from voxelstem.errors import VoxelstemError
-    from voxelstem.model import load
     from voxelstem.sources import read
     from voxelstem.store import Store
     from voxelstem.study import InputSpec, LabelMap, Study, Volume
+    from voxelstem.weights.hub import load
 
 __version__ = "0.2.0"
 
@@ -26,7 +26,7 @@ _HOMES = {
     "Study": "voxelstem.study",
     "Volume": "voxelstem.study",
     "VoxelstemError": "voxelstem.errors",
-    "load": "voxelstem.model",
+    "load": "voxelstem.weights.hub",
     "read": "voxelstem.sources",
 }
 

@@ -16,11 +16,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from voxelstem.card import write_weights
+from voxelstem.card import members, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.embed import embed_volume_cached
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
-from voxelstem.model import Model, load
+from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Features, Head, Task
 from voxelstem.store import Record, Store
@@ -29,6 +29,7 @@ from voxelstem.store.subjects import site_key
 from voxelstem.study import InputSpec
 from voxelstem.table import closest
 from voxelstem.tasks import TASKS
+from voxelstem.weights.hub import fetch, load
 
 _log = logging.getLogger(__name__)
 FeaturesOf = Callable[[str], Features]
@@ -109,7 +110,7 @@ def run(
 ) -> Path:
     """Fit a head for `task` on the store's labelled training subjects and write the run folder `out`.
 
-    `weights` is a weights folder, or the word `scratch` together with the setting `like`.
+    `weights` is a weights folder, a known name, or the word `scratch` together with the setting `like`.
     An interrupted run keeps its features and goes on.
 
     Raises:
@@ -383,10 +384,11 @@ def _keep_weights(folder: Path, weights: str | Path, model: Model) -> None:
     if str(weights) == "scratch":
         write_weights(folder, model.backbone.state_dict(), model.card)
         return
-    folder.mkdir()
-    for path in sorted(Path(weights).iterdir()):
-        if path.is_file():
-            try:
-                os.link(path, folder / path.name)
-            except OSError:
-                shutil.copy2(path, folder / path.name)
+    source = fetch(weights)
+    for name in members(source, model.card):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, target)
+        except OSError:
+            shutil.copy2(source / name, target)

@@ -23,11 +23,12 @@ from typing import TypeVar
 import numpy as np
 
 from voxelstem import adapt, evaluate, pretrain, samples
-from voxelstem.embed import embed_volume_cached, write_whole
+from voxelstem.embed import embed_volume_cached
 from voxelstem.engine.journal import read_journal
 from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.ingest import IngestReport, ingest
 from voxelstem.intake import IntakeConfig
+from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
 from voxelstem.progress import Advance, progress

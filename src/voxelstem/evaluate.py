@@ -12,10 +12,10 @@ from typing import Any
 
 from voxelstem import baselines, metrics
 from voxelstem.adapt import Adapted, FeaturesOf, Truth, class_names, draw, embedder, examples_of, read_run, read_truth
-from voxelstem.embed import write_whole
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
-from voxelstem.model import Model, load
+from voxelstem.model import Model
 from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Head, Task
 from voxelstem.report import page
@@ -24,6 +24,7 @@ from voxelstem.store.leakage import common
 from voxelstem.study import InputSpec
 from voxelstem.tasks.classify import Guess, majority
 from voxelstem.tasks.segment import compare, numbered
+from voxelstem.weights.hub import load
 
 INITS = 3
 """How many untrained networks stand for `scratch`."""

@@ -201,6 +201,16 @@ def paired_difference(
     )
 
 
+def effective_rank(rows: Float[np.ndarray, "row dim"]) -> float:
+    """How many directions are really used: exp of the entropy of the normalised singular values.
+
+    Roy and Vetterli 2007. Rows are centred first; 1 means that all rows lie on a line, `dim` that they fill space.
+    """
+    values = np.linalg.svd(rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64), compute_uv=False)
+    share = values / max(float(values.sum()), 1e-12)
+    return float(np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum()))
+
+
 def _resampled(
     statistic: Statistic[Any], sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]
 ) -> Float[np.ndarray, "draw"]:

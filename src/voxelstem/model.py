@@ -5,39 +5,38 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from voxelstem.backbones import BACKBONES
+from voxelstem.backbones.compute import Precision, choose
+from voxelstem.backbones.compute import Way as Named
+from voxelstem.backbones.pools import Pool
 from voxelstem.card import Card, read_card, read_tensors
 from voxelstem.config import overlay
+from voxelstem.embedding import UNJUDGED, Computing, Embedding, Feeding, Underway, judge
 from voxelstem.errors import CheckpointError, ConfigError
-from voxelstem.resampling import grid_affine, grid_coordinates, resampled_count
+from voxelstem.packing import Packer
+from voxelstem.streaming import Scan, lay, of_volume
 from voxelstem.study import InputSpec, Study, Volume
-from voxelstem.views import resample
-from voxelstem.views.intensity import window
-from voxelstem.views.tile import Tiling, seen, stitch_tokens, tile
+
+Only = Literal[Named, "auto"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Embedding:
-    """What a model says of one scan. All float32 on the CPU."""
+class Reference:
+    """The backbone as it is written, in fp32."""
 
-    scan: Float[np.ndarray, " scan_dim"]
-    """concat(cls, mean of block tokens): of the scan-level transformer where it was trained, else of the blocks."""
-    blocks: Float[np.ndarray, "n block_dim"]
-    """One row for each block, in grid order (C-order, k fastest)."""
-    grid: tuple[int, int, int]
-    coverage: float
-    """Share of the scan's voxels that the network saw."""
-    tokens: Float[np.ndarray, "ti tj tk token_dim"] | None = None
-    """One vector for each patch over the padded scan, when asked for."""
-    tokens_affine_ras: Float[np.ndarray, "4 4"] | None = None
-    """Token index (its centre) to millimetres in the patient."""
+    backbone: Any
+    name: str = "reference"
+    precision: str = "fp32"
+    relative_error: float = 0.0
+
+    def encode_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Cls and patch tokens of each block."""
+        return self.backbone.encode_blocks(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,88 +61,95 @@ class Model:
         return dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
 
     @torch.inference_mode()
-    def embed(self, scan: Study | Volume, *, precision: str = "fp32", tokens: bool = False) -> Embedding:
+    def embed(
+        self,
+        scan: Study | Volume | Scan,
+        *,
+        precision: Precision = "fp32",
+        tokens: bool = False,
+        like_spectre: bool = False,
+        spec: InputSpec | None = None,
+        pool: Pool = "cls-mean",
+        computing: Computing | None = None,
+    ) -> Embedding:
         """Embed a whole scan: resample, window, tile, encode. Nothing of the scan is cut away.
+
+        Args:
+            scan: A volume, a study of one, or a `streaming.Scan` that is read as it goes.
+            precision: `fp32` is the reference; `bf16` the fastest way that there is, its error is in the facts.
+            tokens: Keep the patch tokens too.
+            like_spectre: Whole blocks about the middle, as `spectre-fm` takes them; padding is averaged like scan.
+            spec: Feed it in another way than the card says; the facts warn of it.
+            pool: Keep cls, the mean, or both.
+            computing: What `computing` chose before; `precision` is then its own.
 
         Raises:
             ConfigError: wrong modality or precision, or a study of several volumes.
+            IngestError: the scan is refused: `not-finite`, `impossible-spacing`, `too-large`.
         """
-        volume = self._only_volume(scan)
-        if precision not in ("fp32", "bf16"):
+        feeding = Feeding(spec=spec or self.spec, like_spectre=like_spectre, tokens=tokens, pool=pool)
+        computing = computing or self.computing(precision)
+        underway = self.begin(scan, feeding)
+        packer = Packer(computing.encode_blocks, per_pass=self.blocks_per_pass)
+        for start, blocks in underway.blocks():
+            packer.put(underway, start, blocks)
+        packer.flush()
+        return underway.finish(computing)
+
+    def computing(self, precision: Precision = "fp32", *, compile: bool = False, only: Only | None = None) -> Computing:  # noqa: A002
+        """A way through the network: the reference for fp32, unless a faster one is asked for.
+
+        Args:
+            precision: `fp32` or `bf16`.
+            compile: Let torch compile it.
+            only: `auto` for the fastest by measurement on one block, or the name of one; see `backbones.compute`.
+
+        Raises:
+            ConfigError: no such precision or way.
+        """
+        if precision not in get_args(Precision):
             raise ConfigError(f"precision must be fp32 or bf16, got '{precision}'")
-        grid_ras, array = self._at_spacing(volume)
-        tiling = Tiling(shape_ijk=(array.shape[1], array.shape[2], array.shape[3]), block_ijk=self.spec.block_ijk)
-        blocks = tile(window(array, self.spec), tiling, fill=0.0)
-        real = seen(tiling)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            cls, patches = self._encode(blocks)
-        share = real.float().mean(dim=(1, 2, 3))
-        token_map = stitch_tokens(patches, tiling, self.backbone.patch_ijk).numpy() if tokens else None
-        block_rows, scan_row = self._pool(cls, patches, share, tiling.grid)
-        return Embedding(
-            scan=scan_row.numpy(),
-            blocks=block_rows.numpy(),
-            grid=tiling.grid,
-            coverage=float(real.sum()) / float(np.prod(tiling.shape_ijk)),
-            tokens=token_map,
-            tokens_affine_ras=self._tokens_affine(grid_ras, tiling) if tokens else None,
+        if precision == "fp32" and not compile and only in (None, "reference"):
+            return Reference(backbone=self.backbone)
+        return choose(
+            self.backbone, precision=precision, block_ijk=self.spec.block_ijk, compile=compile, only=only or "auto"
         )
 
-    def _only_volume(self, scan: Study | Volume) -> Volume:
+    def begin(self, scan: Study | Volume | Scan, feeding: Feeding, *, hu: str | None = None) -> Underway:
+        """Check a scan and lay it out; its blocks can go through the network together with those of others.
+
+        Args:
+            scan: As for `embed`.
+            feeding: How it is fed.
+            hu: What is known of its values, where a door before has checked them (`Facts.hu`).
+
+        Raises:
+            ConfigError: wrong modality, or a study of several volumes.
+            IngestError: `impossible-spacing` or `too-large`.
+        """
         if isinstance(scan, Study):
             if len(scan.volumes) != 1:
                 raise ConfigError(f"the study has {len(scan.volumes)} volumes", hint="embed each of study.volumes")
             scan = scan.volumes[0]
+        if hu is None:
+            hu = judge(scan) if isinstance(scan, Volume) else UNJUDGED
+        streamed = of_volume(scan) if isinstance(scan, Volume) else scan
+        self._check(streamed)
+        laid = lay(streamed, feeding.spec, like_spectre=feeding.like_spectre)
+        return Underway(streamed, laid, self, feeding, hu=hu)
+
+    def _check(self, scan: Scan) -> None:
         if scan.modality != self.spec.modality:
             raise ConfigError(
                 f"these weights were trained on {self.spec.modality}, the scan is {scan.modality}",
                 hint=f"choose weights for {scan.modality}, or a {self.spec.modality} scan",
             )
         channels = self.backbone.config.channels
-        if scan.array.shape[0] != channels:
+        if scan.channels != channels:
             raise ConfigError(
-                f"these weights take {channels} channel(s), the scan has {scan.array.shape[0]}",
+                f"these weights take {channels} channel(s), the scan has {scan.channels}",
                 hint="embed each channel by itself, or choose other weights",
             )
-        return scan
-
-    def _at_spacing(self, volume: Volume) -> tuple[np.ndarray, Tensor]:
-        """The scan at the spec's spacing and the affine of that grid; both begin at the same low corner."""
-        steps = [want / have for have, want in zip(volume.spacing_mm, self.spec.spacing_mm, strict=True)]
-        coordinates = [
-            grid_coordinates(resampled_count(size, have, want), start=0.0, step=step)
-            for size, have, want, step in zip(
-                volume.shape_ijk, volume.spacing_mm, self.spec.spacing_mm, steps, strict=True
-            )
-        ]
-        step_ijk = (steps[0], steps[1], steps[2])
-        array = torch.from_numpy(np.ascontiguousarray(volume.array, dtype=np.float32))
-        picked = (coordinates[0], coordinates[1], coordinates[2])
-        sampled = resample.sample(array, picked, step_ijk=step_ijk, outside=self.spec.low_hu)
-        return grid_affine(volume.affine_ras, step_ijk), sampled
-
-    def _tokens_affine(self, grid_ras: np.ndarray, tiling: Tiling) -> np.ndarray:
-        affine = grid_ras.copy()
-        for axis, (patch, lead) in enumerate(zip(self.backbone.patch_ijk, tiling.lead_ijk, strict=True)):
-            affine[:3, axis] = grid_ras[:3, axis] * patch
-            affine[:3, 3] += grid_ras[:3, axis] * ((patch - 1) / 2 - lead)
-        return affine
-
-    def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        cls, patches = [], []
-        for part in blocks.split(self.blocks_per_pass):
-            part_cls, part_patches = self.backbone.encode_blocks(part)
-            cls.append(part_cls.float())
-            patches.append(part_patches.float())
-        return torch.cat(cls), torch.cat(patches)
-
-    def _pool(self, cls: Tensor, patches: Tensor, share: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        if self.use_scan_level:
-            whole, rows = self.backbone.look_at_scan(cls[None], patches[None], grid)
-            rows = rows[0].float()
-            return rows, torch.cat([whole[0].float(), rows.mean(dim=0)])
-        rows = torch.cat([cls, patches.mean(dim=1)], dim=1)
-        return rows, (rows * (share / share.sum())[:, None]).sum(dim=0)
 
 
 def make_model(card: Card, *, seed: int) -> Model:
@@ -151,6 +157,10 @@ def make_model(card: Card, *, seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _build(card)
+    return _model(card, backbone)
+
+
+def _model(card: Card, backbone: Any) -> Model:
     use = "scan" in card.trained and backbone.has_scan_level
     return Model(backbone=backbone.eval().requires_grad_(False), card=card, use_scan_level=use)
 
@@ -166,7 +176,9 @@ def load(path: str | Path) -> Model:
     tensors = read_tensors(folder, card)
     # First without memory: a config.json must not make us allocate more than the file beside it holds.
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in _build(card).state_dict().items()}
+        backbone = _build(card)
+    form = backbone.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in form.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -175,9 +187,9 @@ def load(path: str | Path) -> Model:
             f"differ, such as {odd[0]} (wanted {wanted.get(odd[0])}, found {found.get(odd[0])})",
             hint="copy the whole folder again: the two files belong together",
         )
-    model = make_model(card, seed=0)
-    model.backbone.load_state_dict(tensors)
-    return model
+    # The file's tensors become the network's: weights of 1.4 GB are neither drawn nor held twice.
+    backbone.load_state_dict({name: tensor.to(form[name].dtype) for name, tensor in tensors.items()}, assign=True)
+    return _model(card, backbone)
 
 
 def _build(card: Card) -> Any:

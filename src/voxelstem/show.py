@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from voxelstem.config import read_toml
 from voxelstem.errors import ConfigError, IngestError, StoreError
@@ -21,10 +23,8 @@ from voxelstem.store.reader import Store, check_size, file_path
 from voxelstem.store.splits import SPLITS
 
 Facts = dict[str, Any]
-MOST_LINES = 20
 NOT_SCANS = ("unknown-format", "empty")
-KIB = 1024
-VERIFY_UP_TO = 2 * KIB**3
+VERIFY_UP_TO = 2 * 1024**3
 """Bytes; the digests of a larger store, which take minutes, are only compared when asked for."""
 MOST_THREADS = 4
 
@@ -62,6 +62,44 @@ def show(path: Path | str, *, verify: bool = False) -> Facts:
             f"'{path.name}' is nothing that voxelstem knows",
             hint="give a scan, a DICOM folder, a store, a run, a weights folder, a checkpoint or a report",
         ) from error
+
+
+def inside(
+    path: Path | str,
+    *,
+    weights: str,
+    out: Path,
+    at_ijk: tuple[int, int, int] | None = None,
+    at_mm: tuple[float, float, float] | None = None,
+) -> Facts:
+    """Draw what some weights make of a scan into the PNG `out`, and say in numbers how the scan was fed to them.
+
+    Args:
+        path: A scan.
+        weights: A folder, a known name, or hub:owner/name.
+        out: The picture's file; one that is there is replaced.
+        at_ijk: The voxel that all others are compared with, or
+        at_mm: its place in the patient, RAS+. Without either it is the centre of the body.
+
+    Raises:
+        ConfigError: several volumes, another modality than the weights saw, or a place outside the scan.
+        IngestError: the scan is refused; the message says why.
+        CheckpointError: the weights cannot be read.
+        StoreError: the picture cannot be written.
+    """
+    from voxelstem.report.inside import look_inside
+    from voxelstem.weights.hub import load
+
+    study = read(path)
+    if len(study.volumes) != 1:
+        raise ConfigError(f"it holds {len(study.volumes)} volumes", hint="give one of them")
+    found = look_inside(study.volumes[0], load(weights), at_ijk=at_ijk, at_mm=at_mm)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(found.picture.png)
+    except OSError as error:
+        raise StoreError(f"'{out.name}' cannot be written: {error.strerror}", hint="choose another --out") from error
+    return found.facts | {"picture": str(out), "alt": found.picture.alt, "caption": found.picture.caption}
 
 
 def _store(path: Path, *, verify: bool) -> Facts:
@@ -187,7 +225,25 @@ def _adapted(path: Path) -> Facts:
 
 
 def _weights(path: Path) -> Facts:
-    return {"kind": "weights", "bytes": _bytes(path), "card": _json(path / "config.json")}
+    card = _json(path / "config.json")
+    facts: Facts = {"kind": "weights", "bytes": _bytes(path), "parameters": _parameters(path / "model.safetensors")}
+    extras = card.get("extras") if isinstance(card, dict) else None
+    beside = {name: _file_bytes(path / str(name)) for name in extras} if isinstance(extras, dict) else {}
+    return facts | {"beside": beside, "card": card}
+
+
+def _file_bytes(path: Path) -> int | None:
+    """None where the file is missing."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def _parameters(path: Path) -> int | None:
+    """How many numbers a file of tensors holds, by its header; None where that cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
 
 
 def _checkpoint(path: Path) -> Facts:
@@ -236,100 +292,3 @@ def _bytes(path: Path) -> int:
         for entry in (Path(folder) / name for name in names)
         if entry.is_file()
     )
-
-
-def describe(facts: Facts) -> str:
-    """Say in words for a person what `show` found."""
-    told = {"store": _describe_store, "scan": _describe_scan, "run": _describe_run}
-    return "\n".join(told.get(facts["kind"], _describe_tree)(facts))
-
-
-def _describe_store(facts: Facts) -> list[str]:
-    lines = [
-        f"store: {facts['kept']} scans of {facts['subjects']} subjects, {_size(facts['bytes'])}",
-        "subjects by split: " + _pairs(facts["splits"]),
-    ]
-    if facts["acquisitions"] < facts["kept"]:
-        lines.append(f"independent scans: {facts['acquisitions']}; the others are reconstructions or copies of these")
-    if facts["kept"]:
-        lines += [
-            f"modality: {_pairs(facts['modalities'])}; "
-            f"{facts['with_voxel_labels']} with voxel labels, {facts['with_report']} with a report",
-            f"shape: {_range(facts['shape_ijk'])} voxels; spacing: {_range(facts['spacing_mm'])} mm",
-        ]
-    said = {"contrast": "contrasts", "session": "sessions", "format": "formats", "reports": "reports_by_language"}
-    lines += [f"{word}: {_pairs(facts[name])}" for word, name in said.items() if facts[name]]
-    if facts["classes"]:
-        lines.append(f"labels: {_pairs(facts['classes'])}")
-    refused = facts["refused"]
-    if refused:
-        lines.append(f"refused: {len(refused)} ({_pairs(facts['refused_by_code'])})")
-        lines += [f"  {line['source']}  {line['code']}: {line['reason']}" for line in refused[:MOST_LINES]]
-        lines += [f"  … and {len(refused) - MOST_LINES} more (see --json)"] if len(refused) > MOST_LINES else []
-    return lines + _describe_check(facts)
-
-
-def _describe_check(facts: Facts) -> list[str]:
-    damaged = facts["damaged"]
-    how = "every voxel" if facts["checked_by"] == "digest" else "sizes only; --verify compares every voxel"
-    lines = [f"checked: {facts['checked']} files ({how}), {len(damaged)} damaged"]
-    lines += [f"  {file['name'][:16]}: {file['reason']}" for file in damaged[:MOST_LINES]]
-    return lines + ([f"  … and {len(damaged) - MOST_LINES} more (see --json)"] if len(damaged) > MOST_LINES else [])
-
-
-def _describe_scan(facts: Facts) -> list[str]:
-    lines: list[str] = []
-    for volume in facts["volumes"]:
-        shape = " x ".join(map(str, volume["shape_ijk"]))
-        spacing = " x ".join(f"{edge:g}" for edge in volume["spacing_mm"])
-        middle = ", ".join(f"{share} %: {value:g}" for share, value in volume["percentiles"].items())
-        lines += [
-            f"{volume['modality']} scan ({volume['format']}): {shape} voxels of {spacing} mm along R, A, S",
-            f"stored as {volume['orientation']}; {volume['low']:g} to {volume['high']:g} {volume['unit']} ({middle})",
-            *(f"note: {note}" for note in volume["notes"]),
-        ]
-    return lines
-
-
-def _describe_run(facts: Facts) -> list[str]:
-    state = "finished" if facts["finished"] else "not finished"
-    of = f" of {facts['steps']}" if facts["steps"] else ""
-    last = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in facts["last"].items()}
-    return [
-        f"run {facts['recipe']}: step {facts['step']}{of}, {state}, {_size(facts['bytes'])}".replace("run :", "run:"),
-        f"last line of the journal: {_pairs(last) or 'none'}",
-        f"checkpoints: {', '.join(facts['checkpoints']) or 'none'}",
-    ]
-
-
-def _describe_tree(facts: Facts) -> list[str]:
-    """Anything else: its names and values, one a line, deeper ones further in."""
-    lines = [str(facts["kind"])]
-
-    def tell(content: Mapping[str, Any], depth: int) -> None:
-        for name, value in content.items():
-            if isinstance(value, Mapping) and value:
-                lines.append(f"{'  ' * depth}{name}:")
-                tell(value, depth + 1)
-            else:
-                told = _size(int(str(value))) if name == "bytes" else value
-                lines.append(f"{'  ' * depth}{name}: {told}")
-
-    tell({name: value for name, value in facts.items() if name != "kind"}, 1)
-    return lines
-
-
-def _pairs(counts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-def _range(span: Mapping[str, list[float]]) -> str:
-    least, most = (" x ".join(f"{edge:g}" for edge in span[end]) for end in ("least", "most"))
-    return least if least == most else f"{least} to {most}"
-
-
-def _size(count: int) -> str:
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= KIB and len(units) > 1:
-        size, units = size / KIB, units[1:]
-    return f"{size:.3g} {units[0]}" if size < KIB else f"{size:.0f} {units[0]}"

@@ -2,39 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from voxelstem.engine.monitor import ProbeSet, draw_probe_set, effective_rank, probe_patches, token_rank
+from voxelstem.engine.monitor import ProbeSet, draw_probe_set, probe_patches, token_rank
 from voxelstem.store import Store
 from voxelstem.study import InputSpec
 
 SPEC = InputSpec(spacing_mm=(6.0, 6.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(8, 8, 8))
-
-
-def naive_rank(rows: np.ndarray) -> float:
-    values = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False)
-    shares = [value / sum(values) for value in values]
-    return float(np.exp(-sum(share * np.log(share) for share in shares if share > 0)))
-
-
-def test_effective_rank_is_the_entropy_of_the_singular_values():
-    rows = np.random.default_rng(0).normal(size=(40, 7)) * [9, 5, 3, 1, 1, 0.1, 0.1]
-    assert effective_rank(torch.from_numpy(rows)) == pytest.approx(naive_rank(rows), rel=1e-6)
-
-
-def test_rows_on_a_line_have_rank_one():
-    line = torch.linspace(-1, 1, 20)[:, None] * torch.tensor([[1.0, 2.0, -3.0]]) + 5
-    assert effective_rank(line) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_rows_that_fill_space_evenly_have_the_rank_of_the_space():
-    assert effective_rank(torch.cat([torch.eye(6), -torch.eye(6)])) == pytest.approx(6.0, rel=1e-6)
-
-
-def test_equal_rows_have_no_direction_and_break_nothing():
-    assert effective_rank(torch.ones(5, 3)) == pytest.approx(1.0, abs=1e-3)
 
 
 def probe_set(store: Store, seed: int = 0, blocks: int = 12) -> ProbeSet:

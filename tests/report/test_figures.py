@@ -86,10 +86,10 @@ def test_pictures_of_the_same_things_are_the_same_bytes() -> None:
 
 
 def test_tokens_colour_the_body_and_leave_air_black() -> None:
-    colours = figures._rgb(tokens(), scan())
-    assert colours.shape == (40, 30, 16, 3)
+    colours = figures.show_tokens(*figures.body_colours(tokens(), scan()), "axial", 8)
+    assert colours.shape == (30, 40, 3)
     assert colours[0, 0].max() == 0
-    inside = colours[10:30, 10:20]
+    inside = colours[10:20, 10:30]
     assert inside.std() > 0.1
     assert inside.min() >= 0
     assert inside.max() <= 1

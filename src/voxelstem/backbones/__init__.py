@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from voxelstem.table import Table
 
-BACKBONES = Table("backbone", {"scan_vit": "voxelstem.backbones.scan_vit:ScanVit"})
+BACKBONES = Table(
+    "backbone",
+    {
+        "scan_vit": "voxelstem.backbones.scan_vit:ScanVit",
+        "i3resnet": "voxelstem.backbones.i3resnet:I3ResNet",
+    },
+)

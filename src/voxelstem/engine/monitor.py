@@ -9,21 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voxelstem.metrics import effective_rank
 from voxelstem.protocols import Backbone
 from voxelstem.store.reader import Record, Store
 from voxelstem.study import InputSpec
 from voxelstem.views.crop import ViewKind, apply_view, covering_crop, draw_views
 from voxelstem.views.intensity import window
-
-
-def effective_rank(embedding: Float[Tensor, "row dim"]) -> float:
-    """How many directions are really used: exp of the entropy of the normalised singular values.
-
-    Roy and Vetterli 2007. Rows are centred first; 1 means that all rows lie on a line, `dim` that they fill space.
-    """
-    values = torch.linalg.svdvals((embedding - embedding.mean(dim=0)).double())
-    share = values / values.sum().clamp_min(1e-12)
-    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +72,7 @@ def draw_probe_set(
 @torch.no_grad()
 def token_rank(backbone: Backbone, blocks: Float[Tensor, "n channel i j k"]) -> float:
     """Effective rank of the patch tokens of some fixed blocks."""
-    return effective_rank(_tokens(backbone, blocks).flatten(0, 1)[:2048])
+    return effective_rank(_tokens(backbone, blocks).flatten(0, 1)[:2048].numpy())
 
 
 @torch.no_grad()

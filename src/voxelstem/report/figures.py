@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -40,8 +40,25 @@ class Picture:
 
 def show_slice(array: Shaped[np.ndarray, "i j k *colour"], plane: Plane, index: int) -> np.ndarray:
     """Cut a slice out of a RAS+ array and turn it for the eye: rows run down, columns to the patient's left."""
-    cut = array[:, :, index] if plane == "axial" else array[:, index]
-    return np.swapaxes(cut, 0, 1)[::-1, ::-1]
+    return _turn(array[:, :, index] if plane == "axial" else array[:, index])
+
+
+def show_scan(volume: Volume, plane: Plane, index: int, *, low: float, high: float) -> Float[np.ndarray, "down across"]:
+    """A slice of the first channel as grey values in [0, 1]; scans without a unit use their own range instead."""
+    array = volume.array[0]
+    if volume.modality != "CT":
+        low, high = (float(bound) for bound in np.quantile(array[::4, ::4, ::2], [0.01, 0.99]))
+    return np.clip((show_slice(array, plane, index) - low) / max(high - low, 1e-6), 0, 1)
+
+
+def show_tokens(
+    values: Shaped[np.ndarray, "ti tj tk *colour"], grid: cells.CellGrid, plane: Plane, index: int
+) -> np.ndarray:
+    """A slice of the scan in which every voxel has the value of its token."""
+    in_i, in_j, in_k = grid.members()
+    if plane == "axial":
+        return _turn(values[:, :, in_k[index]][np.ix_(in_i, in_j)])
+    return _turn(values[:, in_j[index]][np.ix_(in_i, in_k)])
 
 
 def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
@@ -55,7 +72,7 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
     }
     shown = {title: lines for title, lines in panels.items() if lines}
     rows = -(-len(shown) // 2)
-    figure = _figure(8.0, 2.4 * max(rows, 1))
+    figure = blank(8.0, 2.4 * max(rows, 1))
     for place, (title, lines) in enumerate(shown.items(), start=1):
         axes = figure.add_subplot(rows, min(len(shown), 2), place)
         _plain_axes(axes, title, "step")
@@ -68,7 +85,7 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
             axes.legend(fontsize=7, frameon=False)
     first_last = [f"{line} {_ends(records, line)}" for lines in shown.values() for line in lines]
     return Picture(
-        png=_png(figure),
+        png=to_png(figure),
         alt="Curves over training steps: " + "; ".join(first_last),
         caption="A falling loss alone proves nothing. A rank or entropy that drops towards its floor means collapse; "
         "the probe, which never trains the network, shows whether the tokens became more useful.",
@@ -78,21 +95,19 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
 def token_pca(volume: Volume, named: Mapping[str, Features], *, low: float, high: float) -> Picture:
     """The three main directions of each model's patch tokens as red, green and blue, beside the scan."""
     planes: tuple[Plane, ...] = ("axial", "coronal")
-    figure = _figure(2.7 * (1 + len(named)), 5.4)
-    grey = _grey(volume, low, high)
+    figure = blank(2.7 * (1 + len(named)), 5.4)
+    grey = {plane: show_scan(volume, plane, _middle(volume, plane), low=low, high=high) for plane in planes}
     for row, plane in enumerate(planes):
-        index = _middle(volume, plane)
         axes = figure.add_subplot(2, 1 + len(named), row * (1 + len(named)) + 1)
-        _slice_axes(axes, show_slice(grey, plane, index), volume, plane, title="scan" if row == 0 else "")
+        slice_axes(axes, grey[plane], volume, plane, title="scan" if row == 0 else "")
     for column, (name, features) in enumerate(named.items(), start=2):
-        colours = _rgb(features, volume)
+        colours, grid = body_colours(features, volume)
         for row, plane in enumerate(planes):
-            index = _middle(volume, plane)
-            picture = 0.25 * show_slice(grey, plane, index)[..., None] + 0.75 * show_slice(colours, plane, index)
+            picture = 0.25 * grey[plane][..., None] + 0.75 * show_tokens(colours, grid, plane, _middle(volume, plane))
             axes = figure.add_subplot(2, 1 + len(named), row * (1 + len(named)) + column)
-            _slice_axes(axes, picture, volume, plane, title=name if row == 0 else "")
+            slice_axes(axes, picture, volume, plane, title=name if row == 0 else "")
     return Picture(
-        png=_png(figure),
+        png=to_png(figure),
         alt=f"Axial and coronal slice of a {volume.modality} scan beside its patch tokens in colour, for "
         + ", ".join(named),
         caption="Equal colours mean similar tokens (first three principal components of this scan's body). "
@@ -117,7 +132,7 @@ def neighbours(
     embeddings = embeddings - embeddings.mean(axis=0)
     unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     count = min(count, len(volumes) - 1)
-    figure = _figure(2.3 * (1 + count), 2.6 * len(queries))
+    figure = blank(2.3 * (1 + count), 2.6 * len(queries))
     told: list[str] = []
     for row, query in enumerate(queries):
         cosines = unit @ unit[query]
@@ -126,11 +141,11 @@ def neighbours(
         for column, scan in enumerate([query, *ranked]):
             axes = figure.add_subplot(len(queries), 1 + count, row * (1 + count) + column + 1)
             middle = _middle(volumes[scan], "coronal")
-            image = show_slice(_grey(volumes[scan], low, high), "coronal", middle)
+            image = show_scan(volumes[scan], "coronal", middle, low=low, high=high)
             title = f"query: {captions[scan]}" if column == 0 else f"{captions[scan]}\ncosine {cosines[scan]:.2f}"
-            _slice_axes(axes, image, volumes[scan], "coronal", title=title)
+            slice_axes(axes, image, volumes[scan], "coronal", title=title)
     return Picture(
-        png=_png(figure),
+        png=to_png(figure),
         alt="Nearest scans by embedding. " + "; ".join(told),
         caption="Left the query, then its nearest scans by cosine similarity of the whole-scan embedding, "
         "after the mean over these scans was taken off.",
@@ -143,20 +158,20 @@ def segmentation(
     """Truth and prediction over the scan, where most is labelled, with the Dice of every organ."""
     names = sorted(set(truth.classes.values()) | set(predicted.classes.values()))
     colours = {name: colormaps["tab20"](index % 20)[:3] for index, name in enumerate(names)}
-    grey = _grey(volume, low, high)
-    figure = _figure(8.0, 5.6)
+    figure = blank(8.0, 5.6)
     planes: tuple[Plane, ...] = ("axial", "coronal")
     for row, plane in enumerate(planes):
         filled = (truth.array > 0).sum(axis=(0, 1) if plane == "axial" else (0, 2))
         index = int(filled.argmax())
+        grey = show_scan(volume, plane, index, low=low, high=high)
         for column, (title, labels) in enumerate((("truth", truth), ("prediction", predicted)), start=1):
-            picture = np.repeat(show_slice(grey, plane, index)[..., None], 3, axis=2)
+            picture = np.repeat(grey[..., None], 3, axis=2)
             cut = show_slice(labels.array, plane, index)
             for value, name in labels.classes.items():
                 here = cut == value
                 picture[here] = 0.45 * picture[here] + 0.55 * np.array(colours[name])
             axes = figure.add_subplot(2, 3, row * 3 + column)
-            _slice_axes(axes, picture, volume, plane, title=title if row == 0 else "")
+            slice_axes(axes, picture, volume, plane, title=title if row == 0 else "")
     side = figure.add_subplot(1, 3, 3)
     side.axis("off")
     patches = [
@@ -168,7 +183,7 @@ def segmentation(
     )
     told = ", ".join(f"{name} {value:.2f}" for name, value in sorted(dice.items()))
     return Picture(
-        png=_png(figure),
+        png=to_png(figure),
         alt=f"Organ labels over a scan, truth beside prediction. Dice: {told or 'none'}",
         caption="Truth beside prediction on a held-out scan, on the scan's own grid; – where the scan does not hold "
         "the organ.",
@@ -180,7 +195,7 @@ def comparison(scores: Sequence[Score], metric: str) -> Picture:
     chosen = [score for score in scores if score.metric == metric]
     names = list(dict.fromkeys(score.name for score in chosen))
     groups = list(dict.fromkeys(score.labelled for score in chosen))
-    figure = _figure(7.0, 0.7 + 0.27 * len(chosen) + 0.25 * len(groups))
+    figure = blank(7.0, 0.7 + 0.27 * len(chosen) + 0.25 * len(groups))
     axes = figure.add_subplot(1, 1, 1)
     _plain_axes(axes, "", metric.replace("_", " "))
     height, ticks, labels = 0.0, [], []
@@ -200,24 +215,24 @@ def comparison(scores: Sequence[Score], metric: str) -> Picture:
     axes.grid(visible=True, axis="x", color=GRID, lw=0.6)
     told = "; ".join(f"{score.name} with {score.labelled} labelled: {score.value}" for score in chosen)
     return Picture(
-        png=_png(figure),
+        png=to_png(figure),
         alt=f"{metric}: {told}",
         caption="Dots are figures on held-out subjects, bars their 95 % intervals over subjects. Whether one "
         "contestant beats another is read from the paired differences in the table, not from overlapping bars.",
     )
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure's bytes, without the program's version in them, so that equal pictures are equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # no version, so that equal pictures are equal bytes
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -229,7 +244,7 @@ def _plain_axes(axes: Any, title: str, below: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _slice_axes(axes: Any, image: np.ndarray, volume: Volume, plane: Plane, *, title: str) -> None:
+def slice_axes(axes: Any, image: np.ndarray, volume: Volume, plane: Plane, *, title: str) -> None:
     """Show a slice in millimetres with the letters of the patient's sides."""
     across, up = volume.spacing_mm[0], volume.spacing_mm[1 if plane == "axial" else 2]
     axes.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1, aspect=up / across, interpolation="nearest")
@@ -241,26 +256,28 @@ def _slice_axes(axes: Any, image: np.ndarray, volume: Volume, plane: Plane, *, t
         axes.text(x, y, letter, color="#ffd84d", fontweight="bold", path_effects=rim, **where)
 
 
-def _grey(volume: Volume, low: float, high: float) -> Float[np.ndarray, "i j k"]:
-    """First channel as grey values; scans without a unit use their own range instead of the window."""
-    array = volume.array[0]
-    if volume.modality != "CT":
-        low, high = (float(bound) for bound in np.quantile(array[::4, ::4, ::2], [0.01, 0.99]))
-    return np.clip((array - low) / max(high - low, 1e-6), 0, 1)
+def _turn(cut: np.ndarray) -> np.ndarray:
+    """Let rows run down and columns to the patient's left."""
+    return np.swapaxes(cut, 0, 1)[::-1, ::-1]
 
 
 def _middle(volume: Volume, plane: Plane) -> int:
     return volume.shape_ijk[2 if plane == "axial" else 1] // 2
 
 
-def _rgb(features: Features, volume: Volume) -> Float[np.ndarray, "i j k 3"]:
-    """Colour every voxel by its token's first three principal components; air stays black."""
+def body_colours(features: Features, volume: Volume) -> tuple[Float[np.ndarray, "ti tj tk 3"], cells.CellGrid]:
+    """Colour every token by its first three principal components within the body; air is black.
+
+    Also gives the grid that says which voxel lies in which token.
+
+    Raises:
+        ValueError: there are no tokens.
+    """
     if features.tokens is None or features.tokens_affine_ras is None:
         raise ValueError("the picture of tokens needs tokens")
     size = features.tokens.shape
     grid = cells.lay(volume.affine_ras, volume.shape_ijk, features.tokens_affine_ras, (size[0], size[1], size[2]))
-    solid = (volume.array[0] > (-500.0 if volume.modality == "CT" else float(volume.array[0].mean()))).astype(np.int64)
-    counts = cells.tally(solid, grid, 2)
+    counts = cells.tally(solid(volume).astype(np.int8), grid, 2)
     body = counts[..., 1] > 0.3 * np.maximum(counts.sum(axis=3), 1.0)
     body = body if body.sum() > 3 else np.ones_like(body)  # noqa: PLR2004 - three directions need a few tokens
     rows = features.tokens[body].astype(np.float64)
@@ -272,7 +289,12 @@ def _rgb(features: Features, volume: Volume) -> Float[np.ndarray, "i j k 3"]:
     low, high = np.quantile(places, [0.02, 0.98], axis=0)
     colours = np.zeros((*size[:3], 3), dtype=np.float32)
     colours[body, : len(directions)] = np.clip((places - low) / np.maximum(high - low, 1e-9), 0, 1)
-    return colours[np.ix_(*grid.members())]
+    return colours, grid
+
+
+def solid(volume: Volume) -> Bool[np.ndarray, "i j k"]:
+    """True in the body: denser than lung in CT, brighter than the mean in anything else."""
+    return volume.array[0] > (-500.0 if volume.modality == "CT" else float(volume.array[0].mean()))
 
 
 def _ends(records: Sequence[Mapping[str, float]], name: str) -> str:

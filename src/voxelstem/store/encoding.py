@@ -111,13 +111,11 @@ def prepare(volume: Volume) -> Prepared:
         IngestError: a value is not finite (code `not-finite`).
     """
     stored, slope, intercept, note = quantise(volume.array)
-    affine = np.round(volume.affine_ras.astype(np.float64), 4) + 0.0  # + 0.0 turns -0.0 into 0.0
     voxels = digest(stored, slope, intercept)
-    header = {"voxels": voxels, "affine": affine.tolist(), "modality": volume.modality, "dtype": "int16"}
     start, size = body_box(volume)
     notes = volume.provenance.notes + ((note,) if note else ())
     facts = Encoded(
-        key=hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest(),
+        key=_key(voxels, volume),
         voxels=voxels,
         frame=b"",
         modality=volume.modality,
@@ -135,6 +133,22 @@ def prepare(volume: Volume) -> Prepared:
         thumbnail=thumbnail(volume.array, volume.affine_ras, volume.modality),
     )
     return Prepared(facts=facts, stored=stored)
+
+
+def content_key(volume: Volume) -> str:
+    """The key that the volume has, or would have, in a store.
+
+    Raises:
+        IngestError: a value is not finite (code `not-finite`).
+    """
+    stored, slope, intercept, _ = quantise(volume.array)
+    return _key(digest(stored, slope, intercept), volume)
+
+
+def _key(voxels: str, volume: Volume) -> str:
+    affine = np.round(volume.affine_ras.astype(np.float64), 4) + 0.0  # + 0.0 turns -0.0 into 0.0
+    header = {"voxels": voxels, "affine": affine.tolist(), "modality": volume.modality, "dtype": "int16"}
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def quantise(

@@ -1,0 +1,126 @@
+"""Commands that train and judge: the whole journey at once, or pretrain, adapt and evaluate by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from voxelstem.config import overlay, parse_assignments, read_toml
+from voxelstem.terminal import DONE, answer
+
+
+def demo(*, out: Path = Path("demo"), quick: bool = False, data: Path | None = None) -> int:
+    """Run the whole journey: scans to store, pretrained model, adapted model and a report.
+
+    For example:
+
+        voxelstem demo --out demo --quick
+
+    Args:
+        out: Folder that receives everything the demo makes.
+        quick: Take two minutes instead of ten, for a first look.
+        data: Folder of real scans to use instead of fetching some.
+    """
+    from voxelstem import demo as verb
+
+    page = verb.run(out, quick=quick, data=data)
+    answer({"report": str(page)}, str(page), as_json=False)
+    return DONE
+
+
+def pretrain(
+    recipe: str,
+    /,
+    *settings: str,
+    store: Path,
+    out: Path,
+    config: Path | None = None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> int:
+    """Train a backbone on the scans of a store, without labels. Started again, it resumes; when finished, it stays.
+
+    For example:
+
+        voxelstem pretrain tiny --store store --out runs/first steps=200
+
+    Args:
+        recipe: Name of a complete config, such as `tiny`.
+        settings: Differences from the recipe, such as `optim.lr=0.001`; they win over --config.
+        store: Folder of the store.
+        out: Folder of the run.
+        config: TOML file with differences from the recipe.
+        dry_run: Say what would run and what it would cost, but train nothing.
+        json: Answer in JSON.
+    """
+    from voxelstem import pretrain as verb
+    from voxelstem import recipes
+
+    changes = (read_toml(config) if config else {}) | parse_assignments(settings)
+    resolved = overlay(recipes.named(recipe), changes)
+    if dry_run:
+        cost = verb.estimate(resolved, store=store)
+        answer(cost, "\n".join(f"{name}: {value}" for name, value in cost.items()), as_json=json)
+        return DONE
+    verb.run(resolved, store=store, out=out)
+    answer({"weights": str(out / "weights")}, str(out / "weights"), as_json=json)
+    return DONE
+
+
+def adapt(
+    *settings: str,
+    weights: str,
+    store: Path,
+    labels: Path,
+    task: str,
+    mode: str,
+    out: Path,
+    budget: int | None = None,
+) -> int:
+    """Fit a head on few labels over frozen weights.
+
+    For example:
+
+        voxelstem adapt --weights weights --store store --labels labels.csv --task classify --mode knn --out runs/knn
+
+    The same on that network untrained: `voxelstem adapt like=weights --weights scratch`, and the rest as above.
+
+    Args:
+        settings: Differences from the task's own settings, such as `seed=1`.
+        weights: Weights folder, or `scratch` for an untrained network; then `like=WEIGHTS` says of which kind.
+        store: Folder of the store.
+        labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes.
+        task: What to learn, such as `classify` or `segment`.
+        mode: How freely, such as `knn` or `probe`.
+        out: Folder of the run.
+        budget: Labelled subjects to learn from; all training subjects when left out.
+    """
+    from voxelstem import adapt as verb
+
+    changes = parse_assignments(settings)
+    done = verb.run(
+        weights=weights, store=store, labels=labels, task=task, mode=mode, out=out, budget=budget, settings=changes
+    )
+    answer({"run": str(done)}, str(done), as_json=False)
+    return DONE
+
+
+def evaluate(runs: list[Path], /, *, store: Path, labels: Path, out: Path, json: bool = False) -> int:
+    """Score adapted runs on held-out subjects, with intervals and beside honest baselines.
+
+    For example:
+
+        voxelstem evaluate runs/probe --store store --labels labels.csv --out report
+
+    Args:
+        runs: Folders of adapted runs.
+        store: Folder of the store.
+        labels: The file that `adapt` was given, or one of the same form.
+        out: Folder of the report.
+        json: Answer in JSON.
+    """
+    from voxelstem import evaluate as verb
+
+    found = verb.run(runs, store=store, labels=labels, out=out)
+    page = str(out / "index.html")
+    answer(found.facts() | {"report": page}, page, as_json=json)
+    return DONE

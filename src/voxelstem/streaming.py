@@ -1,0 +1,294 @@
+"""A scan on its way to the network, a column of blocks at a time: resampled, windowed and tiled in bounded memory.
+
+Resampling is separable, so the blocks at one place along i need only the input rows below them: the whole scan never
+exists in floats at the network's spacing. At 0.5 x 0.5 x 1 mm that would be 800 MB for a chest.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from voxelstem.errors import ConfigError, IngestError
+from voxelstem.resampling import grid_affine, grid_coordinates, resampled_count, steps_ijk, weights
+from voxelstem.store import Store
+from voxelstem.study import INPUT_SPECS, InputSpec, Volume
+from voxelstem.views.intensity import window
+from voxelstem.views.tile import Tiling, centre_crop, cover
+
+Triple = tuple[int, int, int]
+Item = TypeVar("Item")
+ROWS = 32
+"""Output planes made by one multiplication: the matrices of resampling are banded, and few rows see few columns."""
+MOST_BLOCKS = 1 << 14
+"""A whole body at 0.5 mm has 11,000 blocks of 128 x 128 x 64."""
+LEAST_MM, MOST_MM, LONGEST_MM = 0.005, 200.0, 20_000.0
+"""Edges of voxels that some scanner makes, and the length of a scan that no header is believed beyond."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scan:
+    """Voxels that are read a slab at a time, from memory or from a store."""
+
+    shape_ijk: Triple
+    affine_ras: Float[np.ndarray, "4 4"]
+    spacing_mm: tuple[float, float, float]
+    modality: str
+    channels: int
+    slab: Callable[[int, int], Float[np.ndarray, "channel row j k"]]
+    """The rows from one index along i to another, in HU or intensity."""
+
+
+def of_volume(volume: Volume) -> Scan:
+    """Stream a volume that is in memory; its voxels are not copied."""
+    return Scan(
+        shape_ijk=volume.shape_ijk,
+        affine_ras=volume.affine_ras,
+        spacing_mm=volume.spacing_mm,
+        modality=volume.modality,
+        channels=volume.array.shape[0],
+        slab=lambda low, high: volume.array[:, low:high],
+    )
+
+
+def of_store(store: Store, key: str) -> Scan:
+    """Stream a volume of a store: a slab decodes only the store's blocks that it touches.
+
+    Raises:
+        StoreError: no such volume; and while it is read, if its file is missing or damaged.
+    """
+    record = store.record(key)
+    _, j, k = record.shape_ijk
+    return Scan(
+        shape_ijk=record.shape_ijk,
+        affine_ras=record.affine_ras,
+        spacing_mm=record.spacing_mm,
+        modality=record.modality,
+        channels=record.channels,
+        slab=lambda low, high: store.crop(key, (low, 0, 0), (high - low, j, k)),
+    )
+
+
+def with_spacing(spec: InputSpec, spacing: str | tuple[float, float, float] | None) -> InputSpec:
+    """The spec with another spacing: a name in `study.INPUT_SPECS`, `native`, or millimetres along R, A and S.
+
+    Raises:
+        ConfigError: no such name, or no lengths.
+    """
+    if spacing is None:
+        return spec
+    if spacing == "native":
+        return replace(spec, preset="", resampling="native")
+    if isinstance(spacing, str):
+        known = {name: other for name, other in INPUT_SPECS.items() if other.modality == spec.modality}
+        if spacing not in known:
+            raise ConfigError(
+                f"there is no spacing '{spacing}' for {spec.modality}",
+                hint=f"say one of {', '.join([*known, 'native'])}, or three lengths in mm",
+            )
+        wanted = known[spacing]
+        return replace(spec, preset=spacing, spacing_mm=wanted.spacing_mm, resampling=wanted.resampling)
+    if len(spacing) != 3 or not all(LEAST_MM <= edge <= MOST_MM for edge in spacing):  # noqa: PLR2004 - three axes
+        raise ConfigError(f"a spacing is three lengths from {LEAST_MM} to {MOST_MM:g} mm, got {spacing}")
+    return replace(spec, preset="", spacing_mm=spacing, resampling="spacing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Laid:
+    """How a scan is laid out for the network: its grid of blocks, and how each axis is resampled."""
+
+    tiling: Tiling
+    affine_ras: Float[np.ndarray, "4 4"]
+    """From voxels of the resampled scan to millimetres."""
+    matrices: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """(output, input) for each axis; None where it has the wanted spacing already and is copied."""
+
+
+def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
+    """Lay a scan out at the spec's spacing; both grids begin at the same low corner.
+
+    Args:
+        scan: Only its facts are read.
+        spec: What the network is to be fed with.
+        like_spectre: Whole blocks about the middle instead of a grid that covers everything.
+
+    Raises:
+        IngestError: `impossible-spacing`, or `too-large` at the spec's spacing.
+    """
+    _check_spacing(scan)
+    steps = steps_ijk(scan.affine_ras, scan.shape_ijk, spec.grid_spacing_mm(scan.spacing_mm))
+    i, j, k = (resampled_count(size, 1.0, step) for size, step in zip(scan.shape_ijk, steps, strict=True))
+    tiling = (centre_crop if like_spectre else cover)((i, j, k), spec.block_ijk)
+    count = tiling.grid[0] * tiling.grid[1] * tiling.grid[2]
+    if count > MOST_BLOCKS:
+        raise IngestError(
+            f"at the weights' spacing the scan has {i} x {j} x {k} voxels, which are {count} blocks",
+            code="too-large",
+            hint="crop it, or check its spacing",
+        )
+    over_i, over_j, over_k = (
+        None
+        if step == 1
+        else torch.from_numpy(weights(grid_coordinates(out, start=0.0, step=step), size, step=step)).float()
+        for out, size, step in zip((i, j, k), scan.shape_ijk, steps, strict=True)
+    )
+    return Laid(tiling=tiling, affine_ras=grid_affine(scan.affine_ras, steps), matrices=(over_i, over_j, over_k))
+
+
+def _check_spacing(scan: Scan) -> None:
+    lengths = [edge * size for edge, size in zip(scan.spacing_mm, scan.shape_ijk, strict=True)]
+    if all(LEAST_MM <= edge <= MOST_MM for edge in scan.spacing_mm) and max(lengths) <= LONGEST_MM:
+        return
+    edges = " x ".join(f"{edge:.4g}" for edge in scan.spacing_mm)
+    raise IngestError(
+        f"its voxels are said to be {edges} mm, for {' x '.join(map(str, scan.shape_ijk))} of them: no scanner does so",
+        code="impossible-spacing",
+        hint=f"edges from {LEAST_MM} to {MOST_MM:g} mm are believed; export the scan again",
+    )
+
+
+def columns(scan: Scan, laid: Laid, spec: InputSpec) -> Iterator[Float[Tensor, "n channel i j k"]]:
+    """Read, resample and window a scan; give its blocks in grid order, all along k at once. Padding is 0: air.
+
+    Besides the scan it takes one slab of input rows, those rows at the new spacing along i, and two columns.
+
+    Raises:
+        IngestError: `not-finite` where a value is NaN or infinite.
+    """
+    tiling = laid.tiling
+    across_i, across_j, along_k = (_spans(tiling, axis) for axis in range(3))
+    rows_k = slice(along_k[0].rows.start, along_k[-1].rows.stop)
+    plain = all(matrix is None for matrix in laid.matrices)
+    for span_i in across_i:
+        cut = _copied(scan, span_i.rows) if plain else _resampled(scan, laid, span_i.rows, spec.low_hu)
+        for span_j in across_j:
+            part = cut(span_j.rows, rows_k)
+            column = np.full((len(along_k), scan.channels, *tiling.block_ijk), spec.low_hu, np.float32)
+            for block, span_k in zip(column, along_k, strict=True):
+                at = slice(span_k.rows.start - rows_k.start, span_k.rows.stop - rows_k.start)
+                _turn(part[..., at], block[:, span_i.inside, span_j.inside, span_k.inside])
+            yield window(_finite(torch.from_numpy(column)), spec)
+
+
+def _turn(voxels: Float[np.ndarray, "channel i j k"], room: Float[np.ndarray, "channel i j k"]) -> None:
+    """Copy voxels, plane by plane: a series lies in memory slice after slice, and one assignment would crawl."""
+    for row in range(voxels.shape[2]):
+        room[:, :, row] = voxels[:, :, row]
+
+
+def _finite(voxels: Tensor) -> Tensor:
+    least, most = torch.aminmax(voxels)  # both NaN where one voxel is
+    if not bool(torch.isfinite(least) & torch.isfinite(most)):
+        raise IngestError(
+            "the scan holds values that are not finite (NaN or infinite)", code="not-finite", hint="export it again"
+        )
+    return voxels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Span:
+    """One block along one axis: which rows of the scan it holds, and where in the block they lie."""
+
+    rows: slice
+    inside: slice
+
+
+def _spans(tiling: Tiling, axis: int) -> list[_Span]:
+    block, size = tiling.block_ijk[axis], tiling.shape_ijk[axis]
+    spans: list[_Span] = []
+    for at in range(tiling.grid[axis]):
+        start = tiling.origin_ijk[axis] + at * block
+        low, high = max(start, 0), min(start + block, size)
+        spans.append(_Span(rows=slice(low, high), inside=slice(low - start, high - start)))
+    return spans
+
+
+def _copied(scan: Scan, rows: slice) -> Callable[[slice, slice], Float[np.ndarray, "channel i j k"]]:
+    """Read rows along i; what comes back cuts them along j and k."""
+    slab = scan.slab(rows.start, rows.stop)
+    return lambda rows_j, rows_k: slab[:, :, rows_j, rows_k]
+
+
+def _resampled(
+    scan: Scan, laid: Laid, rows: slice, air: float
+) -> Callable[[slice, slice], Float[np.ndarray, "channel i j k"]]:
+    """Read what rows of the resampled scan need along i, and bring it to them; what comes back resamples the rest.
+
+    Positions beyond the scan count as air, so that air must be zero while it is resampled.
+    """
+    over_i, over_j, over_k = laid.matrices
+    low, high = (rows.start, rows.stop) if over_i is None else _band(over_i[rows])
+    read = scan.slab(low, high)
+    voxels = np.empty(read.shape, np.float32)
+    _turn(read, voxels)
+    slab = torch.from_numpy(voxels).sub_(air)
+    if over_i is not None:
+        slab = _along(slab, 1, over_i[rows, low:high], slice(0, rows.stop - rows.start))
+    return lambda rows_j, rows_k: _along(_along(slab, 2, over_j, rows_j), 3, over_k, rows_k).add(air).numpy()
+
+
+def _band(rows: Tensor) -> tuple[int, int]:
+    """The columns in which any of these rows is not zero."""
+    used = rows.any(dim=0).nonzero()
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+
+
+def _along(part: Tensor, axis: int, matrix: Tensor | None, rows: slice) -> Tensor:
+    """The output `rows` along one of the axes of (channel, i, j, k)."""
+    if matrix is None:
+        return part.narrow(axis, rows.start, rows.stop - rows.start)
+    made: list[Tensor] = []
+    for at in range(rows.start, rows.stop, ROWS):
+        some = matrix[at : min(at + ROWS, rows.stop)]
+        low, high = _band(some)
+        some, piece = some[:, low:high], part.narrow(axis, low, high - low)
+        if axis == 1:
+            made.append((some @ piece.flatten(2)).unflatten(2, piece.shape[2:]))
+        else:
+            made.append(some @ piece if axis == 2 else piece @ some.T)  # noqa: PLR2004 - (channel, i, j, k)
+    return torch.cat(made, dim=axis) if len(made) > 1 else made[0]
+
+
+def ahead(items: Iterable[Item], depth: int) -> Generator[Item]:
+    """Make items in a background thread while the caller works: `depth` wait in line and one more is being made.
+
+    Closing the generator ends the thread after the item that it is at.
+
+    Raises:
+        Exception: whatever making an item raised, in its turn.
+    """
+    ready: queue.Queue[Item | None] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Item | None) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            all(put(item) for item in items)
+        finally:
+            put(None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        made = pool.submit(make)
+        try:
+            while (item := ready.get()) is not None:
+                yield item
+            made.result()
+        finally:
+            closed.set()

@@ -1,0 +1,13 @@
+"""Foreign weights in and out. A new family is a file and a line here."""
+
+from __future__ import annotations
+
+from voxelstem.table import Table
+
+WEIGHTS = Table(
+    "weight format",
+    {
+        "i3resnet": "voxelstem.weights.i3resnet:import_i3resnet",
+        "spectre": "voxelstem.weights.spectre:import_spectre",
+    },
+)

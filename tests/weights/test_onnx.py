@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.weights.test_levels import write
+
+from voxelstem.backbones.compute import relative_error
+from voxelstem.backbones.layers import grid_positions
+from voxelstem.errors import ConfigError
+from voxelstem.weights.onnx import export_onnx
+from voxelstem.weights.openvino import run
+
+
+@pytest.mark.slow
+def test_written_files_give_the_references_numbers_for_other_lengths(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "openvino"):
+        pytest.importorskip(package, reason="the cpu extra is not installed")
+    backbone = write(tmp_path / "weights")
+    out = export_onnx(tmp_path / "weights", tmp_path / "out")
+    names = {path.name for path in out.iterdir()}
+    assert names == {"blocks.onnx", "scan.onnx", "config.json", "README.md", "parity.json"}
+    parity = json.loads((out / "parity.json").read_text())
+    assert all(entry["relative_error"] <= 1e-5 for entry in parity["files"].values())
+
+    blocks = torch.rand(4, 1, 8, 8, 4)
+    cls, patches = run(out / "blocks.onnx", {"blocks": blocks})
+    assert relative_error((cls, patches), backbone.encode_blocks(blocks)) <= 1e-5
+    described = torch.randn(1, 30, 360)
+    scan, rows = run(out / "scan.onnx", {"described": described, "positions": grid_positions((5, 3, 2))})
+    assert relative_error((scan, rows), backbone.look_at_scan(described, (5, 3, 2))) <= 1e-5
+
+
+def test_without_the_extra_it_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match="needs onnxscript") as caught:
+        export_onnx(tmp_path / "nowhere", tmp_path / "out")
+    assert "voxelstem[cpu]" in caught.value.hint
