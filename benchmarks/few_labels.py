@@ -35,7 +35,6 @@ from voxelstem.evaluate import (
     few_label_table,
     intensity_features,
     table_of,
-    token_mm,
 )
 from voxelstem.ingest import ingest, ingest_studies
 from voxelstem.intake import IntakeConfig
@@ -80,7 +79,7 @@ class Bench:
     def bright(self, store: Store) -> FeaturesOf:
         """Plain intensity, on patches of the models' size."""
         model = self.pretrained[0]
-        return intensity_features(store, model.spec, token_mm(model))
+        return intensity_features(store, model.spec, model.backbone.patch_ijk)
 
     def contestants(self, store: Store, *, tokens: bool) -> Makers:
         """Features of every contestant, as `few_label_table` takes them; whole-scan tasks keep no tokens in memory."""

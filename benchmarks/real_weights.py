@@ -15,7 +15,6 @@ data set, cropped with knowledge of the answer, and tokens of 48 mm that are far
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -34,10 +33,12 @@ from voxelstem.ingest import ingest
 from voxelstem.intake import IntakeConfig
 from voxelstem.metrics import Score
 from voxelstem.store import Fractions, Store
-from voxelstem.weights.i3resnet import SPEC, import_i3resnet
+from voxelstem.study import InputSpec
+from voxelstem.weights.i3resnet import import_i3resnet
 
 HALVES = Fractions(train=0.5, validation=0.0, test=0.5)
-BLOCK_IJK = (128, 128, 64)
+# The weights know two ways of being fed: whole chests fit to one block, and millimetres, which suits crops.
+SPEC = InputSpec(spacing_mm=(1.5, 1.5, 3.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(128, 128, 64))
 LABELS = {"classes": {"1": "tumour"}}
 
 
@@ -56,7 +57,7 @@ def main() -> None:
         with clocked(minutes, "import"):
             weights = asked.out / "weights"
             if not weights.exists():
-                import_i3resnet([asked.weights], weights, spec=dataclasses.replace(SPEC, block_ijk=BLOCK_IJK))
+                import_i3resnet([asked.weights], weights, spec=SPEC)
         with clocked(minutes, "adapt"):
             runs = [adapted(asked, seed, store, masks / "labels.json") for seed in asked.seeds]
         with clocked(minutes, "evaluate"):

@@ -61,7 +61,14 @@ def test_the_readme_says_what_it_is_what_it_saw_and_that_it_is_no_medical_device
     card = write_weights(tmp_path / "w", TENSORS, CARD)
     readme = (tmp_path / "w" / "README.md").read_text()
     assert readme.startswith("---\nlibrary_name: voxelstem\nlicense: apache-2.0\n---\n")
-    for fact in ["Not a medical device", "12 CT scans", "(1.5, 2.0, 3.0) mm", "[-150, 250]", card.sha256, "made for"]:
+    for fact in [
+        "Not a medical device",
+        "12 CT scans",
+        "fed at 1.5 x 2 x 3 mm",
+        "[-150, 250]",
+        card.sha256,
+        "made for",
+    ]:
         assert fact in readme
 
 
@@ -327,6 +334,9 @@ def test_the_readme_names_licence_origin_preset_and_intended_use(tmp_path: Path)
     native = replace(CARD, spec=replace(SPEC, resampling="native"))
     write_weights(tmp_path / "n", TENSORS, native)
     assert "fed at its own spacing" in (tmp_path / "n" / "README.md").read_text()
+    write_weights(tmp_path / "f", TENSORS, replace(CARD, spec=replace(SPEC, resampling="fit")))
+    assert "fits one block" in (tmp_path / "f" / "README.md").read_text()
+    assert read_card(tmp_path / "f").spec.resampling == "fit"
 
 
 @pytest.mark.parametrize("licence", ["MIT\ninjected: yes", "a: b", "[x", "GPL 3 # or later"])

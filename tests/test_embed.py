@@ -86,6 +86,7 @@ def test_one_bad_scan_is_refused_and_the_others_go_on(scans: Path, tmp_path: Pat
     [
         (ValueError("an odd number"), "unreadable", "an odd number"),
         (MemoryError(), "too-large", "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "too-large", "not enough memory"),
         (OSError(5, "Input/output error"), "unreadable", "cannot be read: Input/output error"),
     ],
 )
@@ -357,3 +358,19 @@ def test_a_cluster_embeds_as_one_process_does(scans: Path, tmp_path: Path):
     assert (report.kept, report.refused) == (2, 1)
     for row, other in zip(manifest(tmp_path / "many"), manifest(tmp_path / "alone"), strict=True):
         assert (row["source"], row["key"], row["code"]) == (other["source"], other["key"], other["code"])
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (Card(architecture=ARCHITECTURE | {"block.eps": 1e-3}, spec=SPEC, trained=("block",)), "architecture"),
+        (Card(architecture=ARCHITECTURE, spec=replace(SPEC, low_hu=-1000.0), trained=("block",)), "window_hu"),
+        (Card(architecture=ARCHITECTURE, spec=replace(SPEC, block_ijk=(8, 8, 8)), trained=("block",)), "block_ijk"),
+    ],
+)
+def test_the_same_tensors_under_another_card_are_other_weights(scans: Path, tmp_path: Path, card: Card, said: str):
+    first = weights(tmp_path)
+    write_weights(tmp_path / "other", model().backbone.state_dict(), card)
+    embed.run([scans / "other"], weights=first, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"other settings: {said}\n"):
+        embed.run([scans / "other"], weights=tmp_path / "other", out=tmp_path / "out")

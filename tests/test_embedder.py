@@ -79,6 +79,15 @@ def test_an_embedding_of_the_same_content_is_not_made_twice(embedder: Embedder, 
     assert (again.row, again.packed, again.skipped) == (first.row, b"", True)
 
 
+def test_a_scan_that_cannot_be_laid_out_is_refused_in_its_turn(embedder: Embedder, tasks: list[Task]):
+    fine = replace(embedder, how=EmbedConfig(spacing=(0.01, 0.01, 0.01)))
+    assert [(task.name, outcome.code) for task, outcome in fine.map(tasks)] == [
+        (tasks[0].name, "too-large"),
+        (tasks[1].name, next(embedder.map(tasks[1:]))[1].code),
+        (tasks[2].name, "too-large"),
+    ]
+
+
 def test_a_cluster_with_other_weights_is_refused(embedder: Embedder, tasks: list[Task]):
     with pytest.raises(ConfigError, match="other weights"):
         replace(embedder, sha256="0" * 64)(tasks[0])
@@ -95,8 +104,8 @@ def test_new_weights_at_the_same_place_are_loaded_anew(tmp_path: Path):
 
 def test_the_named_way_is_taken_and_an_unknown_one_is_measured_anew(tmp_path: Path):
     weights = weights_at(written(tmp_path / "weights"))
-    assert computing_once(weights, "fp32", False, "lean").name == "lean"
-    assert computing_once(weights, "fp32", False, "a way of tomorrow").name in ("reference", "lean", "openvino")
+    assert computing_once(weights, EmbedConfig(), "lean").name == "lean"
+    assert computing_once(weights, EmbedConfig(), "a way of tomorrow").name in ("reference", "lean", "openvino")
 
 
 def test_a_stamp_changes_with_the_files_and_names_none(tmp_path: Path):

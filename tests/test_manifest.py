@@ -96,3 +96,19 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path):
     write_whole(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_of_two_that_begin_at_once_the_slower_takes_the_way_of_the_faster(tmp_path: Path):
+    def choose(claimed: str) -> str:
+        if not claimed:  # the other one claims the folder while this one measures
+            take(tmp_path, found="lean")
+        return claimed or "reference"
+
+    assert claim(tmp_path, SETTINGS, choose, ALONE) == "lean"
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b"key,code\n1,\n"])
+def test_a_table_that_is_damaged_is_a_clear_error(tmp_path: Path, damaged: bytes):
+    (tmp_path / "manifest.csv").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"manifest\.csv in '.*' is damaged"):
+        read_rows(tmp_path)

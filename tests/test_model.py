@@ -297,6 +297,47 @@ def test_what_the_weights_never_saw_is_warned_of(shape, spacing, how, words: tup
     assert all(found.startswith(word) for found, word in zip(facts.warnings, words, strict=True))
 
 
+FIT = replace(SPEC, resampling="fit")
+
+
+def test_tokens_of_a_stretched_scan_lie_where_their_voxels_do():
+    scan = volume((40, 24, 8), spacing=(2.0, 3.0, 5.0))
+    scan.array[:] = -1000.0
+    scan.array[0, 4:36, 2:18, :] = 100.0
+    embedding = model(spec=FIT).embed(scan, tokens=True)
+    assert embedding.tokens is not None
+    assert embedding.tokens.shape == (4, 4, 4, 24)
+    # A patch of 4 voxels spans 4 * 32 / 16 voxels of the scan along i, 4 along j and 2 along k.
+    for token in ((0, 0, 0), (3, 1, 2)):
+        voxel = np.array([4, 2, 0]) + (np.array(token) + 0.5) * (8, 4, 2) - 0.5
+        assert np.allclose(embedding.tokens_affine_ras @ [*token, 1], scan.affine_ras @ [*voxel, 1])
+
+
+def test_the_facts_of_a_stretched_scan_count_the_air_that_was_cut_off():
+    scan = volume((40, 24, 8), spacing=(2.0, 3.0, 5.0))
+    scan.array[:] = -1000.0
+    scan.array[0, 4:36, 2:18, :] = 100.0
+    embedding = model(spec=FIT).embed(scan)
+    facts = embedding.facts
+    assert facts is not None
+    assert embedding.grid == (1, 1, 1)
+    assert embedding.coverage == pytest.approx(32 * 16 / (40 * 24))
+    assert facts.seen_mm == pytest.approx((64.0, 48.0, 40.0))
+    assert facts.spacing_mm == pytest.approx((4.0, 3.0, 2.5))
+    assert facts.warnings == ()  # 5 mm are twice 2.5 mm, and no more
+    thick = model(spec=FIT).embed(replace(scan, array=scan.array[..., :7])).facts
+    assert thick is not None
+    assert thick.warnings == ("thick: voxels are 5 mm apart head-foot, stretched to 2.19 mm",)
+    by_spacing = model(spec=FIT).embed(scan, spec=replace(SPEC, spacing_mm=(4.0, 3.0, 2.5))).facts
+    assert by_spacing is not None
+    assert by_spacing.warnings == ("spacing: fed at 4 x 3 x 2.5 mm, the weights saw each scan fit to one block",)
+
+
+def test_a_centre_crop_of_what_fits_one_block_is_refused():
+    with pytest.raises(ConfigError, match="like_spectre has no meaning"):
+        model(spec=FIT).embed(volume((16, 16, 16)), like_spectre=True)
+
+
 def test_values_that_are_no_hounsfield_units_are_recorded_and_warned_of():
     body = phantom(PhantomConfig(seed=1, spacing_mm=(8.0, 8.0, 8.0))).volumes[0]
     good, shifted = (model().embed(replace(body, array=body.array + by)).facts for by in (0.0, 1024.0))
@@ -322,3 +363,24 @@ def test_air_is_computed_once_and_counts_as_it_would_alone():
     air.array[:] = -500.0
     assert np.array_equal(embedding.blocks[1], embedding.blocks[2])
     assert np.allclose(embedding.blocks[1], model().embed(air).blocks[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spec", "why"),
+    [
+        ({"block.depth": 10**8}, {}, r"1\d{8} layers"),
+        ({"block.dim": 6 * 10**12}, {}, "sizes beyond every memory"),
+        ({"patch_ijk": (10**7,) * 3, "block_ijk": (10**7,) * 3}, {}, "sizes beyond every memory"),
+        ({"name": "i3resnet", "depths": (10**8, 8, 36, 3)}, {}, r"1\d{8} layers"),
+        ({}, {"block_ijk": (15, 16, 16)}, "which patches"),
+        ({}, {"block_ijk": (16000, 16000, 16000)}, "blocks of"),
+    ],
+)
+def test_a_card_of_a_network_that_cannot_be_is_refused_before_it_is_built(
+    tmp_path: Path, architecture: dict[str, object], spec: dict[str, object], why: str
+):
+    bare = {} if "name" in architecture else ARCHITECTURE
+    card = Card(architecture={**bare, **architecture}, spec=replace(SPEC, **spec), trained=("block",))
+    write_weights(tmp_path / "weights", model().backbone.state_dict(), card)
+    with pytest.raises(CheckpointError, match=f"no network that can be: it says .*{why}"):
+        load(tmp_path / "weights")

@@ -46,6 +46,7 @@ from voxelstem import cli
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store.reader import Store
 from voxelstem.study import Volume
+from voxelstem.terminal import DONE, SOME_REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of values that are wrong on purpose
 
@@ -293,7 +294,7 @@ def say(home: Path, name: str, *words: str) -> str:
         root.removeHandler(handler)
     told = [err.getvalue(), log.getvalue(), *(str(one.message) for one in warned)]
     (home / "out" / f"{name}-said.txt").write_text("\n".join(told))
-    assert code in (cli.DONE, cli.SOME_REFUSED), err.getvalue()
+    assert code in (DONE, SOME_REFUSED), err.getvalue()
     return out.getvalue()
 
 
@@ -317,7 +318,7 @@ def journey(planted: Path) -> dict[str, str]:
             check=False,
         )
         (planted / "out" / "ingest-said.txt").write_text(answer.stderr)
-        assert answer.returncode == cli.SOME_REFUSED, answer.stderr
+        assert answer.returncode == SOME_REFUSED, answer.stderr
         said["ingest"] = answer.stdout
         for name, words in {
             "show": ["show", "out/store", "--json"],

@@ -18,7 +18,7 @@ from voxelstem.card import read_card
 from voxelstem.config import flatten, overlay, read_toml
 from voxelstem.engine.journal import read_journal
 from voxelstem.engine.loader import Loader
-from voxelstem.errors import CheckpointError, StoreError
+from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.model import load
 from voxelstem.pretrain import PretrainConfig
 from voxelstem.recipes import named
@@ -66,6 +66,11 @@ def small(name: str = "tiny.mae") -> PretrainConfig:
     spec = {key.removeprefix("spec."): value for key, value in changes.items() if key.startswith("spec.")}
     rest = {key: value for key, value in changes.items() if not key.startswith("spec.")}
     return overlay(config, {"spec": overlay(config.spec, spec), **rest})
+
+
+def test_a_recipe_without_a_spacing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="views need a spacing"):
+        overlay(small(), {"spec.resampling": "fit"})
 
 
 def make_store(folder: Path, seeds: range, *, modality: str = "CT", fractions: Fractions | None = None) -> Path:

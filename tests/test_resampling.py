@@ -6,13 +6,23 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
+from torch.nn.functional import interpolate
 
 from voxelstem import resampling
 from voxelstem.geometry import spacing_mm, voxel_to_patient
-from voxelstem.resampling import grid_affine, grid_coordinates, resample, resampled_count, steps_ijk, weights
+from voxelstem.resampling import (
+    area_weights,
+    grid_affine,
+    grid_coordinates,
+    resample,
+    resampled_count,
+    steps_ijk,
+    weights,
+)
 
 SIZES = st.tuples(*[st.integers(1, 12)] * 3)
 EDGES = st.tuples(*[st.floats(0.3, 9)] * 3)
@@ -251,3 +261,23 @@ def test_a_grid_of_wider_voxels_begins_at_the_same_corner() -> None:
 
 def test_steps_are_exactly_one_where_the_far_end_would_not_move() -> None:
     assert steps_ijk(np.diag([1.0, 1.0, 1.0, 1.0]), (100, 100, 100), (1.0004, 1.0006, 2.0)) == (1.0, 1.0006, 2.0)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), SEEDS)
+def test_an_area_is_the_mean_of_all_voxels_that_it_touches(size: int, count: int, seed: int):
+    line = np.random.default_rng(seed).uniform(-1000, 1000, size)
+    expected = [
+        np.mean([line[at] for at in range(size) if (at + 1) * count > out * size and at * count < (out + 1) * size])
+        for out in range(count)
+    ]
+    assert np.allclose(area_weights(size, count) @ line, expected, atol=1e-9)
+
+
+@given(SIZES, SIZES, SEEDS)
+@settings(max_examples=40)
+def test_areas_along_three_axes_are_torchs_area_interpolation(shape, wanted, seed: int):
+    array = voxels(shape, seed)[0].astype(np.float64)
+    over_i, over_j, over_k = (area_weights(size, count) for size, count in zip(shape, wanted, strict=True))
+    found = np.einsum("ai,bj,ck,ijk->abc", over_i, over_j, over_k, array)
+    expected = interpolate(torch.from_numpy(array)[None, None], size=wanted, mode="area")[0, 0]
+    assert np.allclose(found, expected, atol=1e-9)

@@ -178,3 +178,11 @@ def test_a_damaged_card_is_a_clear_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"'config\.json' cannot be read as JSON"):
         show(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"architecture": null, "spec": {}}'])
+def test_weights_whose_card_is_none_are_refused(tmp_path, text: str):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"is not a voxelstem card|cannot be read as JSON"):
+        show(tmp_path)

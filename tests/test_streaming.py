@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import interpolate
 
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.resampling import grid_coordinates, resampled_count
@@ -40,7 +42,7 @@ def volume(shape: tuple[int, ...], spacing: tuple[float, ...], *, order: str = "
 def whole(scan: Volume, spec: InputSpec, *, like_spectre: bool) -> torch.Tensor:
     """The same at once: the whole scan resampled, windowed and tiled."""
     laid = lay(of_volume(scan), spec, like_spectre=like_spectre)
-    wanted = spec.grid_spacing_mm(scan.spacing_mm)
+    wanted = spec.grid_spacing_mm(scan.spacing_mm, scan.shape_ijk)
     steps = [want / have for have, want in zip(scan.spacing_mm, wanted, strict=True)]
     places = [
         grid_coordinates(resampled_count(size, 1.0, step), start=0.0, step=step)
@@ -93,6 +95,89 @@ def test_the_resampled_scan_never_stands_in_memory():
     assert peak < at_once / 8  # numpy's memory: slabs and columns
 
 
+FIT = InputSpec(block_ijk=(16, 12, 8), low_hu=-1000.0, high_hu=200.0, resampling="fit")
+
+
+def in_air(shape: tuple[int, ...], box: tuple[slice, slice, slice], spacing: tuple[float, ...], *, order: str = "C"):
+    """A volume of noise above -1000 in a box, and of air at or below that around it."""
+    scan = volume(shape, spacing, order=order)
+    inside = np.zeros(shape, bool)
+    inside[box] = True
+    scan.array[0] = np.where(inside, np.abs(scan.array[0]) - 999, -1000 - np.abs(scan.array[0]) * (scan.array[0] > 0))
+    return scan
+
+
+def box_slices(data: st.DataObject, shape: tuple[int, ...]) -> tuple[slice, slice, slice]:
+    starts = [data.draw(st.integers(0, size - 1)) for size in shape]
+    i, j, k = (slice(start, data.draw(st.integers(start + 1, size))) for start, size in zip(starts, shape, strict=True))
+    return i, j, k
+
+
+@given(st.data(), st.tuples(*[st.integers(1, 70)] * 3), edges, st.sampled_from("CF"))
+@settings(max_examples=40)
+def test_what_lies_above_the_window_is_stretched_to_one_block(data: st.DataObject, shape, spacing, order: str):
+    box = box_slices(data, shape)
+    scan = in_air(shape, box, spacing, order=order)
+    laid = lay(of_volume(scan), FIT)
+    (found,) = columns(of_volume(scan), laid, FIT)
+    inside = torch.from_numpy(np.ascontiguousarray(scan.array[:, *box]))
+    assert torch.allclose(found, window(interpolate(inside[None], size=FIT.block_ijk, mode="area"), FIT), atol=2e-6)
+    assert laid.share == pytest.approx(inside.numel() / scan.array.size)
+
+
+@given(st.data(), st.tuples(*[st.integers(1, 20)] * 3), edges)
+@settings(max_examples=20)
+def test_the_stretched_block_fills_the_box_in_the_patient(data: st.DataObject, shape, spacing):
+    box = box_slices(data, shape)
+    scan = in_air(shape, box, spacing)
+    scan.affine_ras[:3, 3] = -50.0, 20.0, 300.0
+    laid = lay(of_volume(scan), FIT)
+    for block_edge, box_edge in (([0, 0, 0], [s.start for s in box]), (FIT.block_ijk, [s.stop for s in box])):
+        ours = laid.affine_ras @ [*(np.array(block_edge) - 0.5), 1]
+        assert np.allclose(ours, scan.affine_ras @ [*(np.array(box_edge) - 0.5), 1], atol=1e-9)
+
+
+def test_a_scan_of_nothing_but_air_is_stretched_whole():
+    scan = volume((9, 9, 9), (2.0, 2.0, 2.0))
+    scan.array[:] = -1000.0
+    laid = lay(of_volume(scan), FIT)
+    (block,) = columns(of_volume(scan), laid, FIT)
+    assert laid.share == 1.0
+    assert block.shape == (1, 1, *FIT.block_ijk)
+    assert not block.any()
+
+
+def test_fitting_a_box_reads_few_rows_at_a_time():
+    whole_scan = volume((400, 6, 5), (1.0, 1.0, 1.0))
+    seen: list[int] = []
+
+    def slab(low: int, high: int) -> np.ndarray:
+        seen.append(high - low)
+        return whole_scan.array[:, low:high]
+
+    spec = replace(FIT, block_ijk=(200, 4, 4))
+    scan = replace(of_volume(whole_scan), slab=slab)
+    (block,) = columns(scan, lay(scan, spec), spec)
+    assert block.shape == (1, 1, 200, 4, 4)
+    assert max(seen) <= 2 * 32 + 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_outside_the_box_too(bad: float):
+    scan = in_air((9, 9, 9), (slice(2, 5), slice(2, 5), slice(2, 5)), (2.0, 2.0, 2.0))
+    scan.array[0, 8, 8, 8] = bad
+    with pytest.raises(IngestError) as caught:
+        lay(of_volume(scan), FIT)
+    assert caught.value.code == "not-finite"
+
+
+@pytest.mark.parametrize("spacing", ["ct-stage2", "native", (1.0, 1.0, 2.0)])
+def test_weights_that_fit_scans_to_a_block_take_no_spacing(spacing):
+    assert with_spacing(FIT, None) is FIT
+    with pytest.raises(ConfigError, match="no other can be chosen"):
+        with_spacing(FIT, spacing)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("spacing", [(2.0, 2.0, 3.0), (3.0, 2.0, 2.0)])
 def test_values_that_are_not_finite_are_refused(bad: float, spacing: tuple[float, ...]):
@@ -123,9 +208,9 @@ def test_a_spacing_is_named_or_measured():
     assert with_spacing(SPEC, None) is SPEC
     stage = with_spacing(SPEC, "ct-stage1")
     assert (stage.spacing_mm, stage.preset, stage.block_ijk) == ((0.5, 0.5, 1.0), "ct-stage1", SPEC.block_ijk)
-    assert with_spacing(SPEC, "native").grid_spacing_mm((1.0, 2.0, 7.0)) == (1.0, 2.0, 7.0)
+    assert with_spacing(SPEC, "native").grid_spacing_mm((1.0, 2.0, 7.0), (1, 1, 1)) == (1.0, 2.0, 7.0)
     native = INPUT_SPECS["ct-native"]
-    assert with_spacing(native, (1.0, 1.0, 2.0)).grid_spacing_mm((5.0, 5.0, 5.0)) == (1.0, 1.0, 2.0)
+    assert with_spacing(native, (1.0, 1.0, 2.0)).grid_spacing_mm((5.0, 5.0, 5.0), (1, 1, 1)) == (1.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("spacing", ["ct-stage9", "", (1.0, 1.0), (0.0, 1.0, 1.0), (1.0, float("nan"), 1.0)])
@@ -148,8 +233,9 @@ def test_items_are_made_in_another_thread_and_never_too_far_ahead():
             made.append(item)
             yield item
 
-    for item in ahead(items(), 2):
-        assert len(made) <= item + 1 + 2 + 2  # in use, in line, being made and being put
+    with ahead(items(), 2) as found:
+        for item in found:
+            assert len(made) <= item + 1 + 2 + 2  # in use, in line, being made and being put
     assert made == list(range(20))
 
 
@@ -158,14 +244,26 @@ def test_what_a_maker_raises_comes_in_its_turn():
         yield 1
         raise KeyError("two")
 
-    found = ahead(items(), 4)
-    assert next(found) == 1
-    with pytest.raises(KeyError, match="two"):
-        next(found)
+    with ahead(items(), 4) as found:
+        assert next(found) == 1
+        with pytest.raises(KeyError, match="two"):
+            next(found)
+
+
+def test_it_begins_before_anybody_asks():
+    begun = threading.Event()
+
+    def items() -> Iterator[int]:
+        begun.set()
+        yield 1
+
+    with ahead(items(), 1):
+        assert begun.wait(10)
 
 
 def test_who_stops_early_leaves_no_thread_behind():
-    found = ahead(iter(range(1000)), 1)
-    assert next(found) == 0
-    found.close()
+    with ahead(iter(range(1000)), 1) as found:
+        assert next(found) == 0
+    with contextlib.suppress(ConfigError), ahead(iter(range(1000)), 1):
+        raise ConfigError("before the first one was asked for")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

@@ -75,6 +75,19 @@ def test_presets_know_their_names_and_keep_the_window():
 
 def test_a_scan_is_fed_at_the_specs_spacing_or_at_its_own():
     have = (0.9, 0.9, 5.0)
-    assert INPUT_SPECS["ct-stage1"].grid_spacing_mm(have) == (0.5, 0.5, 1.0)
-    assert INPUT_SPECS["ct-stage2"].grid_spacing_mm(have) == (0.75, 0.75, 1.5)
-    assert INPUT_SPECS["ct-native"].grid_spacing_mm(have) == have
+    shape = (512, 512, 60)
+    assert INPUT_SPECS["ct-stage1"].grid_spacing_mm(have, shape) == (0.5, 0.5, 1.0)
+    assert INPUT_SPECS["ct-stage2"].grid_spacing_mm(have, shape) == (0.75, 0.75, 1.5)
+    assert INPUT_SPECS["ct-native"].grid_spacing_mm(have, shape) == have
+
+
+def test_a_scan_that_is_fit_to_a_block_comes_at_its_extent_over_the_blocks_voxels():
+    spec = InputSpec(block_ijk=(224, 224, 160), resampling="fit")
+    assert spec.grid_spacing_mm((0.875, 1.0, 5.0), (512, 448, 64)) == (2.0, 2.0, 2.0)
+
+
+def test_a_spec_says_in_words_where_voxels_come_to_lie():
+    assert INPUT_SPECS["ct-stage2"].grid_in_words == "0.75 x 0.75 x 1.5 mm"
+    assert INPUT_SPECS["ct-native"].grid_in_words == "its own spacing"
+    fit = InputSpec(low_hu=-900.0, resampling="fit").grid_in_words
+    assert fit == "the spacing at which all above -900 fits one block"

@@ -48,6 +48,8 @@ class AdaptConfig:
     """Which subjects are drawn, the head's own randomness, and the weights of `scratch`."""
     like: str | None = None
     """With `scratch`, and needed there: a weights folder whose architecture and InputSpec to take."""
+    commercial: bool = False
+    """Claim commercial use, here and when this run is evaluated: weights whose licence forbids it are refused."""
     features: str | None = None
     """Folder in which features rest, for several runs to share; inside the run if None."""
     head: Any
@@ -114,7 +116,8 @@ def run(
     An interrupted run keeps its features and goes on.
 
     Raises:
-        ConfigError: unknown task, mode or setting, labels that match nobody, the wrong modality, or `out` is taken.
+        ConfigError: unknown task, mode or setting, labels that match nobody, the wrong modality, `out` is taken, or
+            the setting `commercial` and a licence that forbids it.
         AuditError: the labels hold one class only.
         CheckpointError: the weights or the run folder cannot be read or written.
     """
@@ -304,13 +307,13 @@ def _model(weights: str | Path, config: AdaptConfig) -> Model:
     if str(weights) != "scratch":
         if config.like is not None:
             raise ConfigError("'like' goes with --weights scratch only", hint="leave it out")
-        return load(weights)
+        return load(weights, commercial=config.commercial)
     if config.like is None:
         raise ConfigError(
             "--weights scratch does not say which network stays untrained",
             hint="add like=<weights folder>, such as like=runs/first/weights",
         )
-    return load(config.like).scratch(seed=config.seed)
+    return load(config.like, commercial=config.commercial).scratch(seed=config.seed)
 
 
 def _organs(path: Path) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
+from voxelstem.geometry import spacing_mm
+from voxelstem.streaming import lay, of_volume
 from voxelstem.study import InputSpec, LabelMap, Volume
 from voxelstem.views import cells
 
@@ -62,6 +64,16 @@ def intensity(
     inside = cells.tally(levels, cells.lay(volume.affine_ras, volume.shape_ijk, affine, size), bins)
     tokens = np.sqrt(inside / np.maximum(inside.sum(axis=3, keepdims=True), 1.0))
     return Intensity(scan=scan, tokens=tokens, tokens_affine_ras=affine)
+
+
+def token_mm(volume: Volume, spec: InputSpec, patch_ijk: tuple[int, int, int]) -> tuple[float, float, float]:
+    """Edge lengths in millimetres of a patch of `patch_ijk` voxels, at the spacing at which this scan is fed."""
+    if spec.resampling == "fit":
+        fed_mm = spacing_mm(lay(of_volume(volume), spec).affine_ras)
+    else:
+        fed_mm = spec.grid_spacing_mm(volume.spacing_mm, volume.shape_ijk)
+    i, j, k = (edge * size for edge, size in zip(fed_mm, patch_ijk, strict=True))
+    return i, j, k
 
 
 def find_body(volume: Volume) -> Body:

@@ -132,11 +132,12 @@ def read_card(folder: Path) -> Card:
         rest = {name: _tuples(value) for name, value in raw.items() if name in known}
         card = Card(architecture=architecture, spec=spec, **rest)
         whole = all(isinstance(getattr(card, name), type(getattr(_PLAIN, name))) for name in known)
-        if not whole or not isinstance(architecture["name"], str):
+        words = all(isinstance(word, str) for word in (*card.data, *card.trained, *card.notes)) if whole else False
+        if not words or not isinstance(architecture["name"], str):
             raise TypeError("a field of the card has another type")
         if not all(_is_safe(name) and _SHA256.fullmatch(value) for name, value in card.extras.items()):
             raise ValueError("a file beside the tensors has no safe name or no sha256")
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
         raise CheckpointError(
             f"{folder.name}/config.json is not a voxelstem card", hint="was it written by another tool?"
         ) from error
@@ -310,7 +311,6 @@ def _readme(card: Card) -> str:
     licence = card.licence if _PLAIN_YAML.fullmatch(card.licence) else json.dumps(card.licence, ensure_ascii=False)
     forbidden = " Not for commercial use." if against_commerce(card.licence) else ""
     preset = f" (preset `{spec.preset}`)" if spec.preset else ""
-    spacing = "fed at its own spacing" if spec.resampling == "native" else f"spacing {spec.spacing_mm} mm"
     return f"""---
 library_name: voxelstem
 license: {licence}
@@ -329,7 +329,7 @@ Recipe `{card.recipe}`; trained levels: {", ".join(card.trained) or "none (untra
 - Origin: {card.origin or "trained with voxelstem"}
 
 ## Input
-{spec.modality}, {spacing}, window [{spec.low_hu:g}, {spec.high_hu:g}] to [0, 1],
+{spec.modality}, fed at {spec.grid_in_words}, window [{spec.low_hu:g}, {spec.high_hu:g}] to [0, 1],
 blocks of {spec.block_ijk} voxels, RAS+{preset}.
 
 ## Data

@@ -218,7 +218,7 @@ def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:
     makers = {
         name: [adapt.embedder(one, store, cache, tokens=True) for one in several] for name, several in models.items()
     }
-    makers["intensity"] = [evaluate.intensity_features(store, model.spec, evaluate.token_mm(model))]
+    makers["intensity"] = [evaluate.intensity_features(store, model.spec, model.backbone.patch_ijk)]
     contests = [
         evaluate.Contest(
             store=store,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -25,7 +24,7 @@ from voxelstem.embedder import (
     weights_at,
     whole,
 )
-from voxelstem.embedding import Embedding, Feeding, pack, read
+from voxelstem.embedding import Computing, Embedding, Feeding, pack, read
 from voxelstem.errors import StoreError
 from voxelstem.manifest import Row, add_rows, claim, read_rows, write_whole
 from voxelstem.model import Model
@@ -38,6 +37,8 @@ from voxelstem.streaming import of_store
 from voxelstem.workers import Lost
 
 SECONDS_BETWEEN_SAVES = 30.0
+BLOCKS_A_SCAN = 50
+"""About how many; it decides whether a way that takes seconds to begin is worth trying."""
 Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 
@@ -94,16 +95,20 @@ def run(
     found = here.share([task for path in sources for task in _find(path, key)])
 
     def choose(claimed: str) -> str:
-        return computing_once(named, how.precision, how.compile, claimed).name
+        return computing_once(named, how, claimed, blocks_ahead=BLOCKS_A_SCAN * len(found)).name
+
+    def settle() -> Computing:
+        return computing_once(named, how, claim(out, _settings(model, feeding, how), choose, here))
 
     try:
-        way = claim(out, _settings(model, feeding, how), choose, here)
-        embedder = Embedder(weights=named, sha256=model.card.sha256, how=how, way=way, out=out.resolve(), key=key)
         done = read_rows(out)
         tasks = (replace(task, known=_known(task, done.get(task.name), out, how, key)) for task in found)
-        with show("embed", len(found)) as advance, contextlib.ExitStack() as stack:
-            where = stack.enter_context(Cluster(embedder, how.cluster)) if how.cluster else embedder
-            return _collect(where.map(tasks), out, advance)
+        embedder = Embedder(weights=named, sha256=model.card.sha256, how=how, out=out.resolve(), key=key)
+        with show("embed", len(found)) as advance:
+            if how.cluster is None:
+                return _collect(embedder.map(tasks, settle), out, advance)
+            with Cluster(replace(embedder, way=settle().name), how.cluster) as cluster:
+                return _collect(cluster.map(tasks), out, advance)
     except OSError as error:
         raise StoreError(
             f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
@@ -170,12 +175,17 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
 
 
 def _settings(model: Model, feeding: Feeding, how: EmbedConfig) -> dict[str, object]:
-    """What decides the numbers."""
+    """What decides the numbers; the same tensors say other things under another config.json."""
     spec = feeding.spec
     return {
         "weights": model.card.sha256,
+        "architecture": dict(sorted(model.card.architecture.items())),
+        "scan_level": model.use_scan_level,
+        "modality": spec.modality,
+        "window_hu": (spec.low_hu, spec.high_hu),
+        "block_ijk": spec.block_ijk,
         "precision": how.precision,
-        "spacing_mm": "native" if spec.resampling == "native" else spec.spacing_mm,
+        "spacing_mm": spec.spacing_mm if spec.resampling == "spacing" else spec.resampling,
         "like_spectre": feeding.like_spectre,
         "pool": feeding.pool,
     }

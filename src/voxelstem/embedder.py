@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
@@ -32,6 +32,7 @@ from voxelstem.streaming import ahead, of_store, with_spacing
 from voxelstem.study import Study
 from voxelstem.weights import hub
 
+NO_MEMORY = "can't allocate memory"
 COLUMNS_AHEAD = 2
 """Columns of blocks that wait for the network. The next scan is read while they do, when this one's voxels are gone."""
 
@@ -97,17 +98,22 @@ class Embedder:
     sha256: str
     """Digest of the weights that are meant: a machine of a cluster may have others at the same path."""
     how: EmbedConfig
-    way: str
     out: Path
     """Where embeddings of the same content may lie already."""
     key: bytes = field(repr=False)
+    way: str = ""
+    """Through the network, see `computing_once`."""
 
     def __call__(self, task: Task) -> Outcome:
         """Embed one scan."""
         return next(self.map([task]))[1]
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+    def map(
+        self, tasks: Iterable[Task], settle: Callable[[], Computing] | None = None
+    ) -> Iterator[tuple[Task, Outcome]]:
         """Embed scans, in their order: the next one is read while this one is computed, and they share passes.
+
+        `settle` gives the way through the network, if it is not to be the named one; the first scan is read meanwhile.
 
         Raises:
             ConfigError: other weights lie here than are meant.
@@ -115,33 +121,37 @@ class Embedder:
         model = load_once(self.weights)
         if model.card.sha256 != self.sha256:
             raise ConfigError("a machine of the cluster has other weights", hint="copy the same folder to all of them")
-        computing = computing_once(self.weights, self.how.precision, self.how.compile, self.way)
-        packer = Packer(torch.inference_mode()(computing.encode_blocks), per_pass=model.blocks_per_pass)
-        waiting: deque[_Place] = deque()
-        for place, start, blocks in ahead(self._feed(tasks, model), COLUMNS_AHEAD):
-            if blocks is None:
-                waiting.append(place)
-            elif place.underway is not None:
-                packer.put(place.underway, start, blocks)
-            while waiting and waiting[0].ready:
-                yield waiting[0].task, self._outcome(waiting.popleft(), computing)
-        packer.flush()
-        for place in waiting:
-            yield place.task, self._outcome(place, computing)
+        with ahead(self._feed(tasks, model), COLUMNS_AHEAD) as feed:
+            computing = settle() if settle else computing_once(self.weights, self.how, self.way)
+            packer = Packer(torch.inference_mode()(computing.encode_blocks), per_pass=model.blocks_per_pass)
+            waiting: deque[_Place] = deque()
+            for place, start, blocks in feed:
+                if blocks is None:
+                    waiting.append(place)
+                elif place.underway is not None:
+                    packer.put(place.underway, start, blocks)
+                while waiting and waiting[0].ready:
+                    yield waiting[0].task, self._outcome(waiting.popleft(), computing)
+            packer.flush()
+            for place in waiting:
+                yield place.task, self._outcome(place, computing)
 
     def _feed(self, tasks: Iterable[Task], model: Model) -> Iterator[tuple[_Place, int, torch.Tensor | None]]:
         """Announce each task's place, then bring its blocks. Runs beside the network, and holds one scan at a time."""
         feeding = feeding_of(model, self.how)
         for task in tasks:
-            place = _Place(task)
+            place, told = _Place(task), False
             try:
                 self._open(place, model, feeding)
+                told = True
                 yield place, 0, None
                 if place.underway is not None:
                     for start, blocks in place.underway.blocks():
                         yield place, start, blocks
-            except (VoxelstemError, MemoryError, ValueError) as error:
-                told = bool(place.row)
+            except (VoxelstemError, MemoryError, ValueError, RuntimeError) as error:
+                # torch says so when memory is short; anything else that goes wrong inside it is a fault of ours.
+                if isinstance(error, RuntimeError) and NO_MEMORY not in str(error):
+                    raise
                 place.refuse(error)
                 if not told:
                     yield place, 0, None
@@ -233,11 +243,22 @@ def load_once(weights: Weights) -> Model:
     return hub.load(weights.name, commercial=weights.commercial)
 
 
-@functools.lru_cache(maxsize=1)
-def computing_once(weights: Weights, precision: Precision, compile: bool, way: str) -> Computing:  # noqa: A002
+_computing: dict[tuple[Weights, Precision, bool], Computing] = {}
+
+
+def computing_once(weights: Weights, how: EmbedConfig, way: str, *, blocks_ahead: int = 0) -> Computing:
     """The way through the network, measured once in each process: the named one, or the fastest for ""."""
+    what = weights, how.precision, how.compile
+    there = _computing.get(what)
+    if there is not None and way in ("", there.name):
+        return there
     known: list[Only] = [name for name in get_args(Way) if name == way]
-    return load_once(weights).computing(precision, compile=compile, only=known[0] if known else "auto")
+    made = load_once(weights).computing(
+        how.precision, compile=how.compile, only=known[0] if known else "auto", blocks_ahead=blocks_ahead
+    )
+    _computing.clear()  # one at a time: each may hold a copy of the weights
+    _computing[what] = made
+    return made
 
 
 def feeding_of(model: Model, how: EmbedConfig) -> Feeding:
@@ -307,7 +328,7 @@ def _why(error: Exception) -> tuple[str, str]:
             return "wrong-modality", error.problem
         case StoreError():
             return "damaged", error.problem
-        case MemoryError():
+        case MemoryError() | RuntimeError():
             return "too-large", "there is not enough memory to embed it"
         case _:
             return "unreadable", str(error)

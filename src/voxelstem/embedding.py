@@ -61,7 +61,7 @@ class Embedding:
     """One row for each block, in grid order (C-order, k fastest)."""
     grid: tuple[int, int, int]
     coverage: float
-    """Share of the scan's voxels that the network saw."""
+    """Share of the scan's voxels that the network saw. What `fit` cuts off is not above the window, and not seen."""
     tokens: Float[np.ndarray, "ti tj tk token_dim"] | None = None
     """One vector for each patch over the blocks, when asked for."""
     tokens_affine_ras: Float[np.ndarray, "4 4"] | None = None
@@ -123,11 +123,15 @@ class Feeding:
     pool: Pool = "cls-mean"
 
     def __post_init__(self) -> None:
-        """Guard the pool.
+        """Guard the pool and the way of feeding.
 
         Raises:
-            ConfigError: no such pool.
+            ConfigError: no such pool, or whole blocks about the middle of what fits one block.
         """
+        if self.like_spectre and self.spec.resampling == "fit":
+            raise ConfigError(
+                "like_spectre has no meaning here: these weights take each scan as one block", hint="leave it out"
+            )
         if self.pool not in POOLS:
             raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got '{self.pool}'")
 
@@ -185,7 +189,7 @@ class Underway:
             scan=scan_row.numpy(),
             blocks=rows.numpy(),
             grid=tiling.grid,
-            coverage=self._coverage(),
+            coverage=self._within() * self.laid.share,
             tokens=tokens,
             tokens_affine_ras=affine,
             facts=self._facts(computing, rows),
@@ -212,7 +216,8 @@ class Underway:
             )
         ]
 
-    def _coverage(self) -> float:
+    def _within(self) -> float:
+        """Share of the resampled scan that the blocks see."""
         return float(np.prod([seen / size for seen, size in self._spans()]))
 
     def _facts(self, computing: Computing, rows: Tensor) -> Facts:
@@ -232,18 +237,21 @@ class Underway:
 
     def _warnings(self, fed_mm: Float[np.ndarray, " 3"]) -> Iterator[str]:
         taught, tiling = self.model.spec, self.laid.tiling
-        for name, have, want in zip(_AXES, self.spacing_mm, taught.spacing_mm, strict=True):
+        fits = self.feeding.spec.resampling == "fit"
+        for name, have, want in zip(_AXES, self.spacing_mm, fed_mm if fits else taught.spacing_mm, strict=True):
             if have > THICK * want:
-                yield f"thick: voxels are {have:.3g} mm apart {name}, the weights saw {want:g} mm"
+                met = f"stretched to {want:.3g} mm" if fits else f"the weights saw {want:g} mm"
+                yield f"thick: voxels are {have:.3g} mm apart {name}, {met}"
         # A tenth: a grid that was kept because it fits nearly is no other spacing.
         if taught.resampling == "spacing" and (np.abs(fed_mm / taught.spacing_mm - 1) > 0.1).any():  # noqa: PLR2004
             yield f"spacing: fed at {_edges(fed_mm)} mm, the weights saw {_edges(taught.spacing_mm)} mm"
+        if taught.resampling == "fit" and not fits:
+            yield f"spacing: fed at {_edges(fed_mm)} mm, the weights saw each scan fit to one block"
         for name, size, block in zip(_AXES, tiling.shape_ijk, tiling.block_ijk, strict=True):
             if size < block:
                 yield f"small: {size} of the {block} voxels of a block {name} are scan, the rest is padding"
-        coverage = self._coverage()
-        if coverage < 1:
-            yield f"cut: the centre crop leaves {1 - coverage:.1%} of the scan out"
+        if (within := self._within()) < 1:
+            yield f"cut: the centre crop leaves {1 - within:.1%} of the scan out"
         if self.hu not in (FITS, UNJUDGED):
             yield f"hu: the values are not Hounsfield units ({self.hu})"
 

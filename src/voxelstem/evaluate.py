@@ -118,14 +118,15 @@ class Contest:
         return {subject: self.task.combine(outcomes) for subject, outcomes in by_subject.items()}
 
 
-def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evaluation:
+def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercial: bool = False) -> Evaluation:
     """Score runs of `adapt` on the store's test subjects and write `out`/evaluation.json and index.html.
 
     The baselines are fitted here to the very labels that each run saw: the same network untrained
     (three seeds), intensity features, and the majority or the nearest atlas.
 
     Raises:
-        ConfigError: a run that is none, or labels and store that do not fit it.
+        ConfigError: a run that is none, labels and store that do not fit it, or with `commercial` (here or in `adapt`)
+            weights whose licence forbids such use.
         AuditError: no held-out subject has labels, or a labelled subject is among them.
         CheckpointError: the weights are damaged or `out` cannot be written.
     """
@@ -137,7 +138,7 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path) -> Evalua
     known: dict[str, dict[str, Repeats]] = {}
     contests: list[Contest] = []
     for adapted in finished:
-        model = load(adapted.weights)
+        model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
         contest = _contest(adapted, opened, read_truth(opened, labels, adapted.task, model.spec))
         contests.append(contest)
         mark = _mark(adapted, model)
@@ -253,15 +254,18 @@ def table_of(contest: Contest, repeats: Mapping[str, Repeats], *, task: str, bud
     return scores
 
 
-def intensity_features(store: Store, spec: InputSpec, token_mm: tuple[float, float, float] | None) -> FeaturesOf:
-    """Features of the intensity baseline, each volume once."""
-    return _remembered(lambda key: baselines.intensity(store.volume(key), spec, token_mm=token_mm))
+def intensity_features(store: Store, spec: InputSpec, patch_ijk: tuple[int, int, int] | None) -> FeaturesOf:
+    """Features of the intensity baseline, each volume once; its tokens are as large as patches of `patch_ijk` voxels.
 
+    Without `patch_ijk` there are no tokens.
+    """
 
-def token_mm(model: Model) -> tuple[float, float, float]:
-    """Edge lengths of a patch of this model in millimetres."""
-    i, j, k = (s * p for s, p in zip(model.spec.spacing_mm, model.backbone.patch_ijk, strict=True))
-    return i, j, k
+    def look(key: str) -> Any:
+        volume = store.volume(key)
+        edges = baselines.token_mm(volume, spec, patch_ijk) if patch_ijk else None
+        return baselines.intensity(volume, spec, token_mm=edges)
+
+    return _remembered(look)
 
 
 def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
@@ -315,7 +319,7 @@ def _baselines(contest: Contest, model: Model, out: Path) -> dict[str, Repeats]:
         for seed in range(INITS):
             fresh = _features(contest, model.scratch(seed=seed), out)
             untrained.append(contest.fit_and_score(_counted(fresh, advance, note="scratch")))
-        bright = intensity_features(contest.store, model.spec, token_mm(model) if voxels else None)
+        bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
         bright = contest.fit_and_score(_counted(bright, advance, note="intensity"))
         floor = _once(contest.atlas(model.spec, advance) if voxels else contest.majority())
         if not voxels:
@@ -363,7 +367,7 @@ def _remembered(features: FeaturesOf) -> FeaturesOf:
 
 def _mark(adapted: Adapted, model: Model) -> str:
     """Runs with the same mark share their baselines: same labels, head settings and architecture."""
-    config = dataclasses.replace(adapted.config, like=None, features=None)
+    config = dataclasses.replace(adapted.config, like=None, features=None, commercial=False)
     return repr((config, adapted.labelled, adapted.head.classes, sorted(model.card.architecture.items()), model.spec))
 
 

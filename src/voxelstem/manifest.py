@@ -38,16 +38,29 @@ COLUMNS = (
 )
 SECONDS_FOR_FIRST = 900.0
 """How long the other processes wait for the first to load the weights and claim the folder."""
+SECONDS_UNTIL_STALE = 3600.0
+"""After which a file that was never finished is nobody's."""
 Row = dict[str, str]
 
 
 def read_rows(out: Path) -> dict[str, Row]:
-    """The table's rows by source; none where there is no table yet."""
+    """The table's rows by source; none where there is no table yet. Columns that an older table lacks are empty.
+
+    Raises:
+        ConfigError: it is no such table.
+        OSError: it cannot be read.
+    """
+    empty = dict.fromkeys(COLUMNS, "")
     try:
-        text = (out / TABLE).read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO((out / TABLE).read_text(encoding="utf-8")), restval=""))
+        return {row["source"]: empty | row for row in rows}
     except FileNotFoundError:
         return {}
-    return {row["source"]: row for row in csv.DictReader(io.StringIO(text), restval="")}
+    except (ValueError, KeyError, csv.Error) as error:  # the first: what is no UTF-8
+        raise ConfigError(
+            f"{TABLE} in '{out.name}' is damaged",
+            hint="remove that file and run again: embeddings that are whole are listed anew",
+        ) from error
 
 
 def add_rows(out: Path, rows: Sequence[Row]) -> None:
@@ -91,10 +104,11 @@ def claim(out: Path, settings: Mapping[str, Any], choose: Callable[[str], str], 
         The name of the way through the network.
 
     Raises:
-        ConfigError: the folder was made in another way, its mark is damaged, or the first process never came.
+        ConfigError: the folder was made in another way, its mark is damaged, the first process never came, or `out` is
+            a file.
         OSError: it cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     mark = out / MARK
     if ranks.rank and not mark.exists():
         _wait(mark)
@@ -108,10 +122,27 @@ def claim(out: Path, settings: Mapping[str, Any], choose: Callable[[str], str], 
         write_whole(draft, json.dumps({**settings, "compute": name}).encode())
         os.link(draft, mark)  # unlike rename, this fails where another process was faster
     except FileExistsError:
-        _compare(out, _read(mark), settings)
+        claimed = _read(mark)
+        _compare(out, claimed, settings)
+        return choose(str(claimed.get("compute", "")))
     finally:
         draft.unlink(missing_ok=True)
     return name
+
+
+def _make(out: Path) -> None:
+    """Make the folder, and free it of what processes that were killed left half written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"'{out.name}' is a file, or lies below one: no folder can be made there", hint="choose another --out"
+        ) from error
+    for path in [*out.glob(".*.unfinished"), *out.glob(f".{MARK}.*")]:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            # No file takes an hour to write: whoever wrote this one is gone, be it on another machine.
+            if time.time() - path.stat().st_mtime > SECONDS_UNTIL_STALE:
+                path.unlink()
 
 
 def _wait(mark: Path) -> None:

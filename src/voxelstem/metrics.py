@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from scipy.stats import rankdata
 
 Value = TypeVar("Value")
 Statistic = Callable[[Sequence[Value]], float]
@@ -121,6 +120,8 @@ def auroc(truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]) -> fl
     if len(truth) <= FEW_ROWS:
         gaps = np.subtract.outer(score[truth], score[~truth])
         return float(((gaps > 0).sum() + (gaps == 0).sum() / 2) / gaps.size)
+    from scipy.stats import rankdata  # takes a second to import
+
     rank_sum = rankdata(score)[truth].sum()
     return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 

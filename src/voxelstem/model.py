@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,8 @@ from voxelstem.streaming import Scan, lay, of_volume
 from voxelstem.study import InputSpec, Study, Volume
 
 Only = Literal[Named, "auto"]
+MOST_VOXELS = 1 << 28
+"""Of one block: a GiB in floats, thirty times the largest that any of the known weights take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,7 @@ class Model:
         pool: Pool = "cls-mean",
         computing: Computing | None = None,
     ) -> Embedding:
-        """Embed a whole scan: resample, window, tile, encode. Nothing of the scan is cut away.
+        """Embed a whole scan: resample, window, tile, encode. Only a scan to `fit` loses air about it.
 
         Args:
             scan: A volume, a study of one, or a `streaming.Scan` that is read as it goes.
@@ -84,7 +87,7 @@ class Model:
             computing: What `computing` chose before; `precision` is then its own.
 
         Raises:
-            ConfigError: wrong modality or precision, or a study of several volumes.
+            ConfigError: wrong modality or precision, a study of several volumes, or no such way of feeding.
             IngestError: the scan is refused: `not-finite`, `impossible-spacing`, `too-large`.
         """
         feeding = Feeding(spec=spec or self.spec, like_spectre=like_spectre, tokens=tokens, pool=pool)
@@ -96,13 +99,21 @@ class Model:
         packer.flush()
         return underway.finish(computing)
 
-    def computing(self, precision: Precision = "fp32", *, compile: bool = False, only: Only | None = None) -> Computing:  # noqa: A002
+    def computing(
+        self,
+        precision: Precision = "fp32",
+        *,
+        compile: bool = False,  # noqa: A002
+        only: Only | None = None,
+        blocks_ahead: int = 0,
+    ) -> Computing:
         """A way through the network: the reference for fp32, unless a faster one is asked for.
 
         Args:
             precision: `fp32` or `bf16`.
             compile: Let torch compile it.
             only: `auto` for the fastest by measurement on one block, or the name of one; see `backbones.compute`.
+            blocks_ahead: About how many blocks are waiting.
 
         Raises:
             ConfigError: no such precision or way.
@@ -112,7 +123,12 @@ class Model:
         if precision == "fp32" and not compile and only in (None, "reference"):
             return Reference(backbone=self.backbone)
         return choose(
-            self.backbone, precision=precision, block_ijk=self.spec.block_ijk, compile=compile, only=only or "auto"
+            self.backbone,
+            precision=precision,
+            block_ijk=self.spec.block_ijk,
+            compile=compile,
+            only=only or "auto",
+            blocks_ahead=blocks_ahead,
         )
 
     def begin(self, scan: Study | Volume | Scan, feeding: Feeding, *, hu: str | None = None) -> Underway:
@@ -175,8 +191,7 @@ def load(path: str | Path) -> Model:
     card = read_card(folder)
     tensors = read_tensors(folder, card)
     # First without memory: a config.json must not make us allocate more than the file beside it holds.
-    with torch.device("meta"):
-        backbone = _build(card)
+    backbone = _outline(folder, card, tensors=len(tensors))
     form = backbone.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in form.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -190,6 +205,34 @@ def load(path: str | Path) -> Model:
     # The file's tensors become the network's: weights of 1.4 GB are neither drawn nor held twice.
     backbone.load_state_dict({name: tensor.to(form[name].dtype) for name, tensor in tensors.items()}, assign=True)
     return _model(card, backbone)
+
+
+def _outline(folder: Path, card: Card, *, tensors: int) -> Any:
+    """The network that config.json describes, without memory for its tensors.
+
+    Raises:
+        CheckpointError: it has more layers than the file has tensors, no machine could hold it, or scans would be fed
+            in blocks that it cannot take.
+    """
+    said = [value for name, value in card.architecture.items() if name.endswith(("depth", "depths"))]
+    counts = [count for value in said for count in (value if isinstance(value, tuple) else (value,))]
+    layers, block_ijk = sum(count for count in counts if isinstance(count, int)), card.spec.block_ijk
+    try:
+        if layers > tensors:
+            raise ValueError(f"{layers} layers, and the file beside it {tensors} tensors")
+        with torch.device("meta"):
+            backbone = _build(card)
+        if math.prod(block_ijk) > MOST_VOXELS:
+            raise ValueError(f"blocks of {block_ijk} voxels")
+        if any(block % patch for block, patch in zip(block_ijk, backbone.patch_ijk, strict=True)):
+            raise ValueError(f"blocks of {block_ijk} voxels, which patches of {backbone.patch_ijk} do not fill")
+    except (ValueError, TypeError, RuntimeError) as error:  # the last two: sizes beyond 64 bits
+        why = str(error) if isinstance(error, ValueError) else "sizes beyond every memory"
+        raise CheckpointError(
+            f"{folder.name}/config.json describes no network that can be: it says {why}",
+            hint="copy the whole folder again: the two files belong together",
+        ) from error
+    return backbone
 
 
 def _build(card: Card) -> Any:

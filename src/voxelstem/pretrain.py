@@ -31,6 +31,7 @@ from voxelstem.store import Store
 from voxelstem.store.selection import Selection, Wanted
 from voxelstem.study import InputSpec
 from voxelstem.table import Table
+from voxelstem.views.crop import check_spacing
 
 FREE_TO_CHANGE = {"loader.threads", "loader.workers", "loader.timeout_s", "loader.ahead", "loader.source"}
 """Settings that change who reads, and not one bit of what is read: a run may resume with others."""
@@ -63,9 +64,10 @@ class PretrainConfig:
 
         Raises:
             ValueError: a number out of range, an unknown precision, or parts that do not fit together.
-            ConfigError: an unknown backbone or objective, or one whose settings are of another kind.
+            ConfigError: an unknown backbone or objective, one whose settings are of another kind, or no spacing.
         """
         self._check_numbers()
+        check_spacing(self.spec)
         _check_kind("backbone", BACKBONES, self.backbone, hint="choose a recipe that is made for this backbone")
         family, name = self.recipe.partition(".")[0], self.objective.name
         _check_kind("objective", OBJECTIVES, self.objective, hint=f"choose recipe {family}.{name} instead")

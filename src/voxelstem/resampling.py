@@ -55,6 +55,25 @@ def weights(coordinates: Float[np.ndarray, "out"], size: int, *, step: float) ->
     return np.where(inside[:, None] & (rows > 0), kept / np.where(rows > 0, rows, 1.0), kept)
 
 
+def area_weights(size: int, count: int) -> Float[np.ndarray, "out in"]:
+    """Matrix that stretches `size` voxels to `count` by averaging areas, as torch's `interpolate(mode="area")` does.
+
+    Output o is the plain mean of all voxels that its share [o * size / count, (o + 1) * size / count) of the axis
+    touches, however little of them: where `count` does not divide `size`, neighbours share voxels.
+
+    >>> area_weights(3, 2)
+    array([[0.5, 0.5, 0. ],
+           [0. , 0.5, 0.5]])
+
+    Args:
+        size: Input voxels along the axis.
+        count: Output voxels; more than `size` repeats voxels.
+    """
+    out, index = np.arange(count)[:, None], np.arange(size)
+    low, high = out * size // count, -(-(out + 1) * size // count)
+    return ((low <= index) & (index < high)) / (high - low)
+
+
 def grid_affine(affine_ras: Float[np.ndarray, "4 4"], step_ijk: tuple[float, float, float]) -> Float[np.ndarray, "4 4"]:
     """Affine of a grid whose voxels are `step_ijk` times as wide, and which begins at the same low corner.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from voxelstem.card import CONFIG, TENSORS, read_card
 from voxelstem.config import read_toml
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.progress import progress
@@ -44,6 +45,7 @@ def show(path: Path | str, *, verify: bool = False) -> Facts:
         ConfigError: nothing is there, or nothing that voxelstem knows.
         IngestError: it is a scan that would be refused; the message says why.
         StoreError: it is a store that cannot be read.
+        CheckpointError: it is a weights folder whose card is none.
     """
     path = Path(path)
     if not path.exists():
@@ -71,6 +73,7 @@ def inside(
     out: Path,
     at_ijk: tuple[int, int, int] | None = None,
     at_mm: tuple[float, float, float] | None = None,
+    commercial: bool = False,
 ) -> Facts:
     """Draw what some weights make of a scan into the PNG `out`, and say in numbers how the scan was fed to them.
 
@@ -80,9 +83,10 @@ def inside(
         out: The picture's file; one that is there is replaced.
         at_ijk: The voxel that all others are compared with, or
         at_mm: its place in the patient, RAS+. Without either it is the centre of the body.
+        commercial: Claim commercial use: weights whose licence forbids it are refused.
 
     Raises:
-        ConfigError: several volumes, another modality than the weights saw, or a place outside the scan.
+        ConfigError: several volumes, another modality than the weights saw, a place outside the scan, or the licence.
         IngestError: the scan is refused; the message says why.
         CheckpointError: the weights cannot be read.
         StoreError: the picture cannot be written.
@@ -93,7 +97,7 @@ def inside(
     study = read(path)
     if len(study.volumes) != 1:
         raise ConfigError(f"it holds {len(study.volumes)} volumes", hint="give one of them")
-    found = look_inside(study.volumes[0], load(weights), at_ijk=at_ijk, at_mm=at_mm)
+    found = look_inside(study.volumes[0], load(weights, commercial=commercial), at_ijk=at_ijk, at_mm=at_mm)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(found.picture.png)
@@ -225,10 +229,10 @@ def _adapted(path: Path) -> Facts:
 
 
 def _weights(path: Path) -> Facts:
-    card = _json(path / "config.json")
-    facts: Facts = {"kind": "weights", "bytes": _bytes(path), "parameters": _parameters(path / "model.safetensors")}
-    extras = card.get("extras") if isinstance(card, dict) else None
-    beside = {name: _file_bytes(path / str(name)) for name in extras} if isinstance(extras, dict) else {}
+    read_card(path)  # refuses what is none, names that lead out of the folder among it
+    card = _json(path / CONFIG)
+    facts: Facts = {"kind": "weights", "bytes": _bytes(path), "parameters": _parameters(path / TENSORS)}
+    beside = {name: _file_bytes(path / name) for name in card.get("extras", {})}
     return facts | {"beside": beside, "card": card}
 
 
@@ -270,7 +274,7 @@ _FOLDERS: list[tuple[tuple[str, ...], Callable[[Path], Facts]]] = [
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"'{path.name}' cannot be read as JSON", hint="was the folder copied as a whole?") from error
 
 

@@ -6,11 +6,13 @@ exists in floats at the network's spacing. At 0.5 x 0.5 x 1 mm that would be 800
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from voxelstem.errors import ConfigError, IngestError
-from voxelstem.resampling import grid_affine, grid_coordinates, resampled_count, steps_ijk, weights
+from voxelstem.resampling import area_weights, grid_affine, grid_coordinates, resampled_count, steps_ijk, weights
 from voxelstem.store import Store
 from voxelstem.study import INPUT_SPECS, InputSpec, Volume
 from voxelstem.views.intensity import window
@@ -82,10 +84,15 @@ def with_spacing(spec: InputSpec, spacing: str | tuple[float, float, float] | No
     """The spec with another spacing: a name in `study.INPUT_SPECS`, `native`, or millimetres along R, A and S.
 
     Raises:
-        ConfigError: no such name, or no lengths.
+        ConfigError: no such name, no lengths, or the spec fits scans to a block, which leaves no spacing to choose.
     """
     if spacing is None:
         return spec
+    if spec.resampling == "fit":
+        raise ConfigError(
+            "these weights take each scan as one block, at the spacing at which it fits: no other can be chosen",
+            hint="leave the spacing out",
+        )
     if spacing == "native":
         return replace(spec, preset="", resampling="native")
     if isinstance(spacing, str):
@@ -111,21 +118,25 @@ class Laid:
     """From voxels of the resampled scan to millimetres."""
     matrices: tuple[Tensor | None, Tensor | None, Tensor | None]
     """(output, input) for each axis; None where it has the wanted spacing already and is copied."""
+    share: float = 1.0
+    """Of the scan's voxels, how many are laid out: fewer than all where air about a box was cut off (`fit`)."""
 
 
 def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
-    """Lay a scan out at the spec's spacing; both grids begin at the same low corner.
+    """Lay a scan out at the spec's spacing; both grids begin at the same low corner, or at that of the box to fit.
 
     Args:
-        scan: Only its facts are read.
+        scan: Only its facts are read; to fit a box, its voxels too.
         spec: What the network is to be fed with.
-        like_spectre: Whole blocks about the middle instead of a grid that covers everything.
+        like_spectre: Whole blocks about the middle instead of a grid that covers everything; a box is one block anyhow.
 
     Raises:
-        IngestError: `impossible-spacing`, or `too-large` at the spec's spacing.
+        IngestError: `impossible-spacing`, `too-large` at the spec's spacing, or `not-finite` where voxels are read.
     """
     _check_spacing(scan)
-    steps = steps_ijk(scan.affine_ras, scan.shape_ijk, spec.grid_spacing_mm(scan.spacing_mm))
+    if spec.resampling == "fit":
+        return _lay_box(scan, spec)
+    steps = steps_ijk(scan.affine_ras, scan.shape_ijk, spec.grid_spacing_mm(scan.spacing_mm, scan.shape_ijk))
     i, j, k = (resampled_count(size, 1.0, step) for size, step in zip(scan.shape_ijk, steps, strict=True))
     tiling = (centre_crop if like_spectre else cover)((i, j, k), spec.block_ijk)
     count = tiling.grid[0] * tiling.grid[1] * tiling.grid[2]
@@ -144,6 +155,47 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
     return Laid(tiling=tiling, affine_ras=grid_affine(scan.affine_ras, steps), matrices=(over_i, over_j, over_k))
 
 
+def _lay_box(scan: Scan, spec: InputSpec) -> Laid:
+    """Lay out the box of what lies above `low_hu` as one block."""
+    box = _box(scan, spec.low_hu)
+    start, size = [rows.start for rows in box], (len(box[0]), len(box[1]), len(box[2]))
+    wanted_mm = spec.grid_spacing_mm(scan.spacing_mm, size)
+    i, j, k = (wanted / have for wanted, have in zip(wanted_mm, scan.spacing_mm, strict=True))
+    corner = scan.affine_ras.astype(np.float64)
+    corner[:3, 3] += corner[:3, :3] @ start
+    over_i, over_j, over_k = (
+        torch.from_numpy(np.pad(area_weights(len(rows), block), ((0, 0), (rows.start, whole - rows.stop)))).float()
+        for rows, block, whole in zip(box, spec.block_ijk, scan.shape_ijk, strict=True)
+    )
+    return Laid(
+        tiling=cover(spec.block_ijk, spec.block_ijk),
+        affine_ras=grid_affine(corner, (i, j, k)),
+        matrices=(over_i, over_j, over_k),
+        share=prod(size) / prod(scan.shape_ijk),
+    )
+
+
+def _box(scan: Scan, above: float) -> tuple[range, range, range]:
+    """The smallest box that holds every voxel above a value; the whole scan where there is none.
+
+    Raises:
+        IngestError: `not-finite`; what lies outside the box would never be looked at again.
+    """
+    found = [np.zeros(size, bool) for size in scan.shape_ijk]
+    for low in range(0, scan.shape_ijk[0], ROWS):
+        slab = scan.slab(low, min(low + ROWS, scan.shape_ijk[0]))
+        _check_finite(slab.min(), slab.max())
+        inside = slab > above
+        found[0][low : low + ROWS] = inside.any(axis=(0, 2, 3))
+        found[1] |= inside.any(axis=(0, 1, 3))
+        found[2] |= inside.any(axis=(0, 1, 2))
+    if not found[0].any():
+        i, j, k = map(range, scan.shape_ijk)
+    else:
+        i, j, k = (range(int(used[0]), int(used[-1]) + 1) for used in map(np.flatnonzero, found))
+    return i, j, k
+
+
 def _check_spacing(scan: Scan) -> None:
     lengths = [edge * size for edge, size in zip(scan.spacing_mm, scan.shape_ijk, strict=True)]
     if all(LEAST_MM <= edge <= MOST_MM for edge in scan.spacing_mm) and max(lengths) <= LONGEST_MM:
@@ -159,7 +211,8 @@ def _check_spacing(scan: Scan) -> None:
 def columns(scan: Scan, laid: Laid, spec: InputSpec) -> Iterator[Float[Tensor, "n channel i j k"]]:
     """Read, resample and window a scan; give its blocks in grid order, all along k at once. Padding is 0: air.
 
-    Besides the scan it takes one slab of input rows, those rows at the new spacing along i, and two columns.
+    Besides the scan it takes one slab of input rows, those rows at the new spacing along i, and two columns; for a box
+    that fits one block the slab is the rows under a part of it, not under all.
 
     Raises:
         IngestError: `not-finite` where a value is NaN or infinite.
@@ -168,8 +221,9 @@ def columns(scan: Scan, laid: Laid, spec: InputSpec) -> Iterator[Float[Tensor, "
     across_i, across_j, along_k = (_spans(tiling, axis) for axis in range(3))
     rows_k = slice(along_k[0].rows.start, along_k[-1].rows.stop)
     plain = all(matrix is None for matrix in laid.matrices)
+    resampled = _in_parts if spec.resampling == "fit" else _resampled
     for span_i in across_i:
-        cut = _copied(scan, span_i.rows) if plain else _resampled(scan, laid, span_i.rows, spec.low_hu)
+        cut = _copied(scan, span_i.rows) if plain else resampled(scan, laid, span_i.rows, spec.low_hu)
         for span_j in across_j:
             part = cut(span_j.rows, rows_k)
             column = np.full((len(along_k), scan.channels, *tiling.block_ijk), spec.low_hu, np.float32)
@@ -186,12 +240,17 @@ def _turn(voxels: Float[np.ndarray, "channel i j k"], room: Float[np.ndarray, "c
 
 
 def _finite(voxels: Tensor) -> Tensor:
-    least, most = torch.aminmax(voxels)  # both NaN where one voxel is
-    if not bool(torch.isfinite(least) & torch.isfinite(most)):
+    least, most = torch.aminmax(voxels)
+    _check_finite(float(least), float(most))
+    return voxels
+
+
+def _check_finite(least: float, most: float) -> None:
+    # Both are NaN where one voxel is.
+    if not (np.isfinite(least) and np.isfinite(most)):
         raise IngestError(
             "the scan holds values that are not finite (NaN or infinite)", code="not-finite", hint="export it again"
         )
-    return voxels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +295,16 @@ def _resampled(
     return lambda rows_j, rows_k: _along(_along(slab, 2, over_j, rows_j), 3, over_k, rows_k).add(air).numpy()
 
 
+def _in_parts(
+    scan: Scan, laid: Laid, rows: slice, air: float
+) -> Callable[[slice, slice], Float[np.ndarray, "channel i j k"]]:
+    """As `_resampled`, but takes few rows all the way at a time: of a single block none is needed twice."""
+    parts = [slice(at, min(at + ROWS, rows.stop)) for at in range(rows.start, rows.stop, ROWS)]
+    return lambda rows_j, rows_k: np.concatenate(
+        [_resampled(scan, laid, part, air)(rows_j, rows_k) for part in parts], axis=1
+    )
+
+
 def _band(rows: Tensor) -> tuple[int, int]:
     """The columns in which any of these rows is not zero."""
     used = rows.any(dim=0).nonzero()
@@ -258,13 +327,12 @@ def _along(part: Tensor, axis: int, matrix: Tensor | None, rows: slice) -> Tenso
     return torch.cat(made, dim=axis) if len(made) > 1 else made[0]
 
 
-def ahead(items: Iterable[Item], depth: int) -> Generator[Item]:
-    """Make items in a background thread while the caller works: `depth` wait in line and one more is being made.
+@contextlib.contextmanager
+def ahead(items: Iterable[Item], depth: int) -> Generator[Iterator[Item]]:
+    """Make items in a background thread from now on: `depth` wait in line and one more is being made.
 
-    Closing the generator ends the thread after the item that it is at.
-
-    Raises:
-        Exception: whatever making an item raised, in its turn.
+    Leaving the block ends the thread after the item that it is at. Whatever making an item raised is raised by the
+    iterator, in its turn.
     """
     ready: queue.Queue[Item | None] = queue.Queue(depth)
     closed = threading.Event()
@@ -284,11 +352,14 @@ def ahead(items: Iterable[Item], depth: int) -> Generator[Item]:
         finally:
             put(None)
 
+    def give() -> Iterator[Item]:
+        while (item := ready.get()) is not None:
+            yield item
+        made.result()
+
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         made = pool.submit(make)
         try:
-            while (item := ready.get()) is not None:
-                yield item
-            made.result()
+            yield give()
         finally:
             closed.set()

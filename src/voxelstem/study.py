@@ -146,8 +146,10 @@ class InputSpec:
     block_ijk: tuple[int, int, int] = (32, 32, 32)
     preset: str = ""
     """The name in `INPUT_SPECS` that these numbers go by, where they go by one."""
-    resampling: Literal["spacing", "native"] = "spacing"
-    """Whether scans are brought to `spacing_mm`, or fed on the grid that they come with."""
+    resampling: Literal["spacing", "native", "fit"] = "spacing"
+    """Scans are brought to `spacing_mm`; or fed on the grid that they come with (`native`); or the box of all that lies
+    above `low_hu` is stretched to exactly one block by averaging areas (`fit`). Of the last two, `spacing_mm` only says
+    what to expect."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -162,9 +164,36 @@ class InputSpec:
         if min(self.block_ijk) < 1:
             raise ValueError(f"block_ijk must be at least one voxel, got {self.block_ijk}")
 
-    def grid_spacing_mm(self, have_mm: tuple[float, float, float]) -> tuple[float, float, float]:
-        """Spacing at which a scan of `have_mm` is fed to the network."""
-        return have_mm if self.resampling == "native" else self.spacing_mm
+    def grid_spacing_mm(
+        self, have_mm: tuple[float, float, float], shape_ijk: tuple[int, int, int]
+    ) -> tuple[float, float, float]:
+        """Spacing at which a scan is fed to the network.
+
+        Args:
+            have_mm: The scan's own spacing.
+            shape_ijk: Its voxels; for `fit` those of the box that is stretched.
+        """
+        match self.resampling:
+            case "spacing":
+                return self.spacing_mm
+            case "native":
+                return have_mm
+            case "fit":
+                i, j, k = (
+                    have * size / block for have, size, block in zip(have_mm, shape_ijk, self.block_ijk, strict=True)
+                )
+                return i, j, k
+
+    @property
+    def grid_in_words(self) -> str:
+        """Where a scan's voxels come to lie, for people."""
+        match self.resampling:
+            case "spacing":
+                return f"{' x '.join(f'{edge:g}' for edge in self.spacing_mm)} mm"
+            case "native":
+                return "its own spacing"
+            case "fit":
+                return f"the spacing at which all above {self.low_hu:g} fits one block"
 
 
 _SPECTRE = InputSpec(block_ijk=(128, 128, 64))

@@ -19,7 +19,7 @@ COMMANDS = {
     "weights": [],
     "pretrain": ["--store", "--out", "--config", "--dry-run"],
     "embed": ["--weights", "--out", "--precision", "--tokens", "--like-spectre", "--spacing", "--pool", "--compile"],
-    "adapt": ["--weights", "--store", "--labels", "--task", "--mode", "--out", "--budget"],
+    "adapt": ["--weights", "--store", "--labels", "--task", "--mode", "--out", "--budget", "--commercial"],
     "evaluate": ["--store", "--labels", "--out"],
 }
 

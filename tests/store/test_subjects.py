@@ -45,6 +45,23 @@ def test_a_broken_key_is_refused_and_not_replaced(site_key_file, text):
     assert site_key_file.read_text() == text
 
 
+@pytest.mark.parametrize("key", ["ab" * 32, "AB" * 32, "ab" * 32 + "\n"])
+def test_a_key_in_place_of_a_path_makes_no_file_and_is_not_told(monkeypatch, tmp_path, key):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOXELSTEM_KEY", key)
+    with pytest.raises(ConfigError, match="path of a file") as told:
+        site_key()
+    assert list(tmp_path.iterdir()) == []
+    assert key.strip() not in str(told.value)
+
+
+def test_a_key_file_may_be_called_as_it_likes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOXELSTEM_KEY", "cd" * 32)
+    (tmp_path / ("cd" * 32)).write_text("01" * 32 + "\n")
+    assert site_key() == bytes([1]) * 32
+
+
 def test_a_key_that_cannot_be_made_is_a_clear_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path / "file" / "site.key"))

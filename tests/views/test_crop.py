@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxelstem.errors import ConfigError
 from voxelstem.study import InputSpec
 from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, covering_crop, cut, draw_crop, draw_views
 
@@ -24,6 +25,12 @@ def test_a_drawn_crop_lies_in_the_volume_and_is_as_large_as_it_may_be(
     assert crop.size_ijk == tuple(min(pair) for pair in zip(shape, size, strict=True))
     assert min(crop.start_ijk) >= 0
     assert cut(np.zeros((1, *shape)), crop).shape == (1, *crop.size_ijk)
+
+
+def test_views_of_a_spec_that_has_no_spacing_are_refused() -> None:
+    spec, box = InputSpec(resampling="fit"), ((0.0, 0.0, 0.0), (9.0, 9.0, 9.0))
+    with pytest.raises(ConfigError, match="views need a spacing"):
+        draw_views(ViewKind(), spec, box, np.random.default_rng(0))
 
 
 def test_a_crop_reaches_every_place_of_the_volume() -> None:

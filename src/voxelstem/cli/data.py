@@ -107,6 +107,7 @@ def show(
     weights: str | None = None,
     at: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     out: Path | None = None,
+    commercial: bool = False,
     json: bool = False,
 ) -> int:
     """Explain a scan, a store, a run, weights or a report; compare two stores; or draw what weights see in a scan.
@@ -128,14 +129,15 @@ def show(
         at: With --weights, the place that the others are compared with: a voxel counted from 0 along right, front and
             head, or mm in the patient, such as -20,35,110mm; the centre of the body when left out.
         out: With --weights, the picture's file; inside.png when left out.
+        commercial: Say that the use is commercial: weights whose licence forbids that are refused.
         json: Answer in JSON.
     """
     if [verify, against is not None, weights is not None].count(True) > 1:
         raise ConfigError("--verify, --against and --weights are three questions", hint="ask one after the other")
     if weights is not None:
-        return _inside(path, weights, at, out or Path("inside.png"), as_json=json)
-    if at is not None or out is not None:
-        raise ConfigError("--at and --out are for the picture that weights make", hint="add --weights W")
+        return _inside(path, weights, at, out or Path("inside.png"), commercial=commercial, as_json=json)
+    if at is not None or out is not None or commercial:
+        raise ConfigError("--at, --out and --commercial are for the picture that weights make", hint="add --weights W")
     if against is not None:
         return _shared(path, against, as_json=json)
     from voxelstem import show as verb
@@ -157,12 +159,12 @@ def _shared(path: Path, against: Path, *, as_json: bool) -> int:
     return SOME_REFUSED if found.found or lacking else DONE
 
 
-def _inside(path: Path, weights: str, at: str | None, out: Path, *, as_json: bool) -> int:
+def _inside(path: Path, weights: str, at: str | None, out: Path, *, commercial: bool, as_json: bool) -> int:
     from voxelstem import show as verb
     from voxelstem.report.words import describe
 
     at_ijk, at_mm = place(at)
-    facts = verb.inside(path, weights=weights, out=out, at_ijk=at_ijk, at_mm=at_mm)
+    facts = verb.inside(path, weights=weights, out=out, at_ijk=at_ijk, at_mm=at_mm, commercial=commercial)
     answer(facts, describe(facts), as_json=as_json)
     return DONE
 

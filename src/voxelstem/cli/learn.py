@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from voxelstem.config import overlay, parse_assignments, read_toml
 from voxelstem.terminal import DONE, answer
@@ -66,15 +70,27 @@ def pretrain(
     return DONE
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learning:
+    """What is learned."""
+
+    task: str
+    """What to learn, such as `classify` or `segment`."""
+    mode: str
+    """How freely, such as `knn` or `probe`."""
+    budget: int | None = None
+    """Labelled subjects to learn from; all training subjects when left out."""
+    commercial: bool = False
+    """Say that the use is commercial: weights whose licence forbids that are refused, in `evaluate` too."""
+
+
 def adapt(
     *settings: str,
     weights: str,
     store: Path,
     labels: Path,
-    task: str,
-    mode: str,
+    what: Annotated[Learning, Parameter(name="*")],
     out: Path,
-    budget: int | None = None,
 ) -> int:
     """Fit a head on few labels over frozen weights.
 
@@ -89,22 +105,29 @@ def adapt(
         weights: Weights folder, or `scratch` for an untrained network; then `like=WEIGHTS` says of which kind.
         store: Folder of the store.
         labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes.
-        task: What to learn, such as `classify` or `segment`.
-        mode: How freely, such as `knn` or `probe`.
+        what: What is learned.
         out: Folder of the run.
-        budget: Labelled subjects to learn from; all training subjects when left out.
     """
     from voxelstem import adapt as verb
 
-    changes = parse_assignments(settings)
+    changes = parse_assignments(settings) | ({"commercial": True} if what.commercial else {})
     done = verb.run(
-        weights=weights, store=store, labels=labels, task=task, mode=mode, out=out, budget=budget, settings=changes
+        weights=weights,
+        store=store,
+        labels=labels,
+        task=what.task,
+        mode=what.mode,
+        out=out,
+        budget=what.budget,
+        settings=changes,
     )
     answer({"run": str(done)}, str(done), as_json=False)
     return DONE
 
 
-def evaluate(runs: list[Path], /, *, store: Path, labels: Path, out: Path, json: bool = False) -> int:
+def evaluate(
+    runs: list[Path], /, *, store: Path, labels: Path, out: Path, commercial: bool = False, json: bool = False
+) -> int:
     """Score adapted runs on held-out subjects, with intervals and beside honest baselines.
 
     For example:
@@ -116,11 +139,12 @@ def evaluate(runs: list[Path], /, *, store: Path, labels: Path, out: Path, json:
         store: Folder of the store.
         labels: The file that `adapt` was given, or one of the same form.
         out: Folder of the report.
+        commercial: Say that the use is commercial: runs over weights whose licence forbids that are refused.
         json: Answer in JSON.
     """
     from voxelstem import evaluate as verb
 
-    found = verb.run(runs, store=store, labels=labels, out=out)
+    found = verb.run(runs, store=store, labels=labels, out=out, commercial=commercial)
     page = str(out / "index.html")
     answer(found.facts() | {"report": page}, page, as_json=json)
     return DONE

@@ -148,6 +148,7 @@ def export(
     /,
     *,
     out: Path,
+    commercial: bool = False,
     json: bool = False,
 ) -> int:
     """Write a weights folder for other programs; what was written is compared with ours where numbers can differ.
@@ -161,6 +162,7 @@ def export(
             networks of its levels, with parity.json beside). `nnssl` and `nnunet` are not there yet.
         folder: Weights folder.
         out: Folder that receives the files.
+        commercial: Say that the use is commercial: weights whose licence forbids that are refused.
         json: Answer in JSON.
     """
     match layout:
@@ -174,6 +176,10 @@ def export(
             from voxelstem.weights.openvino import export_openvino as write
         case _:
             raise _not_yet("export", layout, "spectre, hub, onnx and openvino")
+    if commercial:
+        from voxelstem.card import check_commercial, read_card
+
+        check_commercial(read_card(folder))
     done = write(folder, out)
     answer({"out": str(done)}, str(done), as_json=json)
     return DONE

@@ -94,7 +94,7 @@ class Mae(nn.Module):
         self.decoder = Encoder(config.decoder)
         self.predict = nn.Linear(width, voxels)
         self.locate = nn.Linear(backbone.dim, 3)
-        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
         for layer in (self.narrow, self.context, self.predict, self.locate):
             init_linear(layer)
 

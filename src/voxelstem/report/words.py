@@ -89,9 +89,9 @@ def _describe_weights(facts: Facts) -> list[str]:
     name = (card.get("architecture") or {}).get("name", "")
     lines = [f"weights {name}: {count}{size}".replace("weights :", "weights:")]
     if spec:
-        native = spec.get("resampling") == "native"
         preset = f" (preset {spec['preset']})" if spec.get("preset") else ""
-        fed = "its own spacing" if native else f"{_times(spec.get('spacing_mm', ()))} mm"
+        other = {"native": "its own spacing", "fit": "the spacing at which it fits one block"}
+        fed = other.get(spec.get("resampling", ""), f"{_times(spec.get('spacing_mm', ()))} mm")
         lines.append(
             f"input: {spec.get('modality', '')} at {fed}, window {spec.get('low_hu'):g} to {spec.get('high_hu'):g}, "
             f"blocks of {_times(spec.get('block_ijk', ()))} voxels{preset}"

@@ -16,6 +16,7 @@ from voxelstem.errors import ConfigError
 
 KEY_BYTES = 32
 MOST_SHIFTED_DAYS = 365
+_A_KEY = re.compile(rf"\s*[0-9a-fA-F]{{{2 * KEY_BYTES}}}\s*")
 PSEUDONYM = re.compile(r"s[0-9a-f]{24}")
 _log = logging.getLogger(__name__)
 
@@ -35,9 +36,15 @@ def site_key() -> bytes:
     Stores made with one key can be compared and merged; without it a pseudonym cannot be traced to a person.
 
     Raises:
-        ConfigError: the file cannot be read or made, or does not hold a key.
+        ConfigError: the file cannot be read or made, or does not hold a key; or its name is a key.
     """
     path = site_key_path()
+    # A file of that name would show the key to whoever lists the folder, and hold another one.
+    if _A_KEY.fullmatch(os.environ.get("VOXELSTEM_KEY", "")) and not path.exists():
+        raise ConfigError(
+            "VOXELSTEM_KEY holds a key itself, where the path of a file is wanted",
+            hint="write the key into a file that only you can read, and set VOXELSTEM_KEY to its path",
+        )
     try:
         _make_once(path)
         text = path.read_text(encoding="ascii").strip()

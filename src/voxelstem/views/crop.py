@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from voxelstem.errors import ConfigError
 from voxelstem.resampling import grid_coordinates
 from voxelstem.study import InputSpec
 from voxelstem.views import resample
@@ -70,6 +71,19 @@ class ViewPlan:
     size_ijk: tuple[int, int, int]
 
 
+def check_spacing(spec: InputSpec) -> None:
+    """Views are cut at a spacing, so the spec must have one.
+
+    Raises:
+        ConfigError: it fits each scan to one block.
+    """
+    if spec.resampling == "fit":
+        raise ConfigError(
+            "views need a spacing, and spec.resampling 'fit' leaves none",
+            hint="pretrain with spec.resampling=spacing and spec.spacing_mm",
+        )
+
+
 def draw_views(
     kind: ViewKind,
     spec: InputSpec,
@@ -80,7 +94,11 @@ def draw_views(
 
     The box is a part of the scan (the patient's body, or the region that all views of one sample share). An
     axis on which the view is longer than the box is centred on it.
+
+    Raises:
+        ConfigError: the spec has no spacing.
     """
+    check_spacing(spec)
     plans = []
     for _ in range(kind.count):
         scale = np.exp(rng.uniform(np.log(kind.min_scale), np.log(kind.max_scale), size=3))

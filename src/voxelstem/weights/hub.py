@@ -210,7 +210,8 @@ def _import(wanted: Wanted, paths: Mapping[str, Path], out: Path) -> None:
         text_head=paths.get("text_head"),
         text=paths.get("text"),
     )
-    import_spectre(files, out, spec=(wanted.known or _SPECTRE).spec)
+    about = wanted.known or _SPECTRE
+    import_spectre(files, out, spec=about.spec, data=about.data)
 
 
 def _is_ours(folder: Path) -> bool:

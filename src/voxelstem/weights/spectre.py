@@ -24,7 +24,7 @@ from voxelstem.study import INPUT_SPECS, InputSpec
 from voxelstem.weights import foreign
 from voxelstem.weights.foreign import below
 from voxelstem.weights.known import SPECTRE_DATA, SPECTRE_LICENCE
-from voxelstem.weights.spectre_names import State, head_to_ours, head_to_theirs, size_of, to_ours, to_theirs
+from voxelstem.weights.spectre_names import FLOATS, State, head_to_ours, head_to_theirs, size_of, to_ours, to_theirs
 from voxelstem.weights.text import TEXT_TENSORS, TextConfig, read_tower, text_files
 
 __all__ = [
@@ -74,12 +74,18 @@ class SpectreFiles:
 
 
 def import_spectre(
-    files: SpectreFiles, out: Path, *, spec: InputSpec = INPUT_SPECS["ct-stage2"], scan_eps: float = 1e-5
+    files: SpectreFiles,
+    out: Path,
+    *,
+    spec: InputSpec = INPUT_SPECS["ct-stage2"],
+    scan_eps: float = 1e-5,
+    data: tuple[str, ...] = SPECTRE_DATA,
 ) -> Card:
     """Write SPECTRE's weights as the new weights folder `out`; the size is told from the tensors' shapes.
 
     `spec` says at which spacing scans shall be fed, and in which blocks. `scan_eps` is LayerNorm's in the scan level:
-    the package that released the weights computes with 1e-5, the authors' own scripts with 1e-6.
+    the package that released the weights computes with 1e-5, the authors' own scripts with 1e-6. `data` is what the
+    card says they saw.
 
     Raises:
         CheckpointError: a file cannot be read or is none of SPECTRE's, parts of two sizes, not finite, `out` exists.
@@ -101,7 +107,7 @@ def import_spectre(
         spec=spec,
         licence=SPECTRE_LICENCE,
         origin=_ORIGIN,
-        data=SPECTRE_DATA,
+        data=data,
         recipe=name,
         trained=("block", "scan") if "combiner" in parts else ("block",),
         notes=_NOTES if name == "spectre-large" else (_NOT_RELEASED, *_NOTES),
@@ -220,7 +226,7 @@ def _check_finite(files: Mapping[str, State]) -> None:
         f"{file}: {name}"
         for file, tensors in files.items()
         for name, tensor in tensors.items()
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all()))
+        if not (tensor.dtype in FLOATS and bool(tensor.isfinite().all()))
     ]
     if odd:
         raise CheckpointError(

@@ -22,6 +22,8 @@ from voxelstem.weights.foreign import fit
 
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be written in; formats of 8 bits need scales that no file of SPECTRE's has."""
 
 _BLOCK = {
     "norm1.weight": "norm1.weight",
@@ -58,8 +60,12 @@ def size_of(backbone: State) -> str:
     """
     weight = backbone.get("patch_embed.proj.weight")
     if weight is None or weight.ndim != 5:  # noqa: PLR2004 - (dim, channel, i, j, k)
-        hint = "a combiner is given as such, beside its backbone" if "patch_proj.weight" in backbone else ""
-        fit(backbone, shapes(SIZES["spectre-large"])[0], what="SPECTRE backbone", hint=hint)
+        if "patch_proj.weight" in backbone:
+            raise CheckpointError(
+                "what was given as the backbone is a combiner of SPECTRE's",
+                hint="a combiner is given as --combiner, and its backbone as --backbone",
+            )
+        fit(backbone, shapes(SIZES["spectre-large"])[0], what="SPECTRE backbone")
     else:
         width, patch = weight.shape[0], tuple(weight.shape[2:])
         same = [name for name, config in SIZES.items() if config.block.dim == width]
@@ -196,6 +202,8 @@ def _periods(config: EncoderConfig) -> Tensor:
 
 def _check_periods(state: State, config: EncoderConfig, *, what: str) -> None:
     """We compute the periods from the base, so a file that was trained with others would be misread."""
+    if state["rope.periods"].dtype not in FLOATS:
+        raise CheckpointError(f"the {what}'s rope.periods are no real numbers", hint="the file is damaged")
     found, wanted = state["rope.periods"].float(), _periods(config)
     # Computed on another device the last bits may differ, and half precision keeps few of them.
     if not torch.allclose(found, wanted, rtol=4 * torch.finfo(state["rope.periods"].dtype).eps, atol=0.0):
