@@ -99,7 +99,9 @@ def ours(src: Path, out: Path, workers: int) -> None:
     """Our command, as a user starts it."""
     command = [sys.executable, "-m", "voxelstem", "ingest", str(src), "--store", str(out / "store")]
     command += ["--workers", str(workers)]
-    environment = os.environ | {"VOXELSTEM_KEY": "00" * 32}
+    key = out / "site.key"
+    key.write_text("00" * 32)
+    environment = os.environ | {"VOXELSTEM_KEY": str(key)}
     subprocess.run(command, check=True, capture_output=True, env=environment)
 
 

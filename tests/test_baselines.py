@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
-from voxelstem.baselines import carry, find_body, intensity, nearest
+from voxelstem.baselines import carry, find_body, intensity, nearest, token_mm
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.study import InputSpec, LabelMap, Provenance, Volume
 
@@ -65,6 +67,23 @@ def test_a_token_is_described_by_the_histogram_of_its_patch() -> None:
     patch = np.clip(array[2:4, 0:2, 4:8], -1000, 999.99)
     expected = np.histogram(patch, bins=10, range=(-1000, 1000))[0] / patch.size
     np.testing.assert_allclose(found.tokens[1, 0, 1] ** 2, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("resampling", "edges"),
+    [
+        ("spacing", (6.0, 6.0, 12.0)),  # 3 mm of the spec, patches of 2 x 2 x 4
+        ("native", (8.0, 8.0, 16.0)),  # 4 mm of the scan
+        ("fit", (6.0, 6.0, 12.0)),  # a box of 12 voxels of 4 mm becomes 16 of 3 mm
+    ],
+)
+def test_a_token_is_as_large_as_a_patch_where_the_scan_is_fed(
+    resampling: Literal["spacing", "native", "fit"], edges: tuple[float, float, float]
+) -> None:
+    spec = InputSpec(resampling=resampling, block_ijk=(16, 16, 16))
+    array = np.full((20, 18, 16), -1000.0)
+    array[4:16, 3:15, 2:14] = 40
+    assert token_mm(volume(array), spec, (2, 2, 4)) == pytest.approx(edges)
 
 
 def test_mri_has_no_unit_so_its_own_range_is_the_window() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,27 @@ def test_a_table_that_is_damaged_is_a_clear_error(tmp_path: Path, damaged: bytes
     (tmp_path / "manifest.csv").write_bytes(damaged)
     with pytest.raises(ConfigError, match=r"manifest\.csv in '.*' is damaged"):
         read_rows(tmp_path)
+
+
+def test_what_a_killed_process_left_is_cleared_after_an_hour(tmp_path: Path):
+    take(tmp_path)
+    kept = {"embed.json", "manifest.csv", "k.npz", ".k.npz.7.unfinished", ".notes"}
+    gone = {".k.npz.8.unfinished", ".manifest.csv.8.unfinished", ".embed.json.8", "..embed.json.8.8.unfinished"}
+    for name in (kept | gone) - {"embed.json"}:
+        (tmp_path / name).write_bytes(b"half")
+    before = time.time() - 3700
+    for name in (kept | gone) - {".k.npz.7.unfinished"}:
+        os.utime(tmp_path / name, (before, before))
+    take(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_where_the_folder_should_be_is_named_as_such(tmp_path: Path, below: str):
+    (tmp_path / "out").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="is a file, or lies below one") as error:
+        take(tmp_path / "out" / below)
+    assert "another --out" in error.value.hint
+    with pytest.raises(ConfigError, match="is a file, or lies below one"):
+        read_rows(tmp_path / "out" / below)
+    assert (tmp_path / "out").read_bytes() == b"mine"

@@ -47,7 +47,7 @@ def read_rows(out: Path) -> dict[str, Row]:
     """The table's rows by source; none where there is no table yet. Columns that an older table lacks are empty.
 
     Raises:
-        ConfigError: it is no such table.
+        ConfigError: it is no such table, or `out` is a file.
         OSError: it cannot be read.
     """
     empty = dict.fromkeys(COLUMNS, "")
@@ -56,6 +56,8 @@ def read_rows(out: Path) -> dict[str, Row]:
         return {row["source"]: empty | row for row in rows}
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise _no_folder(out) from error
     except (ValueError, KeyError, csv.Error) as error:  # the first: what is no UTF-8
         raise ConfigError(
             f"{TABLE} in '{out.name}' is damaged",
@@ -135,14 +137,17 @@ def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(
-            f"'{out.name}' is a file, or lies below one: no folder can be made there", hint="choose another --out"
-        ) from error
+        raise _no_folder(out) from error
     for path in [*out.glob(".*.unfinished"), *out.glob(f".{MARK}.*")]:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             # No file takes an hour to write: whoever wrote this one is gone, be it on another machine.
             if time.time() - path.stat().st_mtime > SECONDS_UNTIL_STALE:
                 path.unlink()
+
+
+def _no_folder(out: Path) -> ConfigError:
+    problem = f"'{out.name}' is a file, or lies below one: no folder can be made there"
+    return ConfigError(problem, hint="choose another --out")
 
 
 def _wait(mark: Path) -> None:

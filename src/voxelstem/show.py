@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from voxelstem.card import CONFIG, TENSORS, read_card
-from voxelstem.config import read_toml
+from voxelstem.config import flatten, read_toml
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.progress import progress
 from voxelstem.sources import read
@@ -229,10 +228,12 @@ def _adapted(path: Path) -> Facts:
 
 
 def _weights(path: Path) -> Facts:
-    read_card(path)  # refuses what is none, names that lead out of the folder among it
-    card = _json(path / CONFIG)
+    from voxelstem.card import CONFIG, TENSORS, read_card  # brings torch, for which `show STORE` need not wait
+
+    checked = read_card(path)  # refuses what is none, names that lead out of the folder among it
+    card = _json(path / CONFIG) | {"spec": flatten(checked.spec)}  # with what is left out there
     facts: Facts = {"kind": "weights", "bytes": _bytes(path), "parameters": _parameters(path / TENSORS)}
-    beside = {name: _file_bytes(path / name) for name in card.get("extras", {})}
+    beside = {name: _file_bytes(path / name) for name in checked.extras}
     return facts | {"beside": beside, "card": card}
 
 

@@ -74,6 +74,7 @@ def test_a_picture_needs_weights_and_a_place_inside(refusal, scan: Path, weights
     assert "add --weights" in refusal("show", scan, "--at", "1,1,1")
     assert "is no place" in refusal("show", scan, "--weights", weights, "--at", "here")
     assert "outside the scan" in refusal("show", scan, "--weights", weights, "--at", "1,1,900")
+    assert "add --weights" in refusal("show", scan, "--commercial")
     assert "three questions" in refusal("show", scan, "--weights", weights, "--verify")
     assert "not a weights folder" in refusal("show", scan, "--weights", tmp_path / "absent")
     assert not (tmp_path / "inside.png").exists()

@@ -14,13 +14,13 @@ COMMANDS = {
     "samples": ["--out", "--json"],
     "demo": ["--out", "--quick", "--data"],
     "ingest": ["--store", "--workers", "--labels", "--reports", "--json"],
-    "show": ["--verify", "--against", "--weights", "--at", "--out", "--json"],
+    "show": ["--verify", "--against", "--weights", "--at", "--out", "--commercial", "--json"],
     "models": ["--json"],
     "weights": [],
     "pretrain": ["--store", "--out", "--config", "--dry-run"],
     "embed": ["--weights", "--out", "--precision", "--tokens", "--like-spectre", "--spacing", "--pool", "--compile"],
     "adapt": ["--weights", "--store", "--labels", "--task", "--mode", "--out", "--budget", "--commercial"],
-    "evaluate": ["--store", "--labels", "--out"],
+    "evaluate": ["--store", "--labels", "--out", "--commercial"],
 }
 
 

@@ -28,7 +28,7 @@ SUBCOMMANDS = {
     "import i3resnet": ["--out", "--json"],
     "import nnssl": ["--out"],
     "import fomo25": ["--out"],
-    "export": ["--out", "--json"],
+    "export": ["--out", "--commercial", "--json"],
 }
 
 
@@ -104,8 +104,23 @@ def test_every_flag_of_embed_reaches_the_embedding(say, scan: Path, weights: Pat
 
 
 def test_a_claim_of_commercial_use_is_held_to_the_licence(refusal, scan: Path, weights: Path, tmp_path: Path):
-    said = refusal("embed", scan, "--weights", weights, "--out", tmp_path / "out", "--commercial")
-    assert "cc-by-nc-4.0" in said
+    out = ["--out", tmp_path / "out"]
+    for words in (["embed", scan, "--weights", weights], ["weights", "export", "hub", weights]):
+        assert "cc-by-nc-4.0" in refusal(*words, *out, "--commercial")
+    assert "cc-by-nc-4.0" in refusal("show", scan / "ct.nii.gz", "--weights", weights, *out, "--commercial")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_embeddings_should_go_is_named_as_such(refusal, scan: Path, weights: Path):
+    said = refusal("embed", scan, "--weights", weights, "--out", scan / "ct.nii.gz")
+    assert "'ct.nii.gz' is a file" in said
+    assert "space" not in said
+
+
+def test_a_card_that_no_weights_can_have_is_refused(refusal, weights: Path):
+    card = json.loads((weights / "config.json").read_text())
+    (weights / "config.json").write_text(json.dumps(card | {"trained": [1, 2]}))
+    assert "not a voxelstem card" in refusal("show", weights)
 
 
 def test_a_spacing_that_is_none_is_refused(refusal, scan: Path, weights: Path, tmp_path: Path):

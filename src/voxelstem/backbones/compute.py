@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -34,8 +34,9 @@ MOST_ERROR = {"fp32": 1e-5, "bf16": 1e-2}
 ROOM = 1 << 30
 """Bytes that a process may take beside 1.5 times its weights. OpenVINO keeps copies of its own, so large weights are
 given to it only when it is named."""
-WORTH = 0.9
-"""A way that keeps copies of the weights must be at least this much faster than one that shares them."""
+WORTH: Mapping[Way, float] = {"reference": 0.75, "lean": 1.0, "compiled": 0.9, "openvino": 0.9}
+"""Part of lean's time that a way may take to be chosen. The reference does the same work with more around it: where it
+seems faster, the machine was busy with something else. The others keep copies of the weights."""
 BEGIN_SECONDS = 5.0
 """About what OpenVINO takes to build its network, longer for deeper ones."""
 _SHORT, _REPEATS = 0.5, 3
@@ -227,7 +228,7 @@ def _not_worth(trial: _Trial) -> str:
     size = sum(parameter.nbytes for parameter in trial.backbone.parameters())
     if 2 * size > ROOM:
         return f"it would keep copies of {size / 1e9:.1f} GB of weights"
-    if trial.blocks_ahead * trial.reference_seconds * (1 - WORTH) < BEGIN_SECONDS:
+    if trial.blocks_ahead * trial.reference_seconds * (1 - WORTH["openvino"]) < BEGIN_SECONDS:
         return f"{trial.blocks_ahead} blocks would not win back the seconds it takes to begin"
     return ""
 
@@ -285,7 +286,7 @@ def _settle_kernel(lean: LeanVit, trial: _Trial) -> None:
                 torch.cuda.synchronize(trial.device)
             spent[kernel] = min(spent[kernel], time.perf_counter() - begin)
     # The fused one needs less memory: the other must be worth it.
-    lean.encoder.set_kernel("plain" if spent["plain"] < WORTH * spent["fused"] else "fused")
+    lean.encoder.set_kernel("plain" if spent["plain"] < WORTH["compiled"] * spent["fused"] else "fused")
 
 
 def _openvino(backbone: Any, trial: _Trial) -> _Made:
@@ -336,7 +337,7 @@ def _fastest(made: dict[Way, _Made], tried: list[Tried], precision: Precision) -
 
     def cost(entry: Tried) -> float:
         assert entry.seconds_per_block is not None
-        return entry.seconds_per_block / (WORTH if entry.name in ("openvino", "compiled") else 1.0)
+        return entry.seconds_per_block / WORTH[entry.name]
 
     best = min(measured.values(), key=cost)
     assert best.seconds_per_block is not None
