@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -141,3 +142,20 @@ def test_the_error_is_the_largest_gap_over_the_largest_value() -> None:
     assert relative_error((torch.tensor([1.0, -4.0]), torch.tensor([1.0])), wanted) == 0.25
     assert relative_error((torch.tensor([math.nan, -4.0]), torch.tensor([2.0])), wanted) == math.inf
     assert relative_error((wanted[0], torch.tensor([math.inf])), wanted) == math.inf
+
+
+def test_blocks_side_by_side_are_what_they_are_alone_and_threads_stay_as_they_were(backbone: ScanVit) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        lean = choose(backbone, block_ijk=BLOCK, only="lean")
+        blocks = torch.rand(5, 1, *BLOCK, generator=torch.Generator().manual_seed(2))
+        together = lean.encode_blocks(blocks)
+        for row in range(5):
+            alone = lean.encode_blocks(blocks[row : row + 1])
+            torch.testing.assert_close(together[0][row], alone[0][0])
+            torch.testing.assert_close(together[1][row], alone[1][0])
+        assert torch.get_num_threads() == 4
+        assert len([thread for thread in threading.enumerate() if thread.name.startswith("block")]) >= 4
+    finally:
+        torch.set_num_threads(before)
