@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from voxelstem.chance import Chance
 from voxelstem.study import LabelMap
 
 
@@ -20,13 +20,35 @@ class Batch:
 
     `views` maps the name of a kind of view (`global`, `local`) to a tensor
     (sample, view, channel, i, j, k), and `places_mm` says where each lies in its scan: its low corner and its
-    extent in millimetres along R, A and S (negative along an axis that was mirrored). `seed` makes whatever else
-    the objective draws replayable.
+    extent in millimetres along R, A and S (negative along an axis that was mirrored).
+
+    Processes that train together each hold a share of one whole batch: samples number `first` and following. `seed`
+    is the whole batch's: what an objective draws by `chance` is replayable and does not depend on the sharing.
     """
 
     views: Mapping[str, Float[Tensor, "sample view channel i j k"]]
     places_mm: Mapping[str, Float[Tensor, "sample view 2 3"]]
     seed: int
+    first: int = 0
+
+    def __len__(self) -> int:
+        """Samples of this share."""
+        return len(next(iter(self.views.values())))
+
+    @property
+    def chance(self) -> Chance:
+        """A key for each sample of this share, on the views' device."""
+        view = next(iter(self.views.values()))
+        return Chance.of(self.seed, first=self.first, count=len(view)).to(view.device)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples `start` to `stop` of this share, counted within it."""
+        return Batch(
+            views={name: view[start:stop] for name, view in self.views.items()},
+            places_mm={name: place[start:stop] for name, place in self.places_mm.items()},
+            seed=self.seed,
+            first=self.first + start,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +93,12 @@ class Backbone(Protocol):
         *,
         masked: Bool[Tensor, "batch n patch"] | None = None,
         keep: Int[Tensor, "batch n kept"] | None = None,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> Tokens:
         """Both levels. `masked` patches are hidden behind a token, patches outside `keep` never enter.
 
-        `generator` draws what a backbone changes by chance in training; without it nothing is left to chance.
+        `chance` holds a key for each scan: what a backbone changes in training it draws from there; without it
+        nothing is left to chance.
         """
         ...
 
@@ -85,7 +108,7 @@ class Backbone(Protocol):
         *,
         masked: Bool[Tensor, "row patch"] | None = None,
         keep: Int[Tensor, "row kept"] | None = None,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
         """First level only: cls and patch tokens of each block."""
         ...
@@ -95,7 +118,7 @@ class Backbone(Protocol):
         described: Float[Tensor, "batch n 2*dim"],
         grid: tuple[int, int, int],
         *,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
         """Second level only: the scan's token and the blocks' tokens, from concat(cls, mean of patches) of each."""
         ...

@@ -290,8 +290,9 @@ def _check_resumes(make: Callable[[], Any], batch: Batch) -> None:
 
 def _check_after_step(make: Callable[[], Any], batch: Batch) -> None:
     objective = _drawn(make, 0)
-    learner, kept = _copied(objective.learner), _copied(objective.backbone)
+    learner, before = _copied(objective.learner), _copied(objective)
     objective.step(batch, progress=0.1)
-    _require(_same(kept, _copied(objective.backbone)), "step changes the backbone that is kept; after_step may")
+    # A step whose loss is not a number is left out as if it had never been.
+    _require(_same(before, _copied(objective)), "step changes the objective's state; only after_step may")
     objective.after_step(progress=0.1)
     _require(_same(learner, _copied(objective.learner)), "step or after_step changes the learner by itself")

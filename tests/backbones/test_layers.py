@@ -18,6 +18,7 @@ from voxelstem.backbones.layers import (
     rotate,
     scaled_linear,
 )
+from voxelstem.chance import Chance
 
 BASE = 1000.0
 
@@ -154,9 +155,7 @@ def test_the_pair_order_leads_from_the_half_split_form_to_neighbours() -> None:
 
 def test_positions_are_moved_then_stretched_for_each_sample_alone() -> None:
     positions = random_positions(5)
-    moved = move_positions(
-        positions, 400, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(3)
-    )
+    moved = move_positions(positions, Chance.of(3, count=400), shift=0.3, jitter=1.5, rescale=2.0)
     assert moved.shape == (400, 5, 3)
     # Of two tokens the difference is stretched only, so what is left tells the draws apart.
     stretch = (moved[:, 1] - moved[:, 0]) / (positions[:, 1] - positions[:, 0])
@@ -168,15 +167,13 @@ def test_positions_are_moved_then_stretched_for_each_sample_alone() -> None:
     common = logs.mean(dim=1)
     assert 0.45 < float(common.std()) < 0.70  # log-uniform over (-1, 1) has 0.577; jitter adds a little
     assert float((logs - common[:, None]).abs().max()) > 0.3
-    again = move_positions(
-        positions, 400, shift=0.3, jitter=1.5, rescale=2.0, generator=torch.Generator().manual_seed(3)
-    )
+    again = move_positions(positions, Chance.of(3, count=400), shift=0.3, jitter=1.5, rescale=2.0)
     assert torch.equal(moved, again)
 
 
 def test_positions_stay_where_they_are_without_shift_jitter_and_rescale() -> None:
     positions = random_positions(5)
-    same = move_positions(positions, 2, shift=0.0, jitter=1.0, rescale=1.0, generator=torch.Generator())
+    same = move_positions(positions, Chance.of(0, count=2), shift=0.0, jitter=1.0, rescale=1.0)
     assert torch.equal(same, positions.expand(2, -1, -1))
 
 

@@ -241,13 +241,16 @@ def test_processes_and_workers_change_nothing(phantoms: Store, world: int, worke
             assert all(torch.equal(batch.places_mm[name], want.places_mm[name][mine]) for name in want.places_mm)
 
 
-def test_ranks_draw_different_things_for_their_objective(phantoms: Store):
+def test_processes_draw_for_their_samples_what_one_process_draws_for_all(phantoms: Store):
     config = LoaderConfig(batch=4)
     parts = [
         Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=2)
         for rank in (0, 1)
     ]
-    assert parts[0].batch(0).seed != parts[1].batch(0).seed
+    alone = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0)
+    drawn = torch.cat([part.batch(0).chance.uniform(3) for part in parts])
+    assert torch.equal(drawn, alone.batch(0).chance.uniform(3))
+    assert not torch.equal(drawn, alone.batch(1).chance.uniform(3))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(phantoms: Store):

@@ -58,8 +58,8 @@ class Spy:
         self.calls: list[tuple[Any, ...]] = []
         real = objective.backbone.encode
 
-        def encode(blocks: Any, grid: Any, *, keep: Any, generator: Any) -> Any:
-            tokens = real(blocks, grid, keep=keep, generator=generator)
+        def encode(blocks: Any, grid: Any, *, keep: Any, chance: Any) -> Any:
+            tokens = real(blocks, grid, keep=keep, chance=chance)
             self.calls.append((blocks.clone(), keep.clone(), tokens))
             return tokens
 

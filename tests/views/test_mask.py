@@ -4,13 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxelstem.chance import Chance
 from voxelstem.views.mask import draw_cuboids
 
 GRIDS = st.tuples(*[st.integers(1, 6)] * 3)
 
 
 def draw(rows: int, grid: tuple[int, int, int], ratio: float, seed: int = 0) -> torch.Tensor:
-    return draw_cuboids(rows, grid, ratio=ratio, generator=torch.Generator().manual_seed(seed))
+    return draw_cuboids(Chance.of(seed, count=rows), grid, ratios=torch.full((rows,), ratio))
 
 
 @settings(max_examples=60, deadline=None)

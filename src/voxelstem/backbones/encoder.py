@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from voxelstem.backbones.layers import Block, move_positions, rope_turns
+from voxelstem.chance import Chance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,9 @@ class EncoderConfig:
     """The three changes of positions in training, see `layers.move_positions`; at 0, 1 and 1 there are none."""
     rope_jitter: float = 1.0
     rope_rescale: float = 1.0
+    drop_path: float = 0.0
+    """Chance that the last block's branches are left out for a row in training; it rises linearly from 0 at the first
+    block (Huang et al. 2016, stochastic depth)."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -54,6 +59,8 @@ class EncoderConfig:
                 f"need rope_shift >= 0, rope_jitter >= 1 and rope_rescale >= 1, got "
                 f"{self.rope_shift}, {self.rope_jitter}, {self.rope_rescale}"
             )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path lies in [0, 1), got {self.drop_path}")
         if self.dim % self.heads or (self.dim // self.heads) % 6:
             raise ValueError(f"dim / heads must be a multiple of 6 for 3D RoPE, got {self.dim} / {self.heads}")
 
@@ -65,6 +72,8 @@ class Encoder(nn.Module):
         """Weights start as in ViT: truncated normal of 0.02, biases 0."""
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether activations are computed once more for the gradient instead of kept: less memory, more time."""
         self.prefix = nn.Parameter(torch.zeros(1 + config.registers, config.dim))
         self.blocks = nn.ModuleList(
             Block(
@@ -85,15 +94,15 @@ class Encoder(nn.Module):
         x: Float[Tensor, "batch token dim"],
         positions: Float[Tensor, "#batch token 3"],
         *,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch token dim"]]:
         """Return the cls token and the other tokens; `positions` lie in (-1, 1).
 
-        With a `generator` the positions of each sample are changed as the config says, which is for training.
+        `chance` is for training: positions are changed and branches left out by it, as the config says.
         """
-        if generator is not None and self._moves:
-            positions = self._moved(positions, len(x), generator)
-        for state in self._states(x, positions):
+        if chance is not None and self._moves:
+            positions = self._moved(positions, chance)
+        for state in self._states(x, positions, chance):
             x = state
         return self._split(x)
 
@@ -131,14 +140,28 @@ class Encoder(nn.Module):
         last: Any = self.blocks[-1]
         return last.attn.first_looks(last.norm1(x), self._turns(positions))[..., len(self.prefix) :]
 
-    def _states(self, x: Tensor, positions: Tensor) -> Iterator[Tensor]:
+    def _states(self, x: Tensor, positions: Tensor, chance: Chance | None = None) -> Iterator[Tensor]:
         """Prefix and tokens before the first block and after each."""
+        keep = None if chance is None else self._kept(chance)
         turns = self._turns(positions)
         x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         yield x
-        for block in self.blocks:
-            x = block(x, turns)
+        for index, block in enumerate(self.blocks):
+            share = None if keep is None else keep[index].to(x.dtype)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, turns, share, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, turns, share)
             yield x
+
+    def _kept(self, chance: Chance) -> Float[Tensor, "block row 2"] | None:
+        """0 for a branch that is left out; the others count for more, so that the mean stays."""
+        if not self.config.drop_path:
+            return None
+        depth = len(self.blocks)
+        dropped = torch.linspace(0, self.config.drop_path, depth, device=chance.keys.device)[:, None, None]
+        drawn = chance.purpose("drop path").uniform(2 * depth).unflatten(1, (depth, 2)).transpose(0, 1)
+        return (drawn >= dropped) / (1 - dropped)
 
     def _turns(self, positions: Tensor) -> Tensor:
         # A prefix token lies nowhere: position 0 turns it by no angle, whatever the others' positions are.
@@ -154,15 +177,10 @@ class Encoder(nn.Module):
         config = self.config
         return (config.rope_shift, config.rope_jitter, config.rope_rescale) != (0.0, 1.0, 1.0)
 
-    def _moved(self, positions: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    def _moved(self, positions: Tensor, chance: Chance) -> Tensor:
         config = self.config
         return move_positions(
-            positions,
-            rows,
-            shift=config.rope_shift,
-            jitter=config.rope_jitter,
-            rescale=config.rope_rescale,
-            generator=generator,
+            positions, chance, shift=config.rope_shift, jitter=config.rope_jitter, rescale=config.rope_rescale
         )
 
 

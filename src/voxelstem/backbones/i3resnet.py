@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from voxelstem.chance import Chance
 from voxelstem.protocols import Tokens
 
 PATCH_IJK = (32, 32, 16)
@@ -118,7 +119,7 @@ class I3ResNet(nn.Module):
         *,
         masked: Bool[Tensor, "batch n patch"] | None = None,
         keep: Int[Tensor, "batch n kept"] | None = None,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> Tokens:
         """Embed the blocks of scans, each by itself; arguments as in `encode_blocks`."""
         batch, n = blocks.shape[:2]
@@ -126,7 +127,7 @@ class I3ResNet(nn.Module):
             blocks.flatten(0, 1),
             masked=None if masked is None else masked.flatten(0, 1),
             keep=None if keep is None else keep.flatten(0, 1),
-            generator=generator,
+            chance=chance,
         )
         return Tokens(cls=cls.unflatten(0, (batch, n)), patches=tokens.unflatten(0, (batch, n)))
 
@@ -136,7 +137,7 @@ class I3ResNet(nn.Module):
         *,
         masked: Bool[Tensor, "row patch"] | None = None,
         keep: Int[Tensor, "row kept"] | None = None,
-        generator: torch.Generator | None = None,  # noqa: ARG002 - the protocol's; nothing here is left to chance
+        chance: Chance | None = None,  # noqa: ARG002 - the protocol's; nothing here is left to chance
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
         """Feature map of each block (windowed to [0, 1]) as patch tokens in C-order, and their mean as cls.
 
@@ -171,14 +172,14 @@ class I3ResNet(nn.Module):
         described: Float[Tensor, "batch n 2*dim"],
         grid: tuple[int, int, int],
         *,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
         """Refuse: there is no second level.
 
         Raises:
             ValueError: always.
         """
-        del described, grid, generator  # the protocol's
+        del described, grid, chance  # the protocol's
         raise ValueError("this backbone has no scan level: i3resnet looks at each block by itself")
 
     def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:

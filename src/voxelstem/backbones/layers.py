@@ -10,6 +10,8 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from voxelstem.chance import Chance
+
 
 def grid_positions(grid: tuple[int, int, int]) -> Float[Tensor, "cells 3"]:
     """Centres of the cells of a grid, each axis scaled to (-1, 1); C-order, last axis fastest."""
@@ -18,24 +20,17 @@ def grid_positions(grid: tuple[int, int, int]) -> Float[Tensor, "cells 3"]:
 
 
 def move_positions(
-    positions: Float[Tensor, "#batch token 3"],
-    rows: int,
-    *,
-    shift: float,
-    jitter: float,
-    rescale: float,
-    generator: torch.Generator,
+    positions: Float[Tensor, "#batch token 3"], chance: Chance, *, shift: float, jitter: float, rescale: float
 ) -> Float[Tensor, "rows token 3"]:
-    """Places of the tokens of `rows` samples, each sample's changed by a draw of its own.
+    """Places of the tokens of as many samples as `chance` has rows, each sample's changed by a draw of its own.
 
     In the order of DINOv3 (Siméoni et al. 2025) and SPECTRE: each axis is moved by uniform(-shift, shift), then
     stretched by log-uniform [1 / jitter, jitter], then all three together by log-uniform [1 / rescale, rescale].
     Shift 0, jitter 1 and rescale 1 change nothing.
     """
-    moved = (2 * torch.rand(rows, 1, 3, generator=generator) - 1) * shift
-    axes = (2 * torch.rand(rows, 1, 3, generator=generator) - 1) * math.log(jitter)
-    whole = (2 * torch.rand(rows, 1, 1, generator=generator) - 1) * math.log(rescale)
-    return (positions + moved.to(positions)) * (axes + whole).exp().to(positions)
+    drawn = (2 * chance.purpose("positions").uniform(7) - 1)[:, None]
+    moved, axes, whole = drawn[..., :3] * shift, drawn[..., 3:6] * math.log(jitter), drawn[..., 6:] * math.log(rescale)
+    return (positions + moved) * (axes + whole).exp()
 
 
 def pair_order(head_dim: int) -> list[int]:
@@ -127,8 +122,13 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(
-        self, x: Float[Tensor, "batch token dim"], turns: Complex[Tensor, "#batch token half"]
+        self,
+        x: Float[Tensor, "batch token dim"],
+        turns: Complex[Tensor, "#batch token half"],
+        keep: Float[Tensor, "batch 2"] | None = None,
     ) -> Float[Tensor, "batch token dim"]:
-        """Attend, then think."""
-        x = x + self.attn(self.norm1(x), turns, self.scale1)
-        return x + scaled_linear(F.gelu(self.fc1(self.norm2(x))), self.fc2, self.scale2)
+        """Attend, then think. `keep` says by how much each row's two branches count: all by 1 if left out."""
+        attended = self.attn(self.norm1(x), turns, self.scale1)
+        x = x + (attended if keep is None else attended * keep[:, :1, None])
+        thought = scaled_linear(F.gelu(self.fc1(self.norm2(x))), self.fc2, self.scale2)
+        return x + (thought if keep is None else thought * keep[:, 1:, None])

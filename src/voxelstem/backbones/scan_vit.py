@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from voxelstem.backbones.encoder import Encoder, EncoderConfig, init_linear
 from voxelstem.backbones.layers import grid_positions
 from voxelstem.backbones.pools import pool
+from voxelstem.chance import Chance
 from voxelstem.protocols import Tokens
 
 
@@ -89,25 +90,25 @@ class ScanVit(nn.Module):
         *,
         masked: Bool[Tensor, "batch n patch"] | None = None,
         keep: Int[Tensor, "batch n kept"] | None = None,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> Tokens:
         """Embed the blocks of scans (windowed to [0, 1]; n = grid i * j * k).
 
         `masked` patches are replaced by the mask token (iBOT); with `keep` only those patches enter the
-        network at all, and only those come back (MAE). `generator` draws the change of positions in training.
+        network at all, and only those come back (MAE). `chance` holds a key for each scan, for changes in training.
         """
         batch, n = blocks.shape[:2]
         cls, tokens = self.encode_blocks(
             blocks.flatten(0, 1),
             masked=None if masked is None else masked.flatten(0, 1),
             keep=None if keep is None else keep.flatten(0, 1),
-            generator=generator,
+            chance=None if chance is None else chance.blocks(n),
         )
         cls, tokens = cls.unflatten(0, (batch, n)), tokens.unflatten(0, (batch, n))
         if not self.has_scan_level:
             return Tokens(cls=cls, patches=tokens)
         described = pool(cls.flatten(0, 1), tokens.flatten(0, 1)).unflatten(0, (batch, n))
-        scan, scan_blocks = self.look_at_scan(described, grid, generator=generator)
+        scan, scan_blocks = self.look_at_scan(described, grid, chance=chance)
         return Tokens(cls=cls, patches=tokens, blocks=scan_blocks, scan=scan)
 
     def encode_blocks(
@@ -116,7 +117,7 @@ class ScanVit(nn.Module):
         *,
         masked: Bool[Tensor, "row patch"] | None = None,
         keep: Int[Tensor, "row kept"] | None = None,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
         """First level: cls and patch tokens of each block by itself; the other arguments as in `encode`."""
         patches, positions = self._patches(blocks)
@@ -127,7 +128,7 @@ class ScanVit(nn.Module):
         x = self.embed(patches)
         if masked is not None:
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        return self.block_encoder(x, positions, generator=generator)
+        return self.block_encoder(x, positions, chance=chance)
 
     def intermediates(
         self, blocks: Float[Tensor, "row channel i j k"], layers: Sequence[int]
@@ -162,7 +163,7 @@ class ScanVit(nn.Module):
         described: Float[Tensor, "batch n 2*dim"],
         grid: tuple[int, int, int],
         *,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Float[Tensor, "batch scan_dim"], Float[Tensor, "batch n scan_dim"]]:
         """Second level: the blocks, each described by `pools.pool` (concat(cls, mean of patches)), look at each other.
 
@@ -172,7 +173,7 @@ class ScanVit(nn.Module):
         if self.scan_encoder is None or self.scan_project is None:
             raise ValueError("this backbone has no scan level: scan.depth is 0")
         positions = grid_positions(grid).to(described.device)[None]
-        return self.scan_encoder(self.scan_project(described), positions, generator=generator)
+        return self.scan_encoder(self.scan_project(described), positions, chance=chance)
 
     def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
         """Depth 0 is the patch embedding, then one for each transformer block, the scan level last."""

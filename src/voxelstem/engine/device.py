@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -43,8 +44,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 def move(batch: Batch, device: torch.device) -> Batch:
     """The same batch on the device."""
-    return Batch(
+    return replace(
+        batch,
         views={name: view.to(device, non_blocking=True) for name, view in batch.views.items()},
         places_mm={name: place.to(device, non_blocking=True) for name, place in batch.places_mm.items()},
-        seed=batch.seed,
     )

@@ -362,7 +362,8 @@ class Loader:
         return Batch(
             views={name: torch.from_numpy(np.stack([view[name] for view in views])) for name in names},
             places_mm={name: torch.from_numpy(np.stack([place[name] for place in places])) for name in kinds},
-            seed=int(np.random.default_rng([_STEP, self.seed, step, self.rank]).integers(2**62)),
+            seed=int(np.random.default_rng([_STEP, self.seed, step]).integers(2**62)),
+            first=self._share.start,
         )
 
 

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from voxelstem import schedules
+from voxelstem import distributed, schedules
 from voxelstem.backbones.heads import Projector, ProjectorConfig
 from voxelstem.backbones.teacher import Teacher
+from voxelstem.chance import Chance
 from voxelstem.losses.dino import centred_softmax, dino
 from voxelstem.losses.ibot import ibot
 from voxelstem.losses.koleo import koleo
@@ -94,11 +95,11 @@ class Projected(nn.Module):
         views: Float[Tensor, "row channel i j k"],
         masked: Bool[Tensor, "row patch"] | None = None,
         *,
-        generator: torch.Generator | None = None,
+        chance: Chance | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return cls embeddings, cls logits and patch embeddings; each view is one block."""
         hidden = None if masked is None else masked[:, None]
-        tokens = self.backbone.encode(views[:, None], (1, 1, 1), masked=hidden, generator=generator)
+        tokens = self.backbone.encode(views[:, None], (1, 1, 1), masked=hidden, chance=chance)
         return tokens.cls[:, 0], self.cls_head(tokens.cls[:, 0]), tokens.patches[:, 0]
 
 
@@ -117,6 +118,8 @@ class Dino(nn.Module):
         self.teacher = Teacher(self.student)
         self.register_buffer("cls_centre", torch.zeros(config.projector.prototypes))
         self.register_buffer("patch_centre", torch.zeros(config.projector.prototypes))
+        self._seen: tuple[Tensor, Tensor] | None = None
+        """Mean teacher logits of the last step, towards which the centres move when the step has counted."""
 
     @property
     def learner(self) -> Any:
@@ -139,8 +142,8 @@ class Dino(nn.Module):
         globals_ = batch.views["global"].transpose(0, 1)
         count, samples = globals_.shape[:2]
         flat = globals_.flatten(0, 1)
-        generator = torch.Generator().manual_seed(batch.seed)
-        masked = self._draw_mask(flat, generator)
+        chance = batch.chance.each(count)
+        masked = self._draw_mask(flat, chance)
         temperature = schedules.linear(
             progress,
             start=config.teacher_temperature_start,
@@ -152,12 +155,16 @@ class Dino(nn.Module):
             teacher_patch = self.teacher.network.patch_head(teacher_patches)
             cls_target = centred_softmax(teacher_cls, self.cls_centre, temperature=temperature)
             patch_target = centred_softmax(teacher_patch, self.patch_centre, temperature=temperature)
-            self._move_centres(teacher_cls, teacher_patch)
-        cls, cls_logits, patches = self.student(flat, masked, generator=generator)
+            self._seen = (
+                distributed.mean(teacher_cls.float().mean(dim=0)),
+                distributed.mean(teacher_patch.float().mean(dim=(0, 1))),
+            )
+        cls, cls_logits, patches = self.student(flat, masked, chance=chance)
         student = [cls_logits.unflatten(0, (count, samples))]
         if "local" in batch.views:
             local = batch.views["local"].transpose(0, 1)
-            logits = self.student(local.flatten(0, 1), generator=generator)[1]
+            small = batch.chance.purpose("local").each(len(local))
+            logits = self.student(local.flatten(0, 1), chance=small)[1]
             student.append(logits.unflatten(0, local.shape[:2]))
         terms = {
             "dino": dino(
@@ -175,23 +182,18 @@ class Dino(nn.Module):
         scalars["teacher_entropy"] = float(-(cls_target * (cls_target + 1e-12).log()).sum(-1).mean())
         return StepOutput(loss=loss, scalars=scalars)
 
-    def _draw_mask(
-        self, views: Float[Tensor, "row channel i j k"], generator: torch.Generator
-    ) -> Bool[Tensor, "row patch"]:
+    def _draw_mask(self, views: Float[Tensor, "row channel i j k"], chance: Chance) -> Bool[Tensor, "row patch"]:
         sizes = zip(views.shape[-3:], self.student.backbone.patch_ijk, strict=True)
         i, j, k = (size // patch for size, patch in sizes)
-        masked = draw_cuboids(len(views), (i, j, k), ratio=self.config.mask_ratio, generator=generator)
+        masked = draw_cuboids(chance, (i, j, k), ratios=torch.full((len(views),), self.config.mask_ratio))
         return masked.to(views.device)
 
-    def _move_centres(
-        self, cls_logits: Float[Tensor, "row prototype"], patch_logits: Float[Tensor, "row patch prototype"]
-    ) -> None:
-        share = 1 - self.config.centre_momentum
-        self.cls_centre.lerp_(cls_logits.float().mean(dim=0), share)
-        self.patch_centre.lerp_(patch_logits.float().mean(dim=(0, 1)), share)
-
     def after_step(self, *, progress: float) -> None:
-        """The teacher follows the student, ever more slowly."""
+        """The teacher follows the student, ever more slowly, and the centres what the teacher said."""
         config = self.config
+        if self._seen is not None:
+            for centre, seen in zip((self.cls_centre, self.patch_centre), self._seen, strict=True):
+                centre.lerp_(seen, 1 - config.centre_momentum)
+            self._seen = None
         momentum = schedules.cosine(progress, start=config.momentum_start, end=config.momentum_end)
         self.teacher.follow(self.student, momentum=momentum)

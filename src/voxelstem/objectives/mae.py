@@ -111,7 +111,7 @@ class Mae(nn.Module):
     def step(self, batch: Batch, *, progress: float) -> StepOutput:
         """Reconstruct the hidden patches of the global views. `progress` changes nothing here."""
         del progress
-        samples = len(batch.views["global"])
+        samples, views = batch.views["global"].shape[:2]
         view = batch.views["global"].flatten(0, 1)
         grid = self.config.grid
         i, j, k = (size // cells for size, cells in zip(view.shape[-3:], grid, strict=True))
@@ -119,11 +119,11 @@ class Mae(nn.Module):
         rows, n = blocks.shape[:2]
         cells = tuple(size // patch for size, patch in zip((i, j, k), self.backbone.patch_ijk, strict=True))
         patches = cells[0] * cells[1] * cells[2]
-        generator = torch.Generator().manual_seed(batch.seed)
+        chance = batch.chance.blocks(views)
         kept, drawn = round(patches * self.config.keep), round(patches * self.config.decode)
-        order = torch.rand(rows * n, patches, generator=generator).argsort(dim=1).to(view.device)
+        order = chance.blocks(n).purpose("patches").uniform(patches).argsort(dim=1)
         keep, hidden = order[:, :kept], order[:, kept : kept + drawn]
-        tokens = self.backbone.encode(blocks, grid, keep=keep.unflatten(0, (rows, n)), generator=generator)
+        tokens = self.backbone.encode(blocks, grid, keep=keep.unflatten(0, (rows, n)), chance=chance)
         context = tokens.cls if tokens.blocks is None else tokens.blocks
         positions = grid_positions((cells[0], cells[1], cells[2])).to(view.device)
         predicted = self._decode(
