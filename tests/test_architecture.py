@@ -180,7 +180,7 @@ def test_no_pickle_is_read_outside_the_room_for_foreign_weights():
         re.MULTILINE,
     )
     # Tasks and answers between our own processes, through a pipe that nobody else holds; never a file.
-    own_pipes = {"workers.py"}
+    own_pipes = {"workers.py", "engine/shards.py"}
     names = (path.relative_to(SRC).as_posix() for path in FILES if words.search(path.read_text()))
     none_of(name for name in names if name not in own_pipes)
 

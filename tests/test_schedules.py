@@ -51,5 +51,31 @@ def test_linear_moves_over_its_share_and_then_stays(progress: float, expected: f
     assert schedules.linear(progress, start=0.04, end=0.07, share=0.3) == pytest.approx(expected)
 
 
+def naive_rates(steps: int, warm_up_steps: int, peak: float, end: float) -> list[float]:
+    """One rate a step, counted instead of computed from progress."""
+    rising = [peak * step / warm_up_steps for step in range(warm_up_steps)]
+    left = steps - warm_up_steps
+    return rising + [end + (peak - end) * (1 + math.cos(math.pi * step / left)) / 2 for step in range(left)]
+
+
+@given(steps=st.integers(2, 60), share=st.floats(0, 0.9), peak=RATES, end=RATES)
+def test_warm_up_and_glide_equal_a_table_of_rates(steps: int, share: float, peak: float, end: float) -> None:
+    warm_up_steps = min(int(share * steps), steps - 1)
+    seen = [
+        schedules.warm_up_cosine(step / steps, warm_up=warm_up_steps / steps, peak=peak, end=end)
+        for step in range(steps)
+    ]
+    assert seen == pytest.approx(naive_rates(steps, warm_up_steps, peak, end), abs=1e-9)
+
+
+@given(steps=st.integers(1, 60), share=st.floats(0.01, 1), start=RATES, end=RATES)
+def test_linear_equals_walking_in_equal_steps(steps: int, share: float, start: float, end: float) -> None:
+    walked, stride = start, (end - start) / (share * steps)
+    for step in range(steps):
+        seen = schedules.linear(step / steps, start=start, end=end, share=share)
+        assert seen == pytest.approx(walked, abs=1e-9)
+        walked = end if step + 1 >= share * steps else walked + stride
+
+
 def test_linear_over_no_share_is_there_at_once() -> None:
     assert schedules.linear(0.0, start=1.0, end=2.0, share=0.0) == 2.0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from nibabel.nifti1 import Nifti1Image
 
-from voxelstem.errors import CheckpointError, ConfigError, IngestError
+from voxelstem.errors import CheckpointError, ConfigError, IngestError, StoreError
 from voxelstem.report.words import describe
-from voxelstem.show import show
+from voxelstem.show import run_page, show
 from voxelstem.store import Refusal, Store, Writer, write
 from voxelstem.study import Acquisition, LabelMap, Provenance, Report, Study, Volume
 
@@ -200,3 +200,20 @@ def test_a_card_that_no_weights_can_have_is_refused(tmp_path, odd: dict[str, obj
     (tmp_path / "config.json").write_text(json.dumps(CARD | odd))
     with pytest.raises(CheckpointError, match="is not a voxelstem card"):
         show(tmp_path)
+
+
+def test_a_page_is_drawn_of_a_run_and_says_where_it_is(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "journal.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
+    assert run_page(run) == run / "report" / "index.html"
+    assert "1 steps, not finished" in run_page(run, tmp_path / "deep" / "page.html").read_text()
+
+
+def test_a_page_needs_a_run_and_a_place(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        run_page(tmp_path)
+    (tmp_path / "journal.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        run_page(tmp_path, tmp_path / "file" / "page.html")

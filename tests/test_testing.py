@@ -205,6 +205,18 @@ class MovesTheLearner(Mean):
         torch.nn.init.zeros_(self.backbone.mask_token)
 
 
+class HidesByTheBatch(Mean):
+    def step(self, batch: Batch, *, progress: float) -> StepOutput:
+        # Replayable, and yet another mask for a sample that stands elsewhere in its share.
+        generator = torch.Generator().manual_seed(batch.seed)
+        view = batch.views["global"][:, :1]
+        patches = view[0, 0, 0].numel() // 64
+        masked = torch.rand(len(view), 1, patches, generator=generator) < 0.5
+        tokens = self.backbone.encode(view, (1, 1, 1), masked=masked)
+        output = super().step(batch, progress=progress)
+        return StepOutput(loss=output.loss + tokens.patches.square().mean())
+
+
 class HasAStrangeTeacher(Mean):
     def __init__(self) -> None:
         super().__init__()
@@ -225,6 +237,7 @@ class HasAStrangeTeacher(Mean):
         (Counts, "state_dict does not hold"),
         (SpoilsItsBatch, "changes its batch"),
         (MovesTheLearner, "changes the learner"),
+        (HidesByTheBatch, "how the batch is shared out"),
         (HasAStrangeTeacher, "differ before the first step"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Processes that train together: which of them this one is, and what all of them know together.
+"""Processes that train together: how they meet, which of them this one is, and what all of them know together.
 
 The only file that speaks torch.distributed's collectives. Alone, every function gives back what it was given.
 
@@ -8,9 +8,12 @@ are averaged over processes alike. `rows` makes that true for losses that compar
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +55,61 @@ def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank=int(rank), count=int(count))
 
 
+@contextmanager
+def joined(device: torch.device, *, timeout_s: float) -> Generator[Ranks]:
+    """Join the processes that torchrun started with this one, and leave them at the end; alone, nothing is done.
+
+    On GPUs each process takes the one of its number on its machine, and `cuda` means that one from here on. A process
+    that waits longer than `timeout_s` for the others in any of the functions below gives up with an error.
+
+    Raises:
+        ConfigError: the environment names no meeting place, the others do not come, or there are too few GPUs.
+    """
+    wanted = ranks()
+    if wanted.count == 1:
+        yield wanted
+        return
+    _check_meeting()
+    if device.type == "cuda":
+        _take_gpu(int(os.environ.get("LOCAL_RANK", wanted.rank)))
+    # Statistics lie where the batch lies, decisions and small words on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, rank=wanted.rank, world_size=wanted.count, timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError) as error:
+        # A timeout, a name that does not resolve and a refused connection are all RuntimeErrors of torch.
+        raise ConfigError(
+            f"process {wanted.rank} of {wanted.count} could not meet the others within {timeout_s:g} s: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint="start all of them with torchrun, and let their machines reach each other at MASTER_ADDR:MASTER_PORT",
+        ) from error
+    try:
+        yield wanted
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_meeting() -> None:
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise ConfigError(
+            f"WORLD_SIZE says that there are other processes, but {' and '.join(absent)} to meet them at is not set",
+            hint="start the processes with torchrun, or unset RANK and WORLD_SIZE",
+        )
+
+
+def _take_gpu(number: int) -> None:
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"process {number} of this machine has no GPU: torch sees {count}",
+            hint="start at most one process for each GPU (torchrun --nproc-per-node), or set device=cpu",
+        )
+    torch.cuda.set_device(number)
+
+
 def here() -> Ranks:
     """Which process this is of those that were joined; 0 of 1 before, and alone."""
     return Ranks(rank=dist.get_rank(), count=dist.get_world_size()) if _joined() else Ranks()
@@ -80,6 +138,38 @@ def rows(value: Shaped[Tensor, "row *rest"]) -> Shaped[Tensor, "all *rest"]:
         return value
     gathered: Any = _Rows.apply(value)
     return gathered
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process says yes: what one of them must do, all do."""
+    return bool(total(torch.tensor(int(flag))) > 0)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    agree(False)
+
+
+def said(value: Any) -> Any:
+    """What process 0 says, to all. `value` is small and made of what JSON knows; the others' is not looked at."""
+    text = json.dumps(value).encode() if here().rank == 0 else b""
+    if _joined():
+        letters = torch.zeros(int(total(torch.tensor(len(text)))), dtype=torch.uint8)
+        if text:
+            letters = torch.tensor(list(text), dtype=torch.uint8)
+        dist.broadcast(letters, src=0)
+        text = bytes(letters.tolist())
+    return json.loads(text)
+
+
+def each(value: Any) -> list[Any]:
+    """What every process says, to all, in the order of their ranks; small values made of what JSON knows."""
+    everybody: list[Any] = [None] * here().count
+    if not _joined():
+        return [value]
+    # Torch packs objects by pickle: words only are given to it.
+    dist.all_gather_object(everybody, json.dumps(value))
+    return [json.loads(words) for words in everybody]
 
 
 class _Rows(torch.autograd.Function):

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from voxelstem import distributed
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.card import Card, read_card, write_weights
-from voxelstem.config import flatten, read_toml, to_toml
-from voxelstem.engine import checkpoint, monitor, optim
+from voxelstem.config import flatten
+from voxelstem.distributed import Ranks
 from voxelstem.engine import device as devices
-from voxelstem.engine.checkpoint import CheckpointConfig
+from voxelstem.engine.checkpoint import CheckpointConfig, Resumed, resume
+from voxelstem.engine.dashboard import dashboard
+from voxelstem.engine.energy import EnergyMeter
+from voxelstem.engine.folder import check_settings, claim
+from voxelstem.engine.handover import begin_from, gather_training
+from voxelstem.engine.hardware import Fleet
 from voxelstem.engine.journal import read_journal
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
-from voxelstem.engine.loop import LoopConfig, train
+from voxelstem.engine.lock import locked
+from voxelstem.engine.loop import LoopConfig, Surroundings, train
+from voxelstem.engine.monitor import HealthConfig, Monitor, draw_blocks, draw_probe_set
 from voxelstem.engine.optim import OptimConfig
-from voxelstem.errors import CheckpointError, ConfigError, StoreError
+from voxelstem.engine.parallel import ParallelConfig, Trainee
+from voxelstem.engine.plan import Plan, plan
+from voxelstem.engine.state import whole
+from voxelstem.engine.watch import WatchConfig
+from voxelstem.errors import ConfigError, StoreError
 from voxelstem.objectives import OBJECTIVES
 from voxelstem.objectives.mae import MaeConfig
-from voxelstem.progress import progress
+from voxelstem.show import run_page
 from voxelstem.store import Store
 from voxelstem.store.selection import Selection, Wanted
 from voxelstem.study import InputSpec
 from voxelstem.table import Table
 from voxelstem.views.crop import check_spacing
 
-FREE_TO_CHANGE = {"loader.threads", "loader.workers", "loader.timeout_s", "loader.ahead", "loader.source"}
-"""Settings that change who reads, and not one bit of what is read: a run may resume with others."""
+FREE_TO_CHANGE = {
+    "loader.threads",
+    "loader.workers",
+    "loader.timeout_s",
+    "loader.ahead",
+    "loader.source",
+    "parallel.",
+    "health.",
+}
+"""Settings that change who reads, computes and looks, and not what is learned: a run may resume with others. Those of
+`parallel`, like the number of processes, change results by rounding; the others by not one bit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +73,11 @@ class PretrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    monitor_every: int = 100
-    """Steps between two looks of the online probe and the effective rank."""
-    probe_blocks: int = 48
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    begun_from: str = ""
+    """SHA-256 of the weights that the run continues; `--from` sets it. Empty: it begins with drawn ones."""
 
     def __post_init__(self) -> None:
         """Guard what no part can see alone.
@@ -85,12 +105,8 @@ class PretrainConfig:
     def _check_numbers(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.monitor_every < 1:
-            raise ValueError(f"monitor_every must be >= 1, got {self.monitor_every}")
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.probe_blocks < 2:  # noqa: PLR2004 - one half to fit, one to test
-            raise ValueError(f"probe_blocks must be >= 2, got {self.probe_blocks}")
         if self.device not in devices.DEVICES:
             raise ValueError(f"device is {', '.join(devices.DEVICES)}, got '{self.device}'")
         if self.precision not in devices.PRECISIONS:
@@ -103,74 +119,147 @@ def _check_kind(part: str, table: Table, settings: Any, *, hint: str) -> None:
         raise ConfigError(f"{part}.name cannot become '{settings.name}': the recipe's {part} is another", hint=hint)
 
 
-def run(config: PretrainConfig, *, store: Path, out: Path) -> Card:
+def run(
+    config: PretrainConfig, *, store: Path, out: Path, weights: Path | None = None, probe: Path | None = None
+) -> Card:
     """Train by `config` on the store's training subjects and write `out`/weights.
 
-    A run that is finished already, with the same settings, is not trained again: its weights' card comes back.
+    Every process that torchrun started calls this with the same arguments. A run that is finished already, with the
+    same settings, is not trained again: its weights' card comes back.
+
+    Args:
+        config: The recipe with its differences.
+        store: The store to learn from.
+        out: Folder of the run.
+        weights: Weights folder to continue, trained here or imported; the network is drawn if left out.
+        probe: A small labelled store to probe the run on now and then; the labels of `store` if left out.
 
     Raises:
         StoreError: the store has no scan of the recipe's modality to train on.
-        ConfigError: `out` cannot be written.
-        CheckpointError: the run was started with other settings, or the disk is full.
+        ConfigError: `out` cannot be written, or another process trains in it.
+        CheckpointError: the run was started with other settings, `weights` do not fit, or the disk is full.
     """
+    parent = read_card(weights) if weights else None
+    config = replace(config, begun_from=parent.sha256 if parent else "")
     device = devices.choose(config.device)
-    opened = Store.open(store)
-    chosen = trainable(opened, config.spec)
-    _refuse_other_settings(out, config)
-    if (out / "weights").exists():
-        return read_card(out / "weights")
-    objective = make_objective(config).to(device)
-    optimizer = optim.make_optimizer(objective, objective.learner.param_groups(), config.optim)
-    loader = make_loader(config, opened, chosen)
-    loader.batch(0)
-    # Not before all this could be made: settings that cannot train leave no trace.
-    _claim(out, config)
-    start = checkpoint.resume(out / "checkpoints", objective, optimizer)
-    before = [line for line in read_journal(out) if line["step"] < start]
-    loader.quarantine(line["quarantined"] for line in before if "quarantined" in line)
-    look = _health(config, loader, objective.backbone, device)
+    with distributed.joined(device, timeout_s=config.parallel.timeout_s) as ranks:
+        opened = Store.open(store)
+        chosen = trainable(opened, config.spec)
+        check_settings(out, config, free=FREE_TO_CHANGE)
+        if (out / "weights").exists():
+            return read_card(out / "weights")
+        objective = make_objective(config)
+        notes = [_begin(weights, objective)] if weights else []
+        loader = make_loader(config, opened, chosen, ranks)
+        loader.batch(0)
+        trainee = Trainee(
+            objective.to(device), config.optim, config.parallel, device=device, precision=config.precision
+        )
+        # Not before all this could be made: settings that cannot train leave no trace.
+        with locked(out):
+            if ranks.rank == 0:
+                claim(out, config)
+            distributed.barrier()
+            _train(config, trainee, loader, run=out, probe=Store.open(probe) if probe else opened, notes=notes)
+            card = _write(config, trainee, make_card(config, objective, opened, chosen, parent), run=out)
+        return card
+
+
+def _train(
+    config: PretrainConfig,
+    trainee: Trainee,
+    loader: Loader,
+    *,
+    run: Path,
+    probe: Store,
+    notes: list[dict[str, Any]],
+) -> None:
+    """Go on from the newest checkpoint to the end."""
+    start = resume(run / "checkpoints", trainee.objective, trainee.optimizer)
+    loader.quarantine(_quarantined(start))
+    begun = [] if start.step else list(notes)
+    look = _monitor(config, trainee, loader, probe, run=run, begins=not start.step)
+    spent = [line["kwh"] for line in read_journal(run) if line["step"] < start.step and "kwh" in line]
+    device = trainee.device
     settings = LoopConfig(
         steps=config.steps,
+        batch=config.loader.batch,
         optim=config.optim,
         checkpoint=config.checkpoint,
-        device=device,
-        precision=config.precision,
-        monitor_every=config.monitor_every,
-        notes=loader.notes,
+        watch=config.watch,
+        monitor_every=config.health.every,
     )
-    with progress("pretrain", config.steps - start) as advance, closing(loader.batches(start, config.steps)) as batches:
-        train(objective, optimizer, batches, run=out, start=start, config=settings, monitor=look, advance=advance)
-    return write_weights(out / "weights", objective.backbone.state_dict(), make_card(config, objective, opened, chosen))
+    meter = EnergyMeter(device, before=spent[-1] if spent else 0.0)
+    with meter, dashboard(f"pretrain {config.recipe}", config.steps, start=start.step) as show:
+
+        def health() -> dict[str, Any]:
+            energy = meter.kwh()
+            return (
+                trainee.look(lambda: look(trainee.objective))
+                | loader.speed()
+                | {
+                    "kwh": energy.kwh,
+                    "energy": energy.source,
+                }
+            )
+
+        around = Surroundings(
+            batches=lambda step: loader.batches(step, config.steps, device=device),
+            monitor=health,
+            show=show,
+            names=loader.names,
+            notes=lambda: [*_emptied(begun), *loader.notes()],
+            facts=lambda: {"quarantined": distributed.each(sorted(loader.quarantined))},
+        )
+        train(trainee, around, run=run, start=start, config=settings)
 
 
-def _health(
-    config: PretrainConfig, loader: Loader, backbone: Any, device: torch.device
-) -> Callable[[], dict[str, float]]:
-    """What the loop looks at now and then; the probe only where subjects carry voxel labels."""
-    probe = monitor.draw_probe_set(
-        loader.store,
-        [loader.store.record(key) for key in _labelled(loader)],
+def _begin(weights: Path, objective: Any) -> dict[str, Any]:
+    """Take over what fits; a line for the journal that says how much that was."""
+    begun = begin_from(weights, objective)
+    return {"begun_from": begun.taken, "reason": begun.reason, "anew": begun.left_out}
+
+
+def _emptied(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    taken, lines[:] = list(lines), []
+    return taken
+
+
+def _quarantined(start: Resumed) -> list[str]:
+    """What this process had put aside at the checkpoint; with another number of processes, what any of them had."""
+    each: list[list[str]] = start.facts.get("quarantined", [])
+    here = distributed.here()
+    return each[here.rank] if len(each) == here.count else [key for keys in each for key in keys]
+
+
+def _monitor(
+    config: PretrainConfig, trainee: Trainee, loader: Loader, probe: Store, *, run: Path, begins: bool
+) -> Monitor:
+    """What looks at the run now and then; the probe only where subjects carry voxel labels."""
+    own = probe is loader.store
+    keys = set(loader.keys) - loader.quarantined if own else set(probe.select().key)
+    labelled = sorted(set(probe.select(Wanted(labelled=True, modality=config.spec.modality)).key) & keys)
+    seen = draw_probe_set(
+        probe,
+        [probe.record(key) for key in labelled],
         config.spec,
         patch_ijk=config.backbone.patch_ijk,
-        blocks=config.probe_blocks,
+        blocks=config.health.blocks,
         seed=config.seed,
     )
-    if probe is None:
-        views = loader.batch(config.steps).views["global"].flatten(0, 1)[:4].to(device)
-        return lambda: {"effective_rank": monitor.token_rank(backbone, views)} | loader.speed()
-    probe = replace(probe, blocks=probe.blocks.to(device))
-    return lambda: (
-        {
-            "effective_rank": monitor.token_rank(backbone, probe.blocks),
-            "probe/patch_balanced_accuracy": monitor.probe_patches(backbone, probe),
-        }
-        | loader.speed()
+    if seen is None and not own:
+        raise StoreError(
+            f"the probe store has fewer than two subjects with voxel labels on {config.spec.modality} scans",
+            hint="ingest labelled scans of two subjects or more into it (`voxelstem ingest --labels`)",
+        )
+    blocks = draw_blocks(loader.store, loader.keys, config.spec, blocks=config.health.blocks, seed=config.seed)
+    return Monitor(
+        config.health,
+        blocks if seen is None else seen,
+        device=trainee.device,
+        memory=run / "start.safetensors",
+        begins=begins,
     )
-
-
-def _labelled(loader: Loader) -> list[str]:
-    chosen = loader.store.select(Wanted(labelled=True))
-    return sorted(set(chosen.key) & set(loader.keys) - loader.quarantined)
 
 
 def trainable(store: Store, spec: InputSpec) -> Selection:
@@ -198,13 +287,28 @@ def make_objective(config: PretrainConfig) -> Any:
         return OBJECTIVES[config.objective.name](config.objective, backbone)
 
 
-def make_loader(config: PretrainConfig, store: Store, chosen: Selection) -> Loader:
-    """The recipe's loader over these scans."""
-    return Loader(store, list(chosen.key), config.spec, views=config.views, config=config.loader, seed=config.seed)
+def make_loader(config: PretrainConfig, store: Store, chosen: Selection, ranks: Ranks | None = None) -> Loader:
+    """The recipe's loader over these scans, for this process of several."""
+    ranks = ranks or Ranks()
+    return Loader(
+        store,
+        list(chosen.key),
+        config.spec,
+        views=config.views,
+        config=config.loader,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.count,
+    )
 
 
-def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Selection) -> Card:
-    """What the weights' folder says of itself; reconstructions of one acquisition count once."""
+def make_card(
+    config: PretrainConfig, objective: Any, store: Store, chosen: Selection, parent: Card | None = None
+) -> Card:
+    """What the weights' folder says of itself; reconstructions of one acquisition count once.
+
+    What grew from other weights keeps their licence, their data and their origin.
+    """
     formats = Counter(store.record(key).provenance.source_format for key in chosen.key)
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
     counts.append(f"of {chosen.acquisitions()} acquisitions and {chosen.subjects()} subjects")
@@ -212,94 +316,38 @@ def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Sele
     return Card(
         architecture=flatten(config.backbone),
         spec=config.spec,
-        licence="other",
-        data=tuple(counts),
+        licence=parent.licence if parent else "other",
+        data=(*(f"before: {line}" for line in (parent.data if parent else ())), *counts),
         recipe=config.recipe,
-        trained=levels,
+        trained=tuple(sorted({*levels, *(parent.trained if parent else ())})),
+        parent=config.begun_from,
+        origin=parent.origin if parent else "",
     )
 
 
-def _claim(out: Path, config: PretrainConfig) -> None:
-    """Write the resolved config."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # By a rename: half a file would read as another run's settings.
-        unfinished = out / ".config.toml.unfinished"
-        unfinished.write_text(to_toml(config), encoding="utf-8")
-        unfinished.replace(out / "config.toml")
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder '{out.name}' cannot be written: {error.strerror}",
-            hint="check its rights and free some space, then run the same command again",
-        ) from error
+def _write(config: PretrainConfig, trainee: Trainee, card: Card, *, run: Path) -> Card:
+    """Write the weights, with all that is needed to train on, and the page; process 0 does, the others wait."""
+    kept = whole(trainee.objective.backbone.state_dict())
+    facts = {"recipe": config.recipe, "steps": config.steps}
+    training = gather_training(trainee.objective, trainee.optimizer, facts)
+    if distributed.here().rank == 0:
+        write_weights(run / "weights", kept, card, training.extras, training.texts)
+        run_page(run)
+    distributed.barrier()
+    return read_card(run / "weights")
 
 
-def _refuse_other_settings(out: Path, config: PretrainConfig) -> None:
-    """See that what was trained in the run so far was trained by the same config; without a checkpoint, all are free.
+def estimate(config: PretrainConfig, *, store: Path, out: Path, fleet: Fleet | None = None) -> Plan:
+    """What a run will take, before the first step: memory, disk, samples a second, days and kWh.
+
+    `fleet` are the GPUs it is meant for; none: this machine as it is. Nothing is written.
 
     Raises:
-        CheckpointError: it was trained by another one, or nothing says by which.
+        StoreError: the store has no scan of the recipe's modality to train on.
+        ConfigError: the batch cannot be shared out.
     """
-    finished = (out / "weights").exists()
-    if not finished and not checkpoint.checkpoints(out / "checkpoints"):
-        return
-    if not (out / "config.toml").exists():
-        raise CheckpointError(
-            f"run '{out.name}' has no config.toml that says how it was trained", hint="choose a new --out"
-        )
-    before = read_toml(out / "config.toml")
-    now = {name: _plain(value) for name, value in flatten(config).items()}
-    asked = (before.keys() | now.keys()) - FREE_TO_CHANGE
-    changed = sorted(name for name in asked if before.get(name) != now.get(name))
-    if changed:
-        raise CheckpointError(
-            f"run '{out.name}' was {'trained' if finished else 'started'} with other settings: "
-            f"{', '.join(changed[:4])}",
-            hint="choose a new --out" if finished else "use the same settings to resume, or choose a new --out",
-        )
-
-
-def _plain(value: Any) -> Any:
-    """A setting as TOML gives it back: lists for tuples, and a word for none."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return "none" if value is None else value
-
-
-def estimate(config: PretrainConfig, *, store: Path) -> dict[str, Any]:
-    """What a run will cost, before the first step: scans, parameters, bytes on disk and in memory."""
     opened = Store.open(store)
     chosen = trainable(opened, config.spec)
-    device = devices.choose(config.device)
-    objective = make_objective(config).to(device)
-    wants = config.precision == "bf16" or (config.precision == "auto" and devices.bf16_pays(device))
-    learned = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    held = sum(p.numel() for p in objective.state_dict().values())
-    per_checkpoint = 4 * (held + 2 * learned)
-    return {
-        "recipe": config.recipe,
-        "scans": len(chosen),
-        "acquisitions": chosen.acquisitions(),
-        "subjects": chosen.subjects(),
-        "steps": config.steps,
-        "samples": config.steps * config.loader.batch,
-        "backbone_parameters": sum(p.numel() for p in objective.backbone.parameters()),
-        "trained_parameters": learned,
-        "state_bytes": 4 * (held + 3 * learned),
-        "checkpoint_bytes": (config.checkpoint.keep + 1) * per_checkpoint,
-        "device": device.type,
-        "precision": "bf16" if wants else "fp32",
-        "step_seconds": _time_a_step(config, make_loader(config, opened, chosen), objective, device),
-    }
-
-
-def _time_a_step(config: PretrainConfig, loader: Loader, objective: Any, device: torch.device) -> float:
-    """Seconds of one real step here (the second of two, so that nothing is measured cold)."""
-    seconds = 0.0
-    for step in range(2):
-        began = time.monotonic()
-        with devices.autocast(device, config.precision):
-            loss = objective.step(devices.move(loader.batch(step), device), progress=0.0).loss
-        loss.backward()
-        seconds = time.monotonic() - began
-    return seconds
+    return plan(
+        config, chosen, make=make_objective, load=lambda few: make_loader(few, opened, chosen), out=out, fleet=fleet
+    )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from voxelstem.config import flatten, read_toml
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.progress import progress
+from voxelstem.report.run import summary
 from voxelstem.sources import read
 from voxelstem.store.catalogue import is_store
 from voxelstem.store.reader import Store, check_size, file_path
@@ -27,6 +28,8 @@ NOT_SCANS = ("unknown-format", "empty")
 VERIFY_UP_TO = 2 * 1024**3
 """Bytes; the digests of a larger store, which take minutes, are only compared when asked for."""
 MOST_THREADS = 4
+NAME_LETTERS = 16
+"""Of a digest, to name weights by."""
 
 
 def show(path: Path | str, *, verify: bool = False) -> Facts:
@@ -103,6 +106,31 @@ def inside(
     except OSError as error:
         raise StoreError(f"'{out.name}' cannot be written: {error.strerror}", hint="choose another --out") from error
     return found.facts | {"picture": str(out), "alt": found.picture.alt, "caption": found.picture.caption}
+
+
+def run_page(run: Path, out: Path | None = None) -> Path:
+    """Draw the page of a pretraining run, finished or not: one HTML file that holds all it shows.
+
+    Args:
+        run: The run's folder.
+        out: The page's file, `run`/report/index.html when left out; one that is there is replaced.
+
+    Raises:
+        ConfigError: the folder holds no run.
+        StoreError: the page cannot be written.
+    """
+    from voxelstem.report.training import training_page  # draws, for which `show STORE` need not wait
+
+    if not (run / "journal.jsonl").is_file():
+        raise ConfigError(f"'{run.name}' holds no run", hint="give the folder that `voxelstem pretrain` wrote")
+    out = out or run / "report" / "index.html"
+    html = training_page(_run(run), _lines(run / "journal.jsonl"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"'{out.name}' cannot be written: {error.strerror}", hint="choose another --out") from error
+    return out
 
 
 def _store(path: Path, *, verify: bool) -> Facts:
@@ -216,6 +244,9 @@ def _run(path: Path) -> Facts:
         "checkpoints": checkpoints,
         "bytes": _bytes(path),
         "settings": settings,
+        "begun_from": str(settings.get("begun_from", ""))[:NAME_LETTERS],
+        "data": _json(card).get("data", []) if (card := path / "weights" / "config.json").is_file() else [],
+        **summary(lines, batch=int(settings.get("loader.batch", 0))),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from voxelstem.chance import Chance
 from voxelstem.protocols import Backbone, Batch, Objective, Tokens
 
 Shape = tuple[int, int, int]
@@ -71,6 +72,7 @@ def check_objective(make: Callable[[], Any], *, size_ijk: Shape = (16, 16, 16)) 
     _check_repeats(make, batch)
     _check_resumes(make, batch)
     _check_after_step(make, batch)
+    _check_shares(make, batch)
 
 
 def _require(kept: bool, promise: str) -> None:
@@ -296,3 +298,37 @@ def _check_after_step(make: Callable[[], Any], batch: Batch) -> None:
     _require(_same(before, _copied(objective)), "step changes the objective's state; only after_step may")
     objective.after_step(progress=0.1)
     _require(_same(learner, _copied(objective.learner)), "step or after_step changes the learner by itself")
+
+
+def _check_shares(make: Callable[[], Any], batch: Batch) -> None:
+    half = len(batch) // 2
+    whole = _seen(_drawn(make, 0), [batch])
+    shared = _seen(_drawn(make, 0), [batch.part(0, half), batch.part(half, len(batch))])
+    # On any number of processes a sample must be looked at alike.
+    _require(
+        whole == shared,
+        "what the learner sees of a sample, is kept from or draws for it depends on how the batch is shared out; "
+        "draw from batch.chance, by a sample's own row",
+    )
+
+
+def _seen(objective: Any, batches: list[Batch]) -> list[tuple[bytes, ...]]:
+    """What enters the learner's first level, row by row in any order: voxels, what is hidden or kept, and the key."""
+    learner = objective.learner
+    encode_blocks, rows = learner.encode_blocks, list[tuple[bytes, ...]]()
+
+    def listen(
+        blocks: Tensor, *, masked: Tensor | None = None, keep: Tensor | None = None, chance: Chance | None = None
+    ) -> Any:
+        parts = [blocks, masked, keep, None if chance is None else chance.keys]
+        rows.extend(
+            tuple(b"" if part is None else part[row].cpu().numpy().tobytes() for part in parts)
+            for row in range(len(blocks))
+        )
+        return encode_blocks(blocks, masked=masked, keep=keep, chance=chance)
+
+    learner.encode_blocks = listen
+    with torch.no_grad():
+        for batch in batches:
+            objective.step(batch, progress=0.1)
+    return sorted(rows)

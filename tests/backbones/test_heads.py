@@ -52,6 +52,21 @@ def test_sizes_below_one_are_refused(name: str) -> None:
         ProjectorConfig(**{name: 0})
 
 
+def test_an_eps_outside_zero_and_one_is_refused() -> None:
+    for eps in (0.0, -1e-6, 1.0):
+        with pytest.raises(ValueError, match="eps"):
+            ProjectorConfig(eps=eps)
+
+
+def test_what_is_shorter_than_eps_is_not_stretched() -> None:
+    projector = Projector(12, ProjectorConfig(hidden=16, bottleneck=6, prototypes=9, eps=0.5))
+    for parameter in projector.mlp.parameters():
+        torch.nn.init.constant_(parameter, 1e-6)
+    length = projector.mlp(torch.ones(1, 12)).norm()
+    assert length < 0.5
+    assert projector(torch.ones(1, 12)).abs().max() <= length / 0.5 + 1e-6
+
+
 def test_an_align_head_is_an_mlp_and_a_weight_normalised_layer() -> None:
     torch.manual_seed(0)
     head = AlignHead(6, hidden=5, bottleneck=4, out=3).requires_grad_(False)

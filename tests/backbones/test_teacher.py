@@ -84,3 +84,13 @@ def test_a_network_of_another_shape_cannot_be_followed() -> None:
     teacher = Teacher(make_student())
     with pytest.raises(ValueError, match="shorter"):
         teacher.follow(nn.Sequential(nn.Linear(4, 8)), momentum=0.5)
+
+
+def test_statistics_of_a_batch_normalisation_are_taken_over() -> None:
+    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    teacher = Teacher(student)
+    student.train()(torch.randn(16, 4) + 3)
+    teacher.follow(student, momentum=0.9)
+    for mine, theirs in zip(teacher.network.buffers(), student.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()

@@ -70,6 +70,15 @@ def test_weights_over_a_scan_become_a_picture(say, scan: Path, weights: Path, tm
     assert f"picture: {out}" in told
 
 
+def test_a_run_becomes_a_page(say, refusal, tmp_path: Path):
+    (tmp_path / "journal.jsonl").write_text('{"step": 0, "loss": 2.0}\n')
+    out = tmp_path / "page.html"
+    code, told, _ = say("show", tmp_path, "--out", out, "--json")
+    assert (code, json.loads(told)) == (DONE, {"page": str(out)})
+    assert "1 steps, not finished" in out.read_text()
+    assert "add --weights" in refusal("show", tmp_path, "--at", "1,1,1", "--out", out)
+
+
 def test_a_picture_needs_weights_and_a_place_inside(refusal, scan: Path, weights: Path, tmp_path: Path):
     assert "add --weights" in refusal("show", scan, "--at", "1,1,1")
     assert "is no place" in refusal("show", scan, "--weights", weights, "--at", "here")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import sqlite3
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
+from voxelstem.engine.loader import Loader, LoaderConfig
 from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store import Store, reader
@@ -22,6 +24,7 @@ from voxelstem.store.tiles import write_all
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
+from voxelstem.views.multicrop import ViewsConfig
 
 SPEC = InputSpec(spacing_mm=(6.0, 6.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(8, 8, 8))
 VIEWS = ViewsConfig(
@@ -30,14 +33,6 @@ VIEWS = ViewsConfig(
     augment=AugmentConfig(noise_std=0.1, gamma=0.1, shift=0.1),
     region_scale=1.5,
 )
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"global_": ViewKind(count=0)}, {"region_scale": -1.0}, {"region_scale": 0.0}, {"overhang": -0.1}]
-)
-def test_views_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        ViewsConfig(**wrong)
 
 
 def keys(store: Store) -> list[str]:
@@ -364,12 +359,90 @@ def test_leaving_early_stops_the_readers(phantoms: Store):
 
 def test_the_speed_counts_what_was_read(phantoms: Store):
     source = loader(phantoms)
-    assert source.speed() == {"read_gb": 0.0, "read_gb_per_s": 0.0}
+    assert set(source.speed().values()) == {0.0}
     source.batch(0)
     once = source.speed()["read_gb"]
     source.batch(0)
     assert source.speed()["read_gb"] == 2 * once > 0
     assert source.speed()["read_gb_per_s"] > 0
+
+
+def test_the_wait_for_data_is_counted_and_set_against_the_time_that_passed(phantoms: Store):
+    source = loader(phantoms, batch=1)
+    busy = 0.0
+    for batch in source.batches(0, 4):
+        assert len(batch) == 1
+        began = time.perf_counter()
+        while time.perf_counter() - began < 0.05:
+            pass
+        busy += time.perf_counter() - began
+    wait, share = source.speed()["data_wait_s"], source.speed()["data_wait_share"]
+    assert share == pytest.approx(wait / (wait + busy), rel=0.1)
+    # With nothing prepared ahead, whoever trains waits for the reading itself.
+    slow = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=4, ahead=1), seed=0)
+    assert len(list(slow.batches(0, 6))) == 6
+    assert slow.speed()["data_wait_share"] > 0.8
+
+
+def test_names_are_those_of_the_scans_that_a_step_reads(phantoms: Store):
+    whole = loader(phantoms, batch=4)
+    for step in range(3):
+        names = [key[:16] for key in drawn(whole, range(step, step + 1), 4)]
+        assert whole.names(step) == names
+        for rank in (0, 1):
+            config = LoaderConfig(batch=4)
+            part = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0, rank=rank, world=2)
+            assert part.names(step) == names[2 * rank : 2 * rank + 2]
+
+
+def test_fewer_scans_than_samples_are_refused_unless_they_may_repeat(phantoms: Store):
+    def source(**how: Any) -> Loader:
+        return Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=6, **how), seed=0)
+
+    with pytest.raises(StoreError, match="a batch of 6 samples needs as many scans, and there are 4") as caught:
+        source()
+    assert "loader.batch=4 or less" in caught.value.hint
+    assert "loader.repeat=true" in caught.value.hint
+    names = source(repeat=True).names(0)
+    assert len(names) == 6
+    assert len(set(names)) == 4
+    batch = source(repeat=True).batch(0)
+    assert len({view.numpy().tobytes() for view in batch.views["global"]}) == 6, "each time another part of the scan"
+
+
+def test_the_device_that_trains_makes_what_the_workers_make(phantoms: Store):
+    strong = AugmentConfig(
+        flip_axes=(0, 1, 2), noise_std=0.1, gamma=0.1, shift=0.1, smooth_p=0.4, sharpen_p=0.4, sharpen_amount=(1.0, 2.0)
+    )
+    views = replace(VIEWS, augment=strong)
+    whole = loader(phantoms, views=views)
+    config = LoaderConfig(batch=3, ahead=3, workers=1, made="device")
+    source = Loader(phantoms, keys(phantoms), SPEC, views=views, config=config, seed=0)
+    made = [source.batch(0), *source.batches(1, 3, device=torch.device("cpu"))]
+    for step, batch in enumerate(made):
+        want = whole.batch(step)
+        assert (batch.seed, batch.first) == (want.seed, want.first)
+        for name, views in want.views.items():
+            assert torch.equal(batch.places_mm[name], want.places_mm[name])
+            torch.testing.assert_close(batch.views[name], views, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_voxels_that_are_no_numbers_cost_their_scan_and_not_the_run(phantoms: Store, tmp_path: Path):
+    copytree(phantoms.path, tmp_path / "store")
+    bad = sorted(record.key for record in phantoms)[2]
+    (catalogue,) = (path for path in (tmp_path / "store").iterdir() if path.suffix in {".sqlite", ".db", ".sqlite3"})
+    with closing(sqlite3.connect(catalogue)) as damaged, damaged:
+        assert damaged.execute("UPDATE volumes SET slope = 9e999 WHERE key = ?", (bad,)).rowcount == 1
+    store = Store.open(tmp_path / "store")
+    source = loader(store, batch=4)
+    seen = [content(batch) for batch in source.batches(0, 4)]
+    notes = {note["quarantined"]: note["reason"] for note in source.notes() if "quarantined" in note}
+    assert notes.keys() == {bad[:16]}
+    assert "not numbers" in notes[bad[:16]]
+    told = loader(phantoms, batch=4)
+    told.quarantine([bad])
+    assert [content(batch) for batch in told.batches(0, 4)] == seen
 
 
 def test_raw_tiles_give_the_same_batches_and_say_so(phantoms: Store, tmp_path: Path):

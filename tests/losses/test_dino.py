@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from voxelstem.losses.dino import centred_softmax, cross_entropy, dino
+from voxelstem.losses.dino import centred_softmax, cross_entropy, dino, entropy, moved_centre
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,37 @@ def test_the_best_a_student_can_do_is_the_targets_entropy() -> None:
 def test_extreme_logits_stay_finite() -> None:
     student = torch.tensor([[[500.0, -500.0]], [[-500.0, 500.0]]]).half()
     assert dino(student, torch.full((2, 1, 2), 0.5), temperature=0.1).isfinite()
+
+
+def test_entropy_is_none_for_one_prototype_and_most_for_all_alike() -> None:
+    target = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    torch.testing.assert_close(entropy(target), torch.tensor([0.0, math.log(4)]))
+
+
+def test_a_lower_precision_around_it_changes_nothing() -> None:
+    student, target = torch.randn(4, 3, 6), torch.randn(2, 3, 6).softmax(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = dino(student, target)
+    assert torch.equal(found, dino(student, target))
+
+
+@pytest.mark.parametrize("peer", ["lightly", "spectre"])
+def test_steps_with_a_moving_centre_are_those_of_the_peers(golden: Any, peer: str) -> None:
+    cases = golden.cases
+    centre = torch.zeros(cases.PROTOTYPES)
+    for step, temperature in enumerate(cases.TEMPERATURES):
+        teacher, student = cases.seen(step)
+        student.requires_grad_()
+        target = centred_softmax(teacher, centre, temperature=temperature)
+        loss = dino(student, target, temperature=cases.STUDENT_TEMPERATURE)
+        loss.backward()
+        golden.agrees(f"{peer}/dino/loss/{step}", loss)
+        golden.agrees(f"{peer}/dino/gradient/{step}", student.grad)
+        rows = teacher.flatten(0, 1)
+        centre = moved_centre(centre, rows.sum(0), torch.tensor(len(rows)), momentum=cases.CENTRE_MOMENTUM)
+    golden.agrees(f"{peer}/dino/centre", centre)
+
+
+def test_a_centre_stays_where_it_is_when_nothing_was_seen() -> None:
+    centre = torch.randn(5)
+    assert torch.equal(moved_centre(centre, torch.zeros(5), torch.tensor(0), momentum=0.9), centre)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,20 @@ def test_equal_rows_and_empty_rows_stay_finite() -> None:
         assert loss.isfinite()
         assert embedding.grad is not None
         assert embedding.grad.isfinite().all()
+
+
+def test_a_lower_precision_around_it_finds_the_same_neighbours() -> None:
+    embedding = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = koleo(embedding)
+    assert torch.equal(found, koleo(embedding))
+
+
+@pytest.mark.parametrize("peer", ["lightly", "spectre"])
+def test_loss_and_gradient_are_the_peers(golden: Any, peer: str) -> None:
+    # They add their 1e-8 to every coordinate of the difference too, which is lost in float32.
+    rows = golden.cases.embeddings().requires_grad_()
+    loss = koleo(rows)
+    loss.backward()
+    golden.agrees(f"{peer}/koleo/loss", loss)
+    golden.agrees(f"{peer}/koleo/gradient", rows.grad)

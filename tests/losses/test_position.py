@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from voxelstem.losses.position import relative_position
+from voxelstem.losses.position import place_of, relative_position
 
 
 def naive_relative_position(predicted: Tensor, true_mm: Tensor, scale_mm: float) -> float:
@@ -45,3 +45,18 @@ def test_the_right_places_cost_nothing() -> None:
 def test_one_axis_may_not_stand_in_for_another() -> None:
     _, true_mm = draw()
     assert float(relative_position(true_mm.flip(-1) / 100, true_mm)) > 0.1
+
+
+def test_the_middle_of_a_patch_is_found_in_the_scan() -> None:
+    # One sample of two views, each a grid of two blocks along i; three patches of each block are asked for.
+    places = torch.tensor([[[[0.0, 10.0, 20.0], [40.0, 20.0, 10.0]], [[5.0, 0.0, 0.0], [80.0, 8.0, -8.0]]]])
+    asked = torch.tensor([[-0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [0.5, -0.5, -0.5]]).expand(4, -1, -1)
+    found = place_of(asked, places, (2, 1, 1))
+    expected = []
+    for view in range(2):
+        for block in range(2):
+            for position in asked[0].tolist():
+                shares = [(block + (position[0] + 1) / 2) / 2, (position[1] + 1) / 2, (position[2] + 1) / 2]
+                start, extent = places[0, view].tolist()
+                expected.append([low + share * long for low, share, long in zip(start, shares, extent, strict=True)])
+    torch.testing.assert_close(found, torch.tensor([expected]))

@@ -93,3 +93,29 @@ def test_the_lines_below_a_picture_say_how_the_scan_was_fed():
     assert lines[-1] == "warning: thick: slices"
     assert "effective rank of the blocks: 3.5" in describe_inside(INSIDE | {"effective_rank": 3.5})[2]
     assert describe(INSIDE).splitlines() == [*lines, "picture: inside.png"]
+
+
+def test_a_run_says_what_it_cost_how_healthy_it_is_and_what_it_left_out(tmp_path: Path):
+    (tmp_path / "config.toml").write_text(
+        'recipe = "tiny.dino"\nsteps = 9\nloader.batch = 4\nbegun_from = "0123456789abcdef0"\n'
+    )
+    look = {"probe/patch_knn": 0.25, "kwh": 0.5, "energy": "measured (NVML)", "data_wait_share": 0.03}
+    lines = [
+        {"step": 0, "loss": 1.0, "seconds": 2.0} | look,
+        {"step": 1, "skipped": "the loss is not a number", "samples": ["3fa2", "77b1"]},
+        {"step": 2, "rolled_back_to": 2, "excluded": [1, 3]},
+        {"step": 2, "quarantined": "c44a", "reason": "damaged"},
+        {"step": 2, "loss": 1.0, "seconds": 4.0, "probe/patch_knn": 0.5},
+    ]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = describe(show(tmp_path)).splitlines()
+    for line in (
+        "took: 4 s for 8 samples, 3.0% of it waiting for data",
+        "energy: 0.5 kWh, measured (NVML)",
+        "health since weights 0123456789abcdef, first look and last:",
+        "  kNN probe: 0.25 to 0.5 (+0.25)",
+        "left out, step 1: the loss is not a number (samples 3fa2, 77b1)",
+        "went back, step 2: 2, without steps 1, 3",
+        "unreadable, step 2: c44a: damaged",
+    ):
+        assert line in said

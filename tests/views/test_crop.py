@@ -81,6 +81,19 @@ def test_scales_fill_their_range_on_every_axis_by_itself() -> None:
     assert np.abs(np.corrcoef(scales.T) - np.eye(3)).max() < 0.2
 
 
+def test_scales_may_differ_by_axis_and_fill_their_range_evenly_in_millimetres() -> None:
+    kind = ViewKind(
+        count=800, size_ijk=(8, 6, 4), min_scale=(0.5, 1.0, 1.0), max_scale=(1.5, 1.0, 3.0), spread="uniform"
+    )
+    plans = draw_views(kind, SPEC, ((0.0, 0.0, 0.0), (99.0, 99.0, 99.0)), np.random.default_rng(0))
+    scales = np.array([plan.extent_mm for plan in plans]) / (np.array(kind.size_ijk) * SPEC.spacing_mm)
+    np.testing.assert_allclose(scales.min(axis=0), (0.5, 1.0, 1.0), atol=0.02)
+    np.testing.assert_allclose(scales.max(axis=0), (1.5, 1.0, 3.0), atol=0.02)
+    np.testing.assert_allclose(scales.mean(axis=0), (1.0, 1.0, 2.0), atol=0.05)
+    quarters = np.histogram(scales[:, 2], bins=4, range=(1.0, 3.0))[0] / 800
+    np.testing.assert_allclose(quarters, 0.25, atol=0.05)
+
+
 def test_the_same_generator_draws_the_same_views() -> None:
     kind = ViewKind(count=3, min_scale=0.5, max_scale=2.0)
     box = ((0.0, 0.0, 0.0), (300.0, 300.0, 300.0))
@@ -90,7 +103,9 @@ def test_the_same_generator_draws_the_same_views() -> None:
 
 
 def test_what_is_no_view_is_refused() -> None:
-    for wrong in ({"count": -1}, {"size_ijk": (4, 0, 4)}, {"min_scale": 2.0}, {"min_scale": 0.0}):
+    nothing = ({"count": -1}, {"size_ijk": (4, 0, 4)}, {"min_scale": 2.0}, {"min_scale": 0.0})
+    axis = ({"min_scale": (0.5, 1.1, 0.5)}, {"max_scale": (1.0, 1.0, float("inf"))}, {"max_scale": float("nan")})
+    for wrong in (*nothing, *axis):
         with pytest.raises(ValueError, match="a view needs"):
             ViewKind(**wrong)
 
@@ -140,6 +155,17 @@ def test_a_view_on_the_scans_own_grid_is_a_cut() -> None:
     crop = covering_crop(plan, (2.0, 3.0, 4.0), (9, 8, 7))
     view = apply_view(torch.from_numpy(cut(scan, crop)), plan, crop, spacing_mm=(2.0, 3.0, 4.0), outside=AIR)
     np.testing.assert_allclose(view.numpy(), scan[:, 2:6, 1:4, 0:5], atol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
+def test_a_mirrored_view_is_the_view_mirrored(axes: tuple[int, ...]) -> None:
+    scan = torch.from_numpy(np.random.default_rng(0).uniform(-1000, 1000, (2, 9, 8, 7)))
+    plan = ViewPlan(start_mm=(4.0, 3.0, -1.0), extent_mm=(9.0, 9.0, 20.0), size_ijk=(4, 3, 5))
+    crop = Crop(start_ijk=(0, 0, 0), size_ijk=(9, 8, 7))
+    plain, mirrored = (
+        apply_view(scan, plan, crop, spacing_mm=(2.0, 3.0, 4.0), outside=AIR, flip_axes=flips) for flips in ((), axes)
+    )
+    torch.testing.assert_close(mirrored, plain.flip([1 + axis for axis in axes]), rtol=0, atol=1e-9)
 
 
 def test_a_view_that_misses_the_scan_is_all_air() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from voxelstem.study import InputSpec
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import lift, squeeze_, window
 
 SPEC = InputSpec(low_hu=-160.0, high_hu=240.0)
 
@@ -26,3 +26,11 @@ def test_the_scan_itself_is_left_alone() -> None:
     hu = torch.tensor([[-500.0, 500.0]])
     window(hu, SPEC)
     assert hu.tolist() == [[-500.0, 500.0]]
+
+
+def test_the_halves_make_the_whole_also_of_integers() -> None:
+    hu = torch.arange(-500, 500, dtype=torch.int16)
+    lifted = lift(hu, SPEC)
+    assert lifted.dtype == torch.float32
+    assert lifted[340] == 0
+    assert torch.equal(squeeze_(lifted, SPEC), window(hu.float(), SPEC))

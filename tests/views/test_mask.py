@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelstem.chance import Chance
-from voxelstem.views.mask import draw_cuboids
+from voxelstem.views.mask import draw_cuboids, draw_ratios
 
 GRIDS = st.tuples(*[st.integers(1, 6)] * 3)
 
@@ -48,3 +48,48 @@ def test_every_patch_is_hidden_now_and_then() -> None:
     masks = draw(100, (5, 4, 3), 0.4)
     assert masks.any(dim=0).all()
     assert not masks.all(dim=0).any()
+
+
+def test_a_row_hides_the_same_whatever_lies_beside_it() -> None:
+    chance, ratios = Chance.of(3, count=6), torch.linspace(0.1, 0.9, 6)
+    whole = draw_cuboids(chance, (4, 5, 6), ratios=ratios)
+    parts = [draw_cuboids(chance.part(a, b), (4, 5, 6), ratios=ratios[a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_no_row_is_no_mask() -> None:
+    assert draw_cuboids(Chance.of(0, count=0), (2, 2, 2), ratios=torch.zeros(0)).shape == (0, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999), samples=st.integers(1, 40), views=st.integers(1, 4), parts=st.sampled_from([1, 2, 4, 5])
+)
+def test_exactly_the_share_of_views_is_masked_where_it_is_a_whole_number(
+    seed: int, samples: int, views: int, parts: int
+) -> None:
+    ratios = draw_ratios(seed, (views, samples), share=1 / parts, ratios=(0.2, 0.7))
+    taken = ratios > 0
+    assert ratios.shape == (views, samples)
+    assert abs(int(taken.sum()) - views * samples / parts) < 1
+    assert ((ratios[taken] >= 0.2) & (ratios[taken] < 0.7)).all()
+
+
+def test_every_part_of_the_range_of_ratios_holds_one_view() -> None:
+    for seed in range(20):
+        ratios = draw_ratios(seed, (2, 16), share=0.5, ratios=(0.2, 0.7))
+        taken = ratios[ratios > 0]
+        assert ((taken - 0.2) / 0.5 * 16).floor().sort().values.tolist() == list(range(16))
+
+
+def test_a_sample_s_ratios_follow_from_its_number_in_the_whole_batch() -> None:
+    whole = draw_ratios(7, (2, 12), share=0.5, ratios=(0.1, 0.5))
+    parts = [draw_ratios(7, (2, b - a), first=a, share=0.5, ratios=(0.1, 0.5)) for a, b in ((0, 3), (3, 4), (4, 12))]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_over_the_seeds_every_view_is_masked_equally_often_and_on_average_by_the_middle_ratio() -> None:
+    drawn = torch.stack([draw_ratios(seed, (2, 8), share=0.5, ratios=(0.2, 0.7)) for seed in range(400)])
+    often = (drawn > 0).float().mean(dim=0)
+    assert ((often - 0.5).abs() < 0.1).all()
+    assert abs(float(drawn[drawn > 0].mean()) - 0.45) < 0.01

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
-from voxelstem.resampling import grid_coordinates, resample
+from voxelstem.resampling import grid_coordinates, resample, weights
 from voxelstem.views.resample import sample
 
 AIR = -1000.0
@@ -103,3 +103,21 @@ def test_channels_do_not_mix() -> None:
     for channel in (0, 1):
         alone = sample(array[channel : channel + 1], (places, places, places), **how)
         torch.testing.assert_close(both[channel : channel + 1], alone)
+
+
+@pytest.mark.parametrize("counts", [(40, 3, 9), (5, 50, 20), (33, 17, 2)])
+def test_axes_may_shrink_and_grow_at_once_and_in_any_order(counts: tuple[int, int, int]) -> None:
+    array = np.stack([cube((21, 18, 35), seed) for seed in (0, 1)])
+    steps = [size / count for size, count in zip(array.shape[1:], counts, strict=True)]
+    places = [grid_coordinates(count, start=-0.2, step=step * 0.95) for count, step in zip(counts, steps, strict=True)]
+    expected = array - AIR
+    for axis, (place, step) in enumerate(zip(places, steps, strict=True), start=1):
+        matrix = weights(place, array.shape[axis], step=step)
+        expected = np.moveaxis(np.tensordot(matrix, expected, axes=(1, axis)), 0, axis)
+    got = sample(
+        torch.from_numpy(array),
+        (places[0], places[1], places[2]),
+        step_ijk=(steps[0], steps[1], steps[2]),
+        outside=AIR,
+    )
+    np.testing.assert_allclose(got.numpy(), expected + AIR, atol=1e-9)

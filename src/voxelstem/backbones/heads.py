@@ -19,26 +19,35 @@ class ProjectorConfig:
     hidden: int = 384
     bottleneck: int = 96
     prototypes: int = 1024
+    eps: float = 1e-12
+    """What is shorter than this is not stretched to length 1; 1e-6 where the head runs in float16."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
 
         Raises:
-            ValueError: a size below 1.
+            ValueError: a size below 1, or an eps that is not above 0.
         """
         if min(self.hidden, self.bottleneck, self.prototypes) < 1:
             raise ValueError(
                 f"hidden, bottleneck and prototypes must be >= 1, got "
                 f"{self.hidden}, {self.bottleneck}, {self.prototypes}"
             )
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps lies in (0, 1), got {self.eps}")
 
 
 class Projector(nn.Module):
-    """MLP, unit sphere, then cosine to each prototype (Caron et al. 2021, DINO, appendix C)."""
+    """MLP, unit sphere, then cosine to each prototype (Caron et al. 2021, DINO, appendix C).
+
+    Cosines are what DINO's weight-normalised last layer gives with its gains held at 1. `optim.frozen_prototypes` is
+    the share of a run over which that layer stays as it was drawn.
+    """
 
     def __init__(self, dim: int, config: ProjectorConfig) -> None:
         """`dim` is the embedding's."""
         super().__init__()
+        self.eps = config.eps
         self.mlp = nn.Sequential(
             nn.Linear(dim, config.hidden),
             nn.GELU(),
@@ -51,7 +60,7 @@ class Projector(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows prototype"]:
         """Logits: cosines in [-1, 1], both sides normalised."""
-        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        return F.normalize(self.mlp(x), dim=-1, eps=self.eps) @ F.normalize(self.prototypes, dim=-1, eps=self.eps).T
 
 
 class AlignHead(nn.Module):

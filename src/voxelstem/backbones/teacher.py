@@ -29,7 +29,11 @@ class Teacher(nn.Module, Generic[Network]):
 
     @torch.no_grad()
     def follow(self, student: Network, *, momentum: float) -> None:
-        """Set teacher = momentum * teacher + (1 - momentum) * student, for every parameter."""
-        pairs = zip(self.network.parameters(), student.parameters(), strict=True)
-        for mine, theirs in pairs:
+        """Set teacher = momentum * teacher + (1 - momentum) * student, for every parameter.
+
+        Buffers, such as the statistics of a batch normalisation, are averages already: they are taken over.
+        """
+        for mine, theirs in zip(self.network.parameters(), student.parameters(), strict=True):
             mine.lerp_(theirs, 1.0 - momentum)
+        for mine, theirs in zip(self.network.buffers(), student.buffers(), strict=True):
+            mine.copy_(theirs)

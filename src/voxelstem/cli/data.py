@@ -116,6 +116,10 @@ def show(
 
         voxelstem show store --json
 
+    The page of a pretraining run, finished or not:
+
+        voxelstem show runs/first --out first.html
+
     The tokens and the attention of some weights over a scan:
 
         voxelstem show scan.nii.gz --weights weights --at 120,96,40 --out inside.png
@@ -128,7 +132,8 @@ def show(
         weights: Draw what these make of a scan: a folder, a name that `voxelstem models` lists, or hub:owner/name.
         at: With --weights, the place that the others are compared with: a voxel counted from 0 along right, front and
             head, or mm in the patient, such as -20,35,110mm; the centre of the body when left out.
-        out: With --weights, the picture's file; inside.png when left out.
+        out: Of a run, the file of the page that is drawn of it. With --weights, the picture's file; inside.png when
+            left out.
         commercial: Say that the use is commercial: weights whose licence forbids that are refused.
         json: Answer in JSON.
     """
@@ -136,6 +141,8 @@ def show(
         raise ConfigError("--verify, --against and --weights are three questions", hint="ask one after the other")
     if weights is not None:
         return _inside(path, weights, at, out or Path("inside.png"), commercial=commercial, as_json=json)
+    if out is not None and at is None and (path / "journal.jsonl").is_file():
+        return _page(path, out, as_json=json)
     if at is not None or out is not None or commercial:
         raise ConfigError("--at, --out and --commercial are for the picture that weights make", hint="add --weights W")
     if against is not None:
@@ -146,6 +153,14 @@ def show(
     facts = verb.show(path, verify=verify)
     answer(facts, describe(facts), as_json=json)
     return SOME_REFUSED if facts.get("damaged") else DONE
+
+
+def _page(run: Path, out: Path, *, as_json: bool) -> int:
+    from voxelstem import show as verb
+
+    page = verb.run_page(run, out)
+    answer({"page": str(page)}, str(page), as_json=as_json)
+    return DONE
 
 
 def _shared(path: Path, against: Path, *, as_json: bool) -> int:

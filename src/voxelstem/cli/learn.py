@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from voxelstem.config import overlay, parse_assignments, read_toml
+from voxelstem.errors import ConfigError
 from voxelstem.terminal import DONE, answer
 
 
@@ -31,14 +32,40 @@ def demo(*, out: Path = Path("demo"), quick: bool = False, data: Path | None = N
     return DONE
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beginning:
+    """What a run begins with, besides its recipe."""
+
+    config: Path | None = None
+    """TOML file with differences from the recipe."""
+    from_: Annotated[Path | None, Parameter(name="from")] = None
+    """Weights folder to continue, trained here or imported; a drawn network when left out."""
+    probe: Path | None = None
+    """A small labelled store to probe the run on; the training store's own labels when left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """What is reckoned up instead of training."""
+
+    dry_run: bool = False
+    """Say what would run and what it would take, and whether it fits; train nothing."""
+    gpus: int = 0
+    """With --dry-run: for so many GPUs, which need not be here."""
+    gpu: str = "h100"
+    """Of which kind: a100, h100, h200, l40s or rtx4090."""
+    gpu_memory_gib: float = 0.0
+    """Memory of each, where it is not the data sheet's."""
+
+
 def pretrain(
     recipe: str,
     /,
     *settings: str,
     store: Path,
     out: Path,
-    config: Path | None = None,
-    dry_run: bool = False,
+    begin: Annotated[Beginning, Parameter(name="*")] = Beginning(),
+    dry: Annotated[DryRun, Parameter(name="*")] = DryRun(),
     json: bool = False,
 ) -> int:
     """Train a backbone on the scans of a store, without labels. Started again, it resumes; when finished, it stays.
@@ -47,26 +74,42 @@ def pretrain(
 
         voxelstem pretrain tiny --store store --out runs/first steps=200
 
+    Continue weights on your own scans, with another learning rate:
+
+        voxelstem pretrain tiny --from runs/first/weights --store mine --out runs/second optim.lr=0.0005
+
+    On many processes: `torchrun --nproc-per-node 8 -m voxelstem pretrain …`.
+
     Args:
         recipe: Name of a complete config, such as `tiny`.
         settings: Differences from the recipe, such as `optim.lr=0.001`; they win over --config.
         store: Folder of the store.
         out: Folder of the run.
-        config: TOML file with differences from the recipe.
-        dry_run: Say what would run and what it would cost, but train nothing.
+        begin: What the run begins with.
+        dry: What is reckoned up.
         json: Answer in JSON.
     """
     from voxelstem import pretrain as verb
     from voxelstem import recipes
+    from voxelstem.engine.hardware import Fleet
 
-    changes = (read_toml(config) if config else {}) | parse_assignments(settings)
+    changes = (read_toml(begin.config) if begin.config else {}) | parse_assignments(settings)
     resolved = overlay(recipes.named(recipe), changes)
-    if dry_run:
-        cost = verb.estimate(resolved, store=store)
-        answer(cost, "\n".join(f"{name}: {value}" for name, value in cost.items()), as_json=json)
+    if dry.dry_run:
+        try:
+            fleet = Fleet(gpus=dry.gpus, gpu=dry.gpu, memory_gib=dry.gpu_memory_gib)
+        except ValueError as error:
+            raise ConfigError(str(error), hint="see `voxelstem pretrain --help`") from error
+        found = verb.estimate(resolved, store=store, out=out, fleet=fleet)
+        answer(found.facts(), found.words(), as_json=json)
+        found.check()
         return DONE
-    verb.run(resolved, store=store, out=out)
-    answer({"weights": str(out / "weights")}, str(out / "weights"), as_json=json)
+    verb.run(resolved, store=store, out=out, weights=begin.from_, probe=begin.probe)
+    answer(
+        {"weights": str(out / "weights"), "page": str(out / "report" / "index.html")},
+        str(out / "weights"),
+        as_json=json,
+    )
     return DONE
 
 

@@ -2,90 +2,139 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from voxelstem.engine import device as devices
-from voxelstem.engine.checkpoint import CheckpointConfig, write_checkpoint
+from voxelstem import distributed
+from voxelstem.engine.checkpoint import CheckpointConfig, Checkpoints, Resumed, resume
 from voxelstem.engine.journal import Journal
 from voxelstem.engine.optim import OptimConfig, set_rate
+from voxelstem.engine.parallel import Trainee
+from voxelstem.engine.watch import Verdict, Watch, WatchConfig
 from voxelstem.errors import CheckpointError
 from voxelstem.protocols import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How long, how often something is written down, and in which precision."""
+    """How long, how often something is written down, and what is done about a step that went wrong."""
 
     steps: int
+    batch: int
+    """Samples of one step over all processes."""
     optim: OptimConfig
     checkpoint: CheckpointConfig
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: str = "auto"
+    watch: WatchConfig = field(default_factory=WatchConfig)
     monitor_every: int = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What the loop asks of others while it runs."""
+
+    batches: Callable[[int], Generator[Batch, None, None]]
+    """The batches from a step on, to the end of the run."""
+    monitor: Callable[[], dict[str, float]]
+    """Health signs; every process calls it at the same steps."""
+    show: Callable[[int, Mapping[str, Any]], None]
+    """Tells the user how far the run is."""
+    names: Callable[[int], list[str]] = lambda step: []  # noqa: ARG005
+    """First letters of the keys of a step's scans."""
     notes: Callable[[], list[dict[str, Any]]] = list
     """What the loader has to say since it was last asked: lines for the journal."""
+    facts: Callable[[], dict[str, Any]] = dict
+    """What else a checkpoint must hold, as JSON."""
 
 
-def train(
-    objective: Any,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
-    *,
-    run: Path,
-    start: int,
-    config: LoopConfig,
-    monitor: Callable[[], dict[str, float]],
-    advance: Callable[[int, str], None],
-) -> None:
+def train(trainee: Trainee, around: Surroundings, *, run: Path, start: Resumed, config: LoopConfig) -> None:
     """Run the steps from `start` to `config.steps`, writing the journal and checkpoints into `run`.
 
-    `objective` is a module that satisfies `protocols.Objective`.
+    A step whose loss or gradient is no number, or far out of range, is left out as if it had never been. Where that
+    happens again and again the run goes back to its newest checkpoint and leaves those steps out on its way.
 
     Raises:
-        CheckpointError: the loss or its gradient is not a number, or the disk is full.
+        CheckpointError: going back did not help, there is nothing to go back to, or the disk is full.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    began = time.monotonic()
-    with Journal(run, resume_at=start) as journal:
-        for step, batch in zip(range(start, config.steps), batches, strict=True):
-            for note in config.notes():
-                journal.append({"step": step} | note)
-            progress = step / config.steps
-            rate = set_rate(optimizer, config.optim, progress=progress)
-            health = monitor() if step % config.monitor_every == 0 else {}
-            with devices.autocast(config.device, config.precision):
-                output = objective.step(devices.move(batch, config.device), progress=progress)
-            loss = _finite(float(output.loss.detach()), "loss", step)
-            output.loss.backward()
-            # Checked before it reaches the weights: no checkpoint may hold what cannot be trained on.
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm))
-            _finite(norm, "gradient", step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            objective.after_step(progress=progress)
-            seconds = time.monotonic() - began
-            journal.append(
-                {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
-                | output.scalars
-                | health
-            )
-            advance(1, f"loss {loss:.3f}")
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                write_checkpoint(run / "checkpoints", step + 1, objective, optimizer, keep=config.checkpoint.keep)
-        journal.append({"step": config.steps} | monitor())
+    watch = Watch(config.watch, start.facts.get("watch"))
+    folder = run / "checkpoints"
+    with Journal(run, resume_at=start.step) as journal, Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints:
+        loop = _Loop(trainee, around, journal, checkpoints, config)
+        while (back_to := loop.run_from(start.step, watch)) is not None:
+            checkpoints.wait()
+            start = resume(folder, trainee.objective, trainee.optimizer, before=back_to)
+            if not start.step:
+                raise CheckpointError(
+                    f"step {back_to} and those after it went wrong, and there is no checkpoint to go back to",
+                    hint="lower optim.lr, or look at the scans that the journal names",
+                )
+            watch.roll_back(start.facts.get("watch", {}))
+            journal.rewind(start.step)
+            journal.append({"step": start.step, "rolled_back_to": start.step, "excluded": sorted(watch.excluded)})
+        journal.append({"step": config.steps} | around.monitor())
 
 
-def _finite(value: float, what: str, step: int) -> float:
-    if not math.isfinite(value):
-        raise CheckpointError(
-            f"the {what} of step {step} is not a number",
-            hint="lower optim.lr; the checkpoints written so far are whole",
-        )
-    return value
+class _Loop:
+    """One stretch after another, until the end or until the watch sends the run back."""
+
+    def __init__(
+        self, trainee: Trainee, around: Surroundings, journal: Journal, checkpoints: Checkpoints, config: LoopConfig
+    ) -> None:
+        self.trainee, self.around, self.config = trainee, around, config
+        self.journal, self.checkpoints = journal, checkpoints
+        self.began = time.monotonic()
+
+    def run_from(self, start: int, watch: Watch) -> int | None:
+        """Train from this step on, to the end; or say which step the weights must not have seen to go on."""
+        with closing(self.around.batches(start)) as batches:
+            for step, batch in zip(range(start, self.config.steps), batches, strict=True):
+                for note in self.around.notes():
+                    self.journal.append({"step": step} | note)
+                verdict = self._take(step, batch, watch)
+                if verdict.action == "roll_back":
+                    return verdict.back_to
+                done = step + 1
+                if done % self.config.checkpoint.every == 0 or done == self.config.steps:
+                    facts = {"watch": watch.facts()} | self.around.facts()
+                    self.checkpoints.save(done, self.trainee.objective, self.trainee.optimizer, facts)
+        return None
+
+    def _take(self, step: int, batch: Batch, watch: Watch) -> Verdict:
+        """One step, unless it must not reach the weights."""
+        trainee, progress = self.trainee, step / self.config.steps
+        health = self.around.monitor() if step % self.config.monitor_every == 0 else {}
+        if step in watch.excluded:
+            verdict = Verdict(action="skip", reason="left out after the run went back")
+            self._leave_out(step, verdict.reason, health)
+            return verdict
+        rate = set_rate(trainee.optimizer, self.config.optim, progress=progress, batch=self.config.batch)
+        # Whatever a plug-in draws from torch itself is then a function of the step too, and a resume needs no state.
+        torch.manual_seed((batch.seed + batch.first) % 2**62)
+        output = trainee.backward(batch, progress=progress)
+        loss, norm = float(output.loss), trainee.clip(self.config.optim.clip_norm)
+        verdict = watch.judge(step, loss, norm)
+        if verdict.action == "take":
+            trainee.update()
+            trainee.objective.after_step(progress=progress)
+            told = {"loss": loss, "lr": rate, "grad_norm": norm, "seconds": time.monotonic() - self.began}
+            self.journal.append({"step": step} | told | output.scalars | health)
+            self.around.show(step, told | output.scalars | health)
+            return verdict
+        trainee.drop()
+        self._leave_out(step, verdict.reason, health)
+        return verdict
+
+    def _leave_out(self, step: int, reason: str, health: Mapping[str, Any]) -> None:
+        line = {"step": step, "skipped": reason, "samples": self.around.names(step)}
+        self.journal.append(line | dict(health))
+        self.around.show(step, line)
+
+
+def leading() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return distributed.here().rank == 0

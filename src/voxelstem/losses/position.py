@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,3 +21,20 @@ def relative_position(
     return F.smooth_l1_loss(
         predicted.float() - predicted.float().mean(dim=1, keepdim=True), truth - truth.mean(dim=1, keepdim=True)
     )
+
+
+def place_of(
+    positions: Float[Tensor, "row patch 3"],
+    places_mm: Float[Tensor, "sample view 2 3"],
+    grid: tuple[int, int, int] = (1, 1, 1),
+) -> Float[Tensor, "sample token 3"]:
+    """Millimetres in the scan of patch centres that are given as positions (-1, 1) within their block.
+
+    Rows run over samples, their views and the blocks of a view; `places_mm` holds low corner and extent.
+    """
+    samples, views = places_mm.shape[:2]
+    cells = torch.cartesian_prod(*[(torch.arange(size) + 0.5) / size for size in grid]).to(positions)
+    inside = positions.unflatten(0, (samples, views, -1)) / 2 / torch.tensor(grid).to(positions)
+    share = cells[:, None] + inside
+    start, extent = places_mm[:, :, 0, None, None], places_mm[:, :, 1, None, None]
+    return (start + share * extent).flatten(1, 3)

@@ -8,6 +8,7 @@ OBJECTIVES = Table(
     "objective",
     {
         "dino": "voxelstem.objectives.dino:Dino",
+        "jepa": "voxelstem.objectives.jepa:Jepa",
         "mae": "voxelstem.objectives.mae:Mae",
     },
 )

@@ -11,7 +11,18 @@ RECIPES = Table(
         "tiny": "voxelstem.recipes.tiny:base",
         "tiny.base": "voxelstem.recipes.tiny:base",
         "tiny.mae": "voxelstem.recipes.tiny:mae",
+        "tiny.jepa": "voxelstem.recipes.tiny:jepa",
         "tiny.dino": "voxelstem.recipes.tiny:dino",
+        "tiny.spectre_stage1": "voxelstem.recipes.tiny:spectre_stage1",
+        "tiny.spectre_stage1_paper": "voxelstem.recipes.tiny:spectre_stage1_paper",
+        "tiny.spectre_dinov1": "voxelstem.recipes.tiny:spectre_dinov1",
+        "tiny.spectre_mae": "voxelstem.recipes.tiny:spectre_mae",
+        "ct.base": "voxelstem.recipes.ct:base",
+        "ct.small": "voxelstem.recipes.ct:small",
+        "ct.spectre_stage1": "voxelstem.recipes.ct:spectre_stage1",
+        "ct.spectre_stage1_paper": "voxelstem.recipes.ct:spectre_stage1_paper",
+        "ct.spectre_dinov1": "voxelstem.recipes.ct:spectre_dinov1",
+        "ct.spectre_mae": "voxelstem.recipes.ct:spectre_mae",
     },
 )
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from voxelstem.backbones.encoder import EncoderConfig
-from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.engine.checkpoint import CheckpointConfig
-from voxelstem.engine.loader import LoaderConfig, ViewsConfig
+from voxelstem.engine.loader import LoaderConfig
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.objectives.dino import DinoConfig
+from voxelstem.objectives.jepa import JepaConfig
 from voxelstem.objectives.mae import MaeConfig
 from voxelstem.pretrain import PretrainConfig
+from voxelstem.recipes import ct
 from voxelstem.study import InputSpec
-from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
+from voxelstem.views.multicrop import ViewsConfig
 
 BLOCK = (32, 32, 32)
 
@@ -54,20 +55,80 @@ def mae() -> PretrainConfig:
     return replace(start, recipe="tiny.mae", objective=objective)
 
 
-def dino() -> PretrainConfig:
-    """The block level by DINO with iBOT and KoLeo; no scan level."""
+def jepa() -> PretrainConfig:
+    """Features of hidden cuboids are predicted, not voxels: the block level alone."""
     start = base()
     return replace(
         start,
-        recipe="tiny.dino",
+        recipe="tiny.jepa",
         backbone=replace(start.backbone, scan=replace(start.backbone.scan, depth=0)),
-        objective=DinoConfig(projector=ProjectorConfig(prototypes=512)),
-        views=ViewsConfig(
-            global_=ViewKind(count=2, size_ijk=BLOCK, min_scale=0.8, max_scale=1.25),
-            local=ViewKind(count=4, size_ijk=(16, 16, 16), min_scale=0.8, max_scale=1.25),
-            augment=AugmentConfig(noise_std=0.05, gamma=0.1, shift=0.1),
-            region_scale=1.5,
+        objective=JepaConfig(predictor=EncoderConfig(dim=48, depth=2, heads=2)),
+        views=ViewsConfig(global_=ViewKind(size_ijk=BLOCK, min_scale=0.85, max_scale=1.15), region_scale=1.2),
+        loader=LoaderConfig(batch=8, repeat=True),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.04, betas=(0.9, 0.999)),
+    )
+
+
+def dino() -> PretrainConfig:
+    """`ct.base` in miniature; no scan level."""
+    start = _shrunk(ct.base(), "tiny.dino")
+    return replace(
+        start,
+        backbone=replace(start.backbone, block=replace(start.backbone.block, registers=1, drop_path=0.0)),
+        views=replace(
+            start.views,
+            global_=replace(start.views.global_, min_scale=0.8, max_scale=1.25),
+            local=replace(start.views.local, count=4, min_scale=0.8, max_scale=1.25),
         ),
-        loader=LoaderConfig(batch=6),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.04, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.04, betas=(0.9, 0.999), layer_decay=0.9, patch_embed_scale=0.2),
+    )
+
+
+def spectre_stage1() -> PretrainConfig:
+    """`ct.spectre_stage1` in miniature."""
+    return _shrunk(ct.spectre_stage1(), "tiny.spectre_stage1")
+
+
+def spectre_stage1_paper() -> PretrainConfig:
+    """`ct.spectre_stage1_paper` in miniature; the rate is the one of the miniature's batch."""
+    start = _shrunk(ct.spectre_stage1_paper(), "tiny.spectre_stage1_paper")
+    return replace(start, optim=replace(start.optim, lr=3e-4))
+
+
+def spectre_dinov1() -> PretrainConfig:
+    """`ct.spectre_dinov1` in miniature."""
+    return _shrunk(ct.spectre_dinov1(), "tiny.spectre_dinov1")
+
+
+def spectre_mae() -> PretrainConfig:
+    """`ct.spectre_mae` in miniature."""
+    start = _shrunk(ct.spectre_mae(), "tiny.spectre_mae")
+    return replace(start, objective=replace(start.objective, decoder=EncoderConfig(dim=48, depth=1, heads=2)))
+
+
+def _shrunk(large: PretrainConfig, recipe: str) -> PretrainConfig:
+    """A recipe for GPUs with everything that costs time made small, and what it does left as it is."""
+    small, objective = base(), large.objective
+    if isinstance(objective, DinoConfig):
+        projector = replace(objective.projector, hidden=256, bottleneck=64, prototypes=512)
+        objective = replace(objective, projector=projector)
+    size = replace(large.backbone.block, dim=96, depth=4, heads=4)
+    return replace(
+        large,
+        recipe=recipe,
+        steps=small.steps,
+        precision="auto",
+        spec=small.spec,
+        backbone=replace(
+            large.backbone, patch_ijk=small.backbone.patch_ijk, block_ijk=BLOCK, block=size, scan=replace(size, depth=0)
+        ),
+        objective=objective,
+        views=replace(
+            large.views,
+            global_=replace(large.views.global_, size_ijk=BLOCK),
+            local=replace(large.views.local, size_ijk=(16, 16, 16)),
+        ),
+        loader=LoaderConfig(batch=6, repeat=True),
+        checkpoint=small.checkpoint,
+        health=small.health,
     )

@@ -26,6 +26,19 @@ from voxelstem.views import cells
 Plane = Literal["axial", "coronal"]
 INK, GRID, ACCENT = "#1d2733", "#d5dbe3", "#0b62a4"
 ORDER = ("#0b62a4", "#d5690b", "#2b8a57", "#8a4fa3", "#b8324a", "#6b7280")
+PANELS = {
+    "Loss": ("loss",),
+    "Online probe": ("probe",),
+    "Collapse? (effective rank)": ("effective_rank",),
+    "Collapse? (spread, entropy: 0 is collapsed)": ("spread", "entropy"),
+    "Collapse? (the teacher's entropies)": ("teacher_entropy", "prototype_entropy"),
+    "Drift of the patches' cosines": ("gram_drift",),
+    "Gradient norm": ("grad_norm",),
+    "Learning rate": ("lr",),
+    "Waiting for data (share)": ("data_wait_share",),
+}
+"""What stands together on the curves of a run: these numbers, and those whose names go on after a `/`."""
+LOGARITHMIC = ("Gradient norm",)
 EDGES: dict[Plane, tuple[str, str, str, str]] = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I")}
 
 
@@ -65,10 +78,8 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
     """Loss, signs of collapse and the online probe of one run, from the lines of its journal."""
     names = list(dict.fromkeys(name for record in records for name in record if name != "step"))
     panels = {
-        "Loss": [name for name in names if name == "loss" or name.startswith("loss/")],
-        "Collapse? (effective rank)": [name for name in names if name == "effective_rank"],
-        "Collapse? (teacher entropy)": [name for name in names if name.startswith("teacher_entropy")],
-        "Online probe": [name for name in names if name.startswith("probe/")],
+        title: [name for name in names if name in beginnings or name.startswith(tuple(f"{b}/" for b in beginnings))]
+        for title, beginnings in PANELS.items()
     }
     shown = {title: lines for title, lines in panels.items() if lines}
     rows = -(-len(shown) // 2)
@@ -81,6 +92,8 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> Picture:
             steps, values = zip(*points, strict=True)
             mark = "o" if len(points) <= 30 else None  # noqa: PLR2004 - single looks deserve a dot
             axes.plot(steps, values, color=colour, lw=1.4, marker=mark, ms=3, label=line.removeprefix("probe/"))
+        if title in LOGARITHMIC and any(record.get(line, 0.0) > 0 for record in records for line in lines):
+            axes.set_yscale("log")
         if len(lines) > 1 or title == "Online probe":
             axes.legend(fontsize=7, frameon=False)
     first_last = [f"{line} {_ends(records, line)}" for lines in shown.values() for line in lines]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from voxelstem.report.run import SIGNS
+
 Facts = dict[str, Any]
 MOST_LINES = 20
 KIB = 1024
@@ -73,11 +75,35 @@ def _describe_run(facts: Facts) -> list[str]:
     state = "finished" if facts["finished"] else "not finished"
     of = f" of {facts['steps']}" if facts["steps"] else ""
     last = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in facts["last"].items()}
-    return [
+    lines = [
         f"run {facts['recipe']}: step {facts['step']}{of}, {state}, {_size(facts['bytes'])}".replace("run :", "run:"),
         f"last line of the journal: {_pairs(last) or 'none'}",
         f"checkpoints: {', '.join(facts['checkpoints']) or 'none'}",
     ]
+    if facts["samples_per_s"]:
+        wait = f", {facts['data_wait_share']:.1%} of it waiting for data" if "data_wait_share" in facts else ""
+        lines.append(f"took: {facts['seconds']:.0f} s for {facts['samples']} samples{wait}")
+    if "kwh" in facts:
+        lines.append(f"energy: {facts['kwh']:.3g} kWh, {facts.get('energy', 'source not stated')}")
+    began = f"weights {facts['begun_from']}" if facts["begun_from"] else "the untrained network"
+    lines += [f"health since {began}, first look and last:"] if facts["signs"] else []
+    lines += [
+        f"  {SIGNS[name].name}: {found['first']:.3g} to {found['last']:.3g} ({found['difference']:+.3g})"
+        for name, found in facts["signs"].items()
+    ]
+    for word, mark in (("left out", "skipped"), ("went back", "rolled_back_to"), ("unreadable", "quarantined")):
+        found = facts["rolled_back" if mark == "rolled_back_to" else mark]
+        lines += [_told(word, mark, line) for line in found[:MOST_LINES]]
+        lines += [f"  … and {len(found) - MOST_LINES} more (see --json)"] if len(found) > MOST_LINES else []
+    return lines
+
+
+def _told(word: str, mark: str, line: Mapping[str, Any]) -> str:
+    """One step that was left out, one way back, or one scan that could not be read."""
+    samples = f" (samples {', '.join(line['samples'])})" if line.get("samples") else ""
+    reason = f": {line['reason']}" if line.get("reason") else ""
+    reason += f", without steps {', '.join(map(str, line['excluded']))}" if line.get("excluded") else ""
+    return f"{word}, step {line['step']}: {line[mark]}{samples}{reason}"
 
 
 def _describe_weights(facts: Facts) -> list[str]:

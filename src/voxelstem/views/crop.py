@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from voxelstem.errors import ConfigError
@@ -40,14 +41,20 @@ def cut(array: Float[np.ndarray, "channel i j k"], crop: Crop) -> Float[np.ndarr
     return array[(slice(None), *crop.slices)]
 
 
+Scale = float | tuple[float, float, float]
+"""One number for all axes, or one for each."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewKind:
     """One kind of view: how many, how many voxels, and how large in the patient relative to `spec.spacing_mm`."""
 
     count: int = 1
     size_ijk: tuple[int, int, int] = (32, 32, 32)
-    min_scale: float = 1.0
-    max_scale: float = 1.0
+    min_scale: Scale = 1.0
+    max_scale: Scale = 1.0
+    spread: Literal["log-uniform", "uniform"] = "log-uniform"
+    """How scales fill their range: as many halved as doubled, or every millimetre as often as another."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -55,11 +62,25 @@ class ViewKind:
         Raises:
             ValueError: no view, no voxels, or an empty range of scales.
         """
-        if self.count < 0 or min(self.size_ijk) < 1 or not 0 < self.min_scale <= self.max_scale:
+        low, high = self.scales
+        if self.count < 0 or min(self.size_ijk) < 1 or not ((low > 0) & (low <= high) & (high < np.inf)).all():
             raise ValueError(
                 f"a view needs count >= 0, voxels and 0 < min_scale <= max_scale, got "
                 f"{self.count}, {self.size_ijk}, [{self.min_scale}, {self.max_scale}]"
             )
+
+    @property
+    def scales(self) -> tuple[Float64[np.ndarray, "3"], Float64[np.ndarray, "3"]]:
+        """The smallest and the largest scale along each axis."""
+        low, high = (np.broadcast_to(np.asarray(scale, np.float64), 3) for scale in (self.min_scale, self.max_scale))
+        return low, high
+
+    def draw_scales(self, rng: np.random.Generator) -> Float64[np.ndarray, "3"]:
+        """Draw a scale for each axis by itself."""
+        low, high = self.scales
+        if self.spread == "uniform":
+            return rng.uniform(low, high)
+        return np.exp(rng.uniform(np.log(low), np.log(high)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +122,7 @@ def draw_views(
     check_spacing(spec)
     plans = []
     for _ in range(kind.count):
-        scale = np.exp(rng.uniform(np.log(kind.min_scale), np.log(kind.max_scale), size=3))
-        extent = np.asarray(kind.size_ijk) * np.asarray(spec.spacing_mm) * scale
+        extent = np.asarray(kind.size_ijk) * np.asarray(spec.spacing_mm) * kind.draw_scales(rng)
         free = np.asarray(box_mm[1]) - extent
         start = np.asarray(box_mm[0]) + np.where(free > 0, rng.uniform(size=3) * free, free / 2)
         plans.append(
@@ -136,8 +156,12 @@ def apply_view(
     *,
     spacing_mm: tuple[float, float, float],
     outside: float,
+    flip_axes: tuple[int, ...] = (),
 ) -> Float[Tensor, "channel a b c"]:
-    """Resample the view out of `voxels`, which were read at `crop` from a scan of `spacing_mm`."""
+    """Resample the view out of `voxels`, which were read at `crop` from a scan of `spacing_mm`, and mirror it.
+
+    Positions beyond the scan get `outside`.
+    """
     steps = [plan.extent_mm[axis] / plan.size_ijk[axis] / spacing_mm[axis] for axis in range(3)]
     coordinates = [
         grid_coordinates(
@@ -148,4 +172,6 @@ def apply_view(
         for axis in range(3)
     ]
     places = (coordinates[0], coordinates[1], coordinates[2])
-    return resample.sample(voxels, places, step_ijk=(steps[0], steps[1], steps[2]), outside=outside)
+    return resample.sample(
+        voxels, places, step_ijk=(steps[0], steps[1], steps[2]), outside=outside, flip_axes=flip_axes
+    )

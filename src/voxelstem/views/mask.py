@@ -1,12 +1,49 @@
-"""Which patches are hidden from the network. Drawn with exact ratios, so that every row of a batch is equally long."""
+"""Which patches are hidden from the network: in which views, how many of them, and where.
+
+Nothing here depends on how a batch is shared out among processes: a view is judged by its number in the whole batch.
+"""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from voxelstem.chance import Chance
+
+DIGITS = 24
+"""Binary digits of a stratified number."""
+
+
+def draw_ratios(
+    seed: int, shape: tuple[int, int], *, first: int = 0, share: float, ratios: tuple[float, float]
+) -> Float[Tensor, "view sample"]:
+    """How much of each view is hidden: something from `ratios` for a `share` of the views, nothing of the others.
+
+    `shape` says how many views and samples there are; the samples are number `first` and following of the whole batch
+    of that seed. All views lie in one row, sample by sample, each sample's own in an order of its chance, and every
+    1/share-th of them is taken from a drawn start on: of n views of a whole batch share * n, if that is a whole number,
+    or else a neighbour of it. Those taken get ratios in strata, as in DINOv2 (Oquab et al. 2023): where 2^m of them are
+    taken, each 2^m-th part of the range holds one. It is van der Corput's sequence, its digits turned over by chance.
+
+    A sample's answer follows from its own number. Ranking the draws of the whole batch would be exact for any number
+    of views, and would ask every process for the others' draws.
+    """
+    both = Chance.of(seed).purpose("masked views")
+    start, turn = both.uniform(2)[0].double()
+    views, samples = shape
+    order = (Chance.of(seed, first=first, count=samples).purpose("masked order").uniform(1)[:, 0] * views).long()
+    at = (torch.arange(views)[:, None] + order) % views + torch.arange(first, first + samples) * views
+    before, after = (at * share + start).floor(), ((at + 1) * share + start).floor()
+    low, high = ratios
+    spread = low + (high - low) * _stratified(before.long() ^ int(turn * (1 << DIGITS)))
+    return torch.where(after > before, spread, 0.0).float()
+
+
+def _stratified(numbers: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The binary digits of whole numbers, mirrored at the point: neighbours lie far apart in [0, 1)."""
+    digits = [((numbers >> digit) & 1) * 0.5 ** (digit + 1) for digit in range(DIGITS)]
+    return torch.stack(digits).sum(dim=0)
 
 
 def draw_cuboids(
@@ -16,20 +53,29 @@ def draw_cuboids(
 
     A cuboid of a random shape is laid down again and again until the ratio is reached; of the last one only as
     many patches are taken as are still owed. The 3D form of the block-wise masks of BEiT (Bao et al. 2021, Alg. 1).
+    On the device of `chance`; on the CPU nothing waits for a GPU.
     """
     total = grid[0] * grid[1] * grid[2]
-    masks = torch.zeros(len(chance), *grid, dtype=torch.bool)
-    for mask, ratio, generator in zip(masks, ratios.tolist(), chance.purpose("cuboids").generators(), strict=True):
-        wanted = min(total, round(ratio * total))
-        while (missing := wanted - int(mask.sum())) > 0:
-            size = [int(torch.randint(1, max(2, side // 2 + 1), (1,), generator=generator)) for side in grid]
-            start = [
-                int(torch.randint(0, side - length + 1, (1,), generator=generator))
-                for side, length in zip(grid, size, strict=True)
-            ]
-            box = tuple(slice(begin, begin + length) for begin, length in zip(start, size, strict=True))
-            fresh = torch.zeros_like(mask)
-            fresh[box] = True
-            hidden = (fresh & ~mask).flatten().nonzero()[:missing, 0]
-            mask.view(-1)[hidden] = True
-    return masks.flatten(1)
+    device = chance.keys.device
+    chance = chance.purpose("cuboids")
+    wanted = (ratios.double().to(device) * total).round().long().clamp(0, total)
+    masks = torch.zeros(len(chance), total, dtype=torch.bool, device=device)
+    laid = 0
+    while bool(((missing := wanted - masks.sum(dim=1)) > 0).any()):
+        laid += 1
+        fresh = _cuboid(chance.purpose(str(laid)), grid) & ~masks
+        masks |= fresh & (fresh.cumsum(dim=1) <= missing[:, None])
+    return masks
+
+
+def _cuboid(chance: Chance, grid: tuple[int, int, int]) -> Bool[Tensor, "rows patch"]:
+    """One cuboid in each row, every edge between one patch and half the grid's."""
+    drawn = chance.uniform(6)
+    inside: list[Tensor] = []
+    for axis, side in enumerate(grid):
+        length = 1 + (drawn[:, axis] * max(1, side // 2)).long()
+        start = (drawn[:, 3 + axis] * (side - length + 1)).long()
+        at = torch.arange(side, device=drawn.device)
+        inside.append((at >= start[:, None]) & (at < (start + length)[:, None]))
+    i, j, k = inside
+    return (i[:, :, None, None] & j[:, None, :, None] & k[:, None, None, :]).flatten(1)

@@ -1,0 +1,134 @@
+"""From a place in an epoch's order to samples: what the loader's threads and processes do."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int16
+from torch import Tensor
+
+from voxelstem.engine.transfer import Crops
+from voxelstem.errors import StoreError
+from voxelstem.store.reader import Record
+from voxelstem.study import InputSpec
+from voxelstem.views.multicrop import (
+    Region,
+    ViewPlans,
+    ViewsConfig,
+    covering_region,
+    draw_changes,
+    draw_sample,
+    make_views,
+)
+
+_PLACE, _CHANGE = 1, 2
+"""First number of every seed: what is drawn. Streams with different purposes never meet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """One opening of one scan, and which of its samples are wanted."""
+
+    key: str
+    epoch: int
+    place: int
+    """Where in the epoch's order the slot stands."""
+    phases: tuple[int, ...]
+    """Which of the `samples_per_open` samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Made:
+    """A sample whose views are made: as in `Batch`, without its first axis."""
+
+    views: dict[str, Float32[np.ndarray, "view channel i j k"]]
+    places_mm: dict[str, Float32[np.ndarray, "view 2 3"]]
+
+
+Sample = Made | Region
+"""A sample, or all that is needed to make it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reading:
+    """What a slot gave: the samples of its phases, or why there are none."""
+
+    samples: tuple[Sample, ...] = ()
+    fault: str = ""
+    voxels: int = 0
+    """How many were decoded."""
+    seconds: float = 0.0
+    """What decoding them took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SlotReader:
+    """Makes the samples of a slot, in any thread or process, always the same."""
+
+    crops: Crops
+    spec: InputSpec
+    views: ViewsConfig
+    seed: int
+    makes: bool = True
+    """Whether views are made here; otherwise where the batch is needed."""
+
+    def __call__(self, slot: Slot) -> Reading:
+        """Read the slot; a scan that cannot be read is tried once more."""
+        reading = self._attempt(slot)
+        return self._attempt(slot) if reading.fault else reading
+
+    def plan(self, record: Record, slot: Slot, phase: int) -> ViewPlans:
+        """Draw where the views of one sample lie."""
+        return draw_sample(self.views, self.spec, record, self._rng(_PLACE, slot, phase))
+
+    def _attempt(self, slot: Slot) -> Reading:
+        samples: list[Sample] = []
+        voxels, seconds = 0, 0.0
+        try:
+            record = self.crops.store.record(slot.key)
+            for phase in slot.phases:
+                views = self.plan(record, slot, phase)
+                crop = covering_region(views, record)
+                began = time.perf_counter()
+                box = self.crops.read(record.key, crop.start_ijk, crop.size_ijk)
+                seconds += time.perf_counter() - began
+                voxels += box.numel()
+                _check_finite(box, record)
+                region = Region(
+                    voxels=box.numpy() if self.makes else _packed(box, record),
+                    crop=crop,
+                    spacing_mm=record.spacing_mm,
+                    views=views,
+                    changes=draw_changes(self.views.augment, views, self._rng(_CHANGE, slot, phase)),
+                )
+                samples.append(self._make(region) if self.makes else region)
+        except StoreError as error:
+            return Reading(fault=error.problem)
+        return Reading(samples=tuple(samples), voxels=voxels, seconds=seconds)
+
+    def _rng(self, purpose: int, slot: Slot, phase: int) -> np.random.Generator:
+        return np.random.default_rng([purpose, self.seed, slot.epoch, slot.place, phase])
+
+    def _make(self, region: Region) -> Made:
+        views = make_views([region], self.spec, self.views)
+        return Made(views={name: view[0].numpy() for name, view in views.items()}, places_mm=region.places_mm)
+
+
+def _check_finite(box: Float32[Tensor, "channel i j k"], record: Record) -> None:
+    # A single one makes the sum so, and a sum is a tenth of the work of asking each.
+    if not math.isfinite(float(box.sum())):
+        raise StoreError(
+            f"volume '{record.key[:16]}' holds voxels that are not numbers (NaN or infinite)",
+            hint="ingest the scan again",
+        )
+
+
+def _packed(
+    box: Float32[Tensor, "channel i j k"], record: Record
+) -> Float32[np.ndarray, "channel i j k"] | Int16[np.ndarray, "channel i j k"]:
+    """The box for the way to the device, in half the bytes where that loses nothing."""
+    return (box.to(torch.int16) if (record.slope, record.intercept) == (1.0, 0.0) else box).numpy()
