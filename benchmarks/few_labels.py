@@ -1,10 +1,19 @@
-"""What pretraining is worth when labels are few: the same network pretrained and untrained, on phantoms and real CTs.
+"""Does it learn? Pretraining recipes and their ablations against untrained networks and intensity, when labels are few.
 
-    python benchmarks/few_labels.py [--out runs/few_labels] [--subjects 120] [--seeds 0 1 2] [--steps N] [--data DIR]
+    python benchmarks/few_labels.py [--out DIR] [--data DIR] [--seeds 0 1 2] [--variant NAME=RECIPE,a.b=value …]
 
-Every seed pretrains one model and draws one untrained one, which begin from the same weights. All see the same draws
-of labelled subjects. Figures are averaged over seeds and draws within each held-out subject, and the interval of the
-difference resamples subjects. What is done rests below --out: started again, it goes on. It prints tables for LOG.md
+Every variant is pretrained once for each seed: on phantoms and, with --data, on real CTs. Light heads on frozen tokens
+are then asked about subjects that this pretraining did not see:
+
+- organs of held-out phantoms, by a linear head (Dice of voxels) and by neighbours (balanced accuracy of tokens);
+- the tumours of the sarcoma CTs: each seed has its own fold of the patients, seen neither by its pretraining nor by
+  its heads, so that every patient is held out by one seed;
+- organs of the two real CTs with many of them, from the other one and from phantoms: printed for each scan.
+
+A variant may continue another one: `NAME=RECIPE,after=OTHER NAME`. Each seed has its own draws of labelled subjects,
+and every contestant learns from the same ones: `scratch` is the variant's own network untrained, one for each seed.
+Figures are averaged over seeds and draws within a subject, intervals resample subjects, and differences are paired by
+subject. What is done rests below --out: started again, it goes on, also with other variants. Prints tables for LOG.md
 and writes every figure to few_labels.json. --small only shows that it runs.
 """
 
@@ -16,283 +25,236 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from collection import Collection, collect
+from contests import Contestant, Question, answer, questions_of
+from light_heads import mean_of
 
 from voxelstem import __version__, pretrain, recipes
-from voxelstem.adapt import FeaturesOf, Truth, draw, embedder, examples_of
 from voxelstem.config import overlay, parse_assignments
-from voxelstem.demo import ORGANS, public_key
-from voxelstem.evaluate import (
-    Contest,
-    Outcomes,
-    Repeats,
-    check_leakage,
-    few_label_table,
-    intensity_features,
-    table_of,
-)
-from voxelstem.ingest import ingest, ingest_studies
-from voxelstem.intake import IntakeConfig
-from voxelstem.metrics import Score
-from voxelstem.model import Embedding, Model, load
-from voxelstem.protocols import Task
-from voxelstem.sources.phantom import PhantomConfig, phantom
-from voxelstem.store import Fractions, Store
-from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.tasks.classify import Classify
-from voxelstem.tasks.segment import Segment
+from voxelstem.demo import public_key
+from voxelstem.evaluate import Outcomes, Repeats, table_of
+from voxelstem.manifest import write_whole
+from voxelstem.metrics import Interval, Score
+from voxelstem.model import Model, load
+from voxelstem.pretrain import PretrainConfig
 
-FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
-SMALL = ["loader.batch=1", "monitor_every=2", "backbone.block.depth=1", "backbone.scan.depth=1"]
-COLUMNS = ("pretrained", "scratch", "intensity", "atlas")
-Makers = dict[str, list[Callable[[], FeaturesOf]]]
+SMALL = ["loader.batch=2", "steps=2", "backbone.block.depth=1", "backbone.scan.depth=0"]
+VARIANTS = (
+    "MAE + place=tiny",
+    "MAE=tiny.mae",
+    "DINO=tiny.dino",
+    "DINO, no iBOT=tiny.dino,objective.ibot_weight=0",
+    "DINO, no KoLeo=tiny.dino,objective.koleo_weight=0",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """What was asked for, and the models once they are there."""
+class Variant:
+    """A recipe with differences, under the name of its rows."""
 
-    out: Path
-    seeds: tuple[int, ...]
-    draws: int
-    budgets: tuple[int, ...]
-    """Labelled subjects for organs."""
-    scan_budgets: tuple[int, ...]
-    """Labelled subjects for facts about the whole scan."""
-    facts: tuple[str, ...]
-    coarse: bool
-    pretrained: tuple[Model, ...] = ()
+    name: str
+    recipe: str
+    settings: tuple[str, ...]
+    after: str = ""
+    """Name of the variant whose weights it continues."""
 
-    def models(self) -> dict[str, list[Model]]:
-        """One pretrained and one untrained model for each seed."""
-        untrained = [model.scratch(seed=seed) for model, seed in zip(self.pretrained, self.seeds, strict=True)]
-        return {"pretrained": list(self.pretrained), "scratch": untrained}
+    @staticmethod
+    def read(text: str) -> Variant:
+        name, _, rest = text.partition("=")
+        recipe, *settings = (part.strip() for part in rest.split(","))
+        after = [setting.removeprefix("after=") for setting in settings if setting.startswith("after=")]
+        settings = [setting for setting in settings if not setting.startswith("after=")]
+        return Variant(name=name.strip(), recipe=recipe, settings=tuple(settings), after="".join(after))
 
-    def features(self, model: Model, store: Store) -> FeaturesOf:
-        return embedder(model, store, self.out / "features", tokens=True)
+    def config(self, seed: int) -> PretrainConfig:
+        return overlay(recipes.named(self.recipe), {**parse_assignments(self.settings), "seed": seed})
 
-    def bright(self, store: Store) -> FeaturesOf:
-        """Plain intensity, on patches of the models' size."""
-        model = self.pretrained[0]
-        return intensity_features(store, model.spec, model.backbone.patch_ijk)
-
-    def contestants(self, store: Store, *, tokens: bool) -> Makers:
-        """Features of every contestant, as `few_label_table` takes them; whole-scan tasks keep no tokens in memory."""
-
-        def maker(model: Model) -> Callable[[], FeaturesOf]:
-            features = self.features(model, store)
-            return lambda: features if tokens else lambda key: without_tokens(features(key))
-
-        makers: Makers = {name: [maker(model) for model in models] for name, models in self.models().items()}
-        return makers | {"intensity": [lambda: self.bright(store)]}
+    def folder(self, seed: int) -> str:
+        plain = "".join(letter if letter.isalnum() else "-" for letter in self.name)
+        return f"{plain}-seed{seed}"
 
 
-def without_tokens(features: object) -> Embedding:
-    assert isinstance(features, Embedding)
-    return dataclasses.replace(features, tokens=None, tokens_affine_ras=None)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One variant on one question."""
+
+    variant: str
+    scores: tuple[Score, ...]
+    seeds: tuple[float, ...]
+    """The pretrained models' figures, seed by seed."""
+
+    def score(self, name: str) -> Score | None:
+        return next((score for score in self.scores if score.name == name), None)
 
 
-@contextmanager
-def clocked(out: Path, stage: str) -> Generator[None]:
-    """Add the minutes of a stage to what earlier starts spent on it."""
-    path, begin = out / "minutes.json", time.monotonic()
-    try:
-        yield
-    finally:
-        spent = json.loads(path.read_text()) if path.exists() else {}
-        spent[stage] = spent.get(stage, 0.0) + (time.monotonic() - begin) / 60
-        path.write_text(json.dumps(spent))
+def train(out: Path, seen: Path, variants: Sequence[Variant], variant: Variant, seed: int) -> Model:
+    """Pretrain, or take what was pretrained before."""
+    run = out / "runs" / variant.folder(seed)
+    if not (run / "weights").exists():
+        weights = None
+        if variant.after:
+            before = next(one for one in variants if one.name == variant.after)
+            train(out, seen, variants, before, seed)
+            weights = out / "runs" / before.folder(seed) / "weights"
+        began = time.monotonic()
+        pretrain.run(variant.config(seed), store=seen, out=run, weights=weights)
+        spent = time.monotonic() - began
+        write_whole(run / "minutes.json", json.dumps(spent / 60).encode())
+    return load(run / "weights")
 
 
-def phantoms(bench: Bench, subjects: int) -> Store:
-    """The store of phantoms with seeds 0, 1, 2, …; those that are in it already are not drawn again."""
-    root = bench.out / "store"
-    store = Store.open(root) if root.exists() else Store.create(root, fractions=FRACTIONS)
-    known, spacing = set(store.subjects()), (6.0, 6.0, 6.0) if bench.coarse else "random"
-    wanted = [PhantomConfig(seed=seed, spacing_mm=spacing) for seed in range(subjects)]
-    missing = [one for one in wanted if pseudonym(f"phantom-{one.seed:04d}", site_key()) not in known]
-    ingest_studies((phantom(one) for one in missing), root)
-    store.refresh()
-    return store
+def rows_of(
+    asked: argparse.Namespace, variants: Sequence[Variant], stores: Collection
+) -> Iterable[tuple[Question, list[Row]]]:
+    """Train and measure everything; a row for each variant on each question."""
+    stand = asked.out / "answers"
+    repeats = len(asked.seeds)
+    questions = questions_of(stores, budgets=asked.budgets, tumour_budgets=asked.tumour_budgets, repeats=repeats)
+    rows: dict[str, list[Row]] = {question.name: [] for question in questions}
+    for variant in variants:
+        models = [
+            train(asked.out, seen, variants, variant, seed)
+            for seen, seed in zip(stores.seen, asked.seeds, strict=False)
+        ]
+        untrained = [model.scratch(seed=seed) for model, seed in zip(models, asked.seeds, strict=True)]
+        teams = {
+            # Each repeat is another model's; intensity and the atlas answer all of them.
+            "pretrained": [Contestant.of(model) for model in models],
+            "scratch": [Contestant.of(model) for model in untrained],
+            "intensity": [Contestant.intensity(models[0])] * repeats,
+            "atlas": [Contestant.atlas(models[0])] * repeats,
+        }
+        found: dict[str, dict[str, list[Outcomes]]] = {question.name: {} for question in questions}
+        for name, team in teams.items():
+            put = [question for question in questions if name != "atlas" or question.has_atlas]
+            for index, contestant in enumerate(team):
+                wanted = [(question, place) for question in put for place in question.turns(index)]
+                given = answer(stand, contestant, wanted)
+                for question, place in wanted:
+                    found[question.name].setdefault(name, []).append(given[question.mark(place)])
+        for question in questions:
+            by_name = found[question.name]
+            joined = {name: by_subject(several) for name, several in by_name.items()}
+            scores = table_of(question.contest, joined, task=question.task, budget=question.budget)
+            each = [mean_of(list(one.values())) for one in by_name["pretrained"]]
+            draws = len(each) // repeats
+            seeds = tuple(sum(each[start : start + draws]) / draws for start in range(0, len(each), draws))
+            rows[question.name].append(Row(variant=variant.name, scores=tuple(scores), seeds=seeds))
+    return [(question, rows[question.name]) for question in questions]
 
 
-def train(bench: Bench, recipe: str, settings: Sequence[str]) -> tuple[Model, ...]:
-    """One model for each seed."""
-    models: list[Model] = []
-    for seed in bench.seeds:
-        config = overlay(recipes.named(recipe), {**parse_assignments(settings), "seed": seed})
-        run = bench.out / f"{recipe}-seed{seed}"
-        if not (run / "weights").exists():
-            pretrain.run(config, store=bench.out / "store", out=run)
-        models.append(load(run / "weights"))
-    return tuple(models)
+def by_subject(several: Sequence[Outcomes]) -> Repeats:
+    """Every subject's outcomes in the rounds that tested it."""
+    subjects = sorted({subject for one in several for subject in one})
+    return {subject: tuple(one[subject] for one in several if subject in one) for subject in subjects}
 
 
-def contest(store: Store, truth: Truth, task: Task, mode: str) -> Contest:
-    """All labelled test subjects; whom to learn from is drawn later."""
-    check_leakage(store, truth.of("train"), truth.of("test"))
-    return Contest(
-        store=store,
-        truth=truth,
-        task=task,
-        mode=mode,
-        classes=truth.classes,
-        labelled=(),
-        tested=truth.of("test"),
-        seed=0,
-    )
-
-
-def on_phantoms(bench: Bench, store: Store) -> list[Score]:
-    """Organs, then facts about the whole scan, of held-out phantoms."""
-    organs = Truth(records=tuple(store), labels={}, classes=ORGANS)
-    scores = few_label_table(
-        contest(store, organs, Segment(), "probe"),
-        bench.contestants(store, tokens=True),
-        task="organs of phantoms",
-        budgets=bench.budgets,
-        draws=bench.draws,
-        atlas=bench.pretrained[0].spec,
-    )
-    for fact in bench.facts:
-        labels = {record.subject: record.labels[fact] for record in store}
-        truth = Truth(records=tuple(store), labels=labels, classes=tuple(sorted(set(labels.values()))))
-        for mode in ("probe", "knn"):
-            scores += few_label_table(
-                contest(store, truth, Classify(), mode),
-                bench.contestants(store, tokens=False),
-                task=f"{fact} of phantoms",
-                budgets=bench.scan_budgets,
-                draws=bench.draws,
-            )
-    return scores
-
-
-def on_real(bench: Bench, store: Store, data: Path) -> list[Score]:
-    """The real CTs with many organs: learn from one and test on the other, then learn from phantoms only."""
-    root = bench.out / "real"
-    real = Store.open(root) if root.exists() else Store.create(root, fractions=Fractions(train=0, validation=0, test=1))
-    ingest([data / "scans"], root, labels=data / "labels", config=IntakeConfig(modality="CT"))
-    real.refresh()
-    truth = Truth(records=tuple(r for r in real if set(ORGANS) <= set(r.classes.values())), labels={}, classes=ORGANS)
-    whole = contest(real, truth, Segment(), "probe")
-    halves = [
-        dataclasses.replace(
-            whole, labelled=tuple(r for r in truth.records if r.subject != record.subject), tested=(record,)
-        )
-        for record in truth.records
-    ]
-    # One repeat for each seed; a repeat joins both directions.
-    pairs = {
-        name: [(bench.features(m, store), bench.features(m, real)) for m in ms] for name, ms in bench.models().items()
-    }
-    pairs["intensity"] = [(bench.bright(store), bench.bright(real))]
-    swapped = {
-        name: [joined(half.fit_and_score(seen) for half in halves) for _, seen in both] for name, both in pairs.items()
-    }
-    swapped["atlas"] = [joined(half.atlas(bench.pretrained[0].spec) for half in halves)]
-    scores = table_of(halves[0], repeats(swapped), task="organs of real CTs, from the other one", budget=1)
-    most = bench.budgets[-1]
-    drawn = {name: [o for pair in both for o in transferred(bench, store, whole, pair)] for name, both in pairs.items()}
-    return scores + table_of(whole, repeats(drawn), task="organs of real CTs, from phantoms only", budget=most)
-
-
-def transferred(bench: Bench, store: Store, real: Contest, features: tuple[FeaturesOf, FeaturesOf]) -> list[Outcomes]:
-    """Heads fitted to draws of labelled phantoms, scored on the real scans."""
-    truth, outcomes = Truth(records=tuple(store), labels={}, classes=ORGANS), []
-    for index in range(bench.draws):
-        labelled = draw(truth, bench.budgets[-1], index, voxels=True)
-        examples = list(examples_of(store, labelled, truth, features[0], real.task))
-        head = real.task.fit(examples, ORGANS, mode=real.mode, seed=index)
-        outcomes.append(real.score(head, features[1]))
-    return outcomes
-
-
-def joined(outcomes: Iterable[Outcomes]) -> Outcomes:
-    return {subject: outcome for some in outcomes for subject, outcome in some.items()}
-
-
-def repeats(by_name: dict[str, list[Outcomes]]) -> dict[str, Repeats]:
-    return {name: {s: tuple(one[s] for one in several) for s in several[0]} for name, several in by_name.items()}
-
-
-def tables(scores: Sequence[Score]) -> str:
-    """Markdown: a line for each task, mode, metric and number of labelled subjects."""
+def tables(found: Iterable[tuple[Question, list[Row]]]) -> str:
+    """Markdown: a line for each variant on each question."""
     lines = [
-        "| task | head | metric | labelled | " + " | ".join(COLUMNS) + " | pretrained - scratch | test subjects |",
-        "|---|---|---|---:|" + "---|" * (len(COLUMNS) + 2),
+        "| task | head, metric | labelled | variant | pretrained | by seed | scratch | intensity | atlas "
+        "| pretrained - scratch | pretrained - intensity |",
+        "|---|---|---:|---|---|---|---|---|---|---|---|",
     ]
-    rows: dict[tuple[str, str, str, int | None], dict[str, Score]] = {}
-    for score in scores:
-        rows.setdefault((score.task, score.mode, score.metric, score.budget), {})[score.name] = score
-    for (task, mode, metric, budget), by_name in rows.items():
-        first = by_name["pretrained"]
-        cells = [figure(by_name[name]) if name in by_name else "" for name in COLUMNS]
-        gain = "" if first.over_scratch is None else str(first.over_scratch)
-        lines.append(
-            f"| {task} | {mode} | {metric} | {budget} | {' | '.join(cells)} | {gain} | {first.value.subjects} |"
-        )
+    for question, rows in found:
+        where = f"{question.task} (n={len(question.subjects)})"
+        for row in rows:
+            first = row.score("pretrained")
+            assert first is not None
+            cells = [
+                where,
+                f"{first.mode}, {first.metric}",
+                str(question.budget),
+                row.variant,
+                figure(first),
+                " ".join(f"{value:.3f}" for value in row.seeds),
+                *(figure(score) if (score := row.score(name)) else "" for name in ("scratch", "intensity", "atlas")),
+                gain(first.over_scratch),
+                gain(first.over_intensity),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def figure(score: Score) -> str:
     """The mean, or every scan's own figure where they are too few for an interval."""
     each = ", ".join(f"{value:.3f}" for value in score.each)
-    return f"{score.value.estimate:.3f} ({each})" if each else str(score.value)
+    if each:
+        return f"{score.value.estimate:.3f} ({each})"
+    return f"{score.value.estimate:.3f} [{score.value.low:.3f}, {score.value.high:.3f}]"
+
+
+def gain(interval: Interval | None) -> str:
+    """A difference; bold where the interval leaves zero out."""
+    if interval is None:
+        return ""
+    if interval.low is None or interval.high is None:
+        return f"{interval.estimate:+.3f}"
+    text = f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"**{text}**" if interval.low > 0 or interval.high < 0 else text
+
+
+def costs(out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
+    """Markdown: what each variant is, and what a run of it took."""
+    lines = ["| variant | recipe and differences | steps | minutes of each run |", "|---|---|---:|---|"]
+    for variant in variants:
+        runs = [out / "runs" / variant.folder(seed) / "minutes.json" for seed in seeds]
+        minutes = " ".join(f"{json.loads(run.read_text()):.1f}" for run in runs if run.exists())
+        what = " ".join((variant.recipe, *variant.settings, *([f"after {variant.after}"] if variant.after else [])))
+        lines.append(f"| {variant.name} | `{what}` | {variant.config(0).steps} | {minutes} |")
+    return "\n".join(lines)
 
 
 def asked_for() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"))
-    parser.add_argument("--subjects", type=int, default=120)
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), metavar="NAME=RECIPE,a.b=value")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", help="differences for every variant")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's own")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 5])
-    parser.add_argument("--scan-budgets", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--facts", nargs="+", default=["spleen", "lesion"])
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--data", type=Path, help="folder that `voxelstem samples` made, for the real CTs")
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", help="differences from the recipe")
+    parser.add_argument("--phantoms", type=int, default=48)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 5], help="labelled phantoms")
+    parser.add_argument("--tumour-budgets", type=int, nargs="+", default=[4, 8], help="labelled sarcoma patients")
+    parser.add_argument("--data", type=Path, help="folder of public CTs with starter/, ct/ and sts/")
     parser.add_argument("--small", action="store_true", help="coarse phantoms and two steps, to see that it runs")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    asked.variant = [Variant.read(text) for text in asked.variant]
+    lost = {one.after for one in asked.variant} - {one.name for one in asked.variant} - {""}
+    if lost:
+        parser.error(f"no variant is called {', '.join(sorted(lost))}")
+    return asked
 
 
 def main() -> None:
     asked = asked_for()
     asked.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(
-        out=asked.out,
-        seeds=tuple(asked.seeds),
-        draws=asked.draws,
-        budgets=tuple(asked.budgets),
-        scan_budgets=tuple(asked.scan_budgets),
-        facts=tuple(asked.facts),
-        coarse=asked.small,
-    )
-    steps = asked.steps or (2 if asked.small else 0)
-    settings = [*asked.set, *(SMALL if asked.small else []), *([f"steps={steps}"] if steps else [])]
+    common = (*asked.set, *(SMALL if asked.small else []))
+    variants = [dataclasses.replace(one, settings=(*one.settings, *common)) for one in asked.variant]
     with public_key(asked.out):
-        with clocked(asked.out, "phantoms"):
-            store = phantoms(bench, asked.subjects)
-        with clocked(asked.out, "pretraining"):
-            bench = dataclasses.replace(bench, pretrained=train(bench, asked.recipe, settings))
-        with clocked(asked.out, "measuring"):
-            scores = on_phantoms(bench, store)
-            scores += on_real(bench, store, asked.data) if asked.data else []
-    (asked.out / "few_labels.json").write_text(json.dumps([dataclasses.asdict(score) for score in scores], indent=1))
-    spent = json.loads((asked.out / "minutes.json").read_text())
+        stores = collect(
+            asked.out, phantoms=asked.phantoms, folds=max(len(asked.seeds), 3), coarse=asked.small, data=asked.data
+        )
+        found = list(rows_of(asked, variants, stores))
+    facts = [
+        {
+            "question": question.name,
+            "variant": row.variant,
+            "seeds": row.seeds,
+            "scores": list(map(dataclasses.asdict, row.scores)),
+        }
+        for question, rows in found
+        for row in rows
+    ]
+    write_whole(asked.out / "few_labels.json", json.dumps(facts, indent=1).encode())
     print(f"voxelstem {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} cores")
-    print(f"recipe {asked.recipe} {' '.join(settings)}; pretraining seeds {', '.join(map(str, bench.seeds))}; ", end="")
-    print(f"{len(store.subjects('train'))} phantoms to train on, {bench.draws} draws of labelled subjects")
-    print("minutes: " + ", ".join(f"{stage} {minutes:.1f}" for stage, minutes in spent.items()) + "\n")
-    print(tables(scores))
+    print(f"pretraining seeds {', '.join(map(str, asked.seeds))}\n")
+    print(costs(asked.out, variants, asked.seeds) + "\n")
+    print(tables(found))
 
 
 if __name__ == "__main__":

@@ -153,3 +153,9 @@ def test_a_gpu_that_is_not_there_is_refused(second_of_two: pytest.MonkeyPatch):
     if torch.cuda.device_count() > 1:
         pytest.skip("there is a second GPU here")
     assert "process 1 of this machine has no GPU" in refusal("cuda")
+
+
+def test_the_first_process_of_a_machine_is_the_one_that_torchrun_numbers_so() -> None:
+    assert distributed.first_on_machine({})
+    assert distributed.first_on_machine({"LOCAL_RANK": "0", "RANK": "8"})
+    assert not distributed.first_on_machine({"LOCAL_RANK": "1", "RANK": "1"})

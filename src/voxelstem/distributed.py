@@ -20,10 +20,15 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from voxelstem.errors import ConfigError
 
 Item = TypeVar("Item")
+
+_left: list[Any] = []
+"""Groups outlive all who use them. If a DDP module is the last to let go of one, its end can wait for a thread of the
+group that waits for the interpreter, which the module's end holds: for ever (seen with torch 2.13)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +78,12 @@ def joined(device: torch.device, *, timeout_s: float) -> Generator[Ranks]:
     if device.type == "cuda":
         _take_gpu(int(os.environ.get("LOCAL_RANK", wanted.rank)))
     # Statistics lie where the batch lies, decisions and small words on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            backend, rank=wanted.rank, world_size=wanted.count, timeout=timedelta(seconds=timeout_s)
-        )
+        store, _, _ = next(rendezvous("env://", wanted.rank, wanted.count, timeout=timeout))
+        # Torchrun's own store lives on when it starts the processes again, and still holds addresses of dead ones.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=wanted.rank, world_size=wanted.count, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         # A timeout, a name that does not resolve and a refused connection are all RuntimeErrors of torch.
         raise ConfigError(
@@ -85,6 +91,7 @@ def joined(device: torch.device, *, timeout_s: float) -> Generator[Ranks]:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="start all of them with torchrun, and let their machines reach each other at MASTER_ADDR:MASTER_PORT",
         ) from error
+    _left.append(dist.group.WORLD)
     try:
         yield wanted
     finally:
@@ -113,6 +120,11 @@ def _take_gpu(number: int) -> None:
 def here() -> Ranks:
     """Which process this is of those that were joined; 0 of 1 before, and alone."""
     return Ranks(rank=dist.get_rank(), count=dist.get_world_size()) if _joined() else Ranks()
+
+
+def first_on_machine(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of those that torchrun started on this machine; alone it is."""
+    return environ.get("LOCAL_RANK", "0") == "0"
 
 
 def total(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:

@@ -189,26 +189,25 @@ def _train(
         watch=config.watch,
         monitor_every=config.health.every,
     )
-    meter = EnergyMeter(device, before=spent[-1] if spent else 0.0)
+    before = spent[-1] if spent and distributed.here().rank == 0 else 0.0
+    meter = EnergyMeter(device, before=before, first_here=distributed.first_on_machine())
     with meter, dashboard(f"pretrain {config.recipe}", config.steps, start=start.step) as show:
 
         def health() -> dict[str, Any]:
             energy = meter.kwh()
-            return (
-                trainee.look(lambda: look(trainee.objective))
-                | loader.speed()
-                | {
-                    "kwh": energy.kwh,
-                    "energy": energy.source,
-                }
-            )
+            spent = {"kwh": sum(distributed.each(energy.kwh)), "energy": energy.source}
+            return trainee.look(lambda: look(trainee.objective)) | loader.speed() | spent
+
+        def notes_of_step() -> list[dict[str, Any]]:
+            meter.kwh()  # counters of processors begin anew within minutes
+            return [*_emptied(begun), *loader.notes()]
 
         around = Surroundings(
             batches=lambda step: loader.batches(step, config.steps, device=device),
             monitor=health,
             show=show,
-            names=loader.names,
-            notes=lambda: [*_emptied(begun), *loader.notes()],
+            names=lambda step: [name for names in distributed.each(loader.names(step)) for name in names],
+            notes=notes_of_step,
             facts=lambda: {"quarantined": distributed.each(sorted(loader.quarantined))},
         )
         train(trainee, around, run=run, start=start, config=settings)

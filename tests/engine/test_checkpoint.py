@@ -5,10 +5,12 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from voxelstem.engine.checkpoint import (
     resume,
     write_checkpoint,
 )
+from voxelstem.engine.journal import Journal, facts_of, read_journal
 from voxelstem.engine.optim import OptimConfig, make_optimizer
 from voxelstem.errors import CheckpointError
 
@@ -314,6 +317,7 @@ def test_fewer_than_two_kept_are_refused():
 
 def linear() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A training of one number, after one step."""
+    torch.manual_seed(0)
     objective = torch.nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.AdamW(objective.parameters())
     objective(torch.ones(1)).sum().backward()
@@ -463,3 +467,60 @@ def at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+STEPS, EVERY = 400, 5
+
+
+def run_to_the_end(run: Path) -> None:
+    """A training as the loop does it, of one number: journal, checkpoints, resume."""
+    objective, optimizer = linear()
+    start = resume(run / "checkpoints", objective, optimizer)
+    with Journal(run, resume_at=start.step) as journal, Checkpoints(run / "checkpoints", keep=2) as written:
+        for step in range(start.step, STEPS):
+            torch.manual_seed(step)
+            loss = (objective(torch.randn(4, 1)) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            journal.append({"step": step, "loss": float(loss.detach()), "seconds": time.monotonic()})
+            if (step + 1) % EVERY == 0:
+                written.save(step + 1, objective, optimizer)
+
+
+def kill_at_random(run: Path, kills: int) -> list[int]:
+    """Start the run again and again, each time killed at a random moment; which step each start went on from."""
+    rng, starts = random.Random(0), []
+    for _ in range(kills):
+        child = os.fork()
+        if not child:
+            run_to_the_end(run)
+            os._exit(0)
+        time.sleep(rng.uniform(0.0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        lines, objective = read_journal(run) if (run / "journal.jsonl").exists() else [], linear()
+        starts.append(resume(run / "checkpoints", *objective).step)
+        reached = max((line["step"] + 1 for line in lines), default=0)
+        # One interval behind, and one more if the newest was just being written.
+        assert starts[-1] > reached - 2 * EVERY, (starts[-1], reached)
+        if starts[-1] == STEPS:
+            shutil.rmtree(run / "checkpoints")  # it has come to its end: once more from the beginning
+    run_to_the_end(run)
+    return starts
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(120, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Path, kills: int):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    run_to_the_end(tmp_path / "one")
+    (starts,) = run_together(kill_at_random, 1, tmp_path / "alone", (tmp_path / "two", kills), join=False)
+    assert len(starts) == kills
+    assert facts_of(read_journal(tmp_path / "one")) == facts_of(read_journal(tmp_path / "two"))
+    ends = [linear(), linear()]
+    for name, end in zip(("one", "two"), ends, strict=True):
+        assert resume(tmp_path / name / "checkpoints", *end).step == STEPS
+    (one, its), (two, others) = ends
+    assert torch.equal(one.weight, two.weight)
+    assert all(torch.equal(value, its.state[one.weight][name]) for name, value in others.state[two.weight].items())

@@ -5,8 +5,9 @@ import resource
 from pathlib import Path
 
 import pytest
+from tests.processes import run_together
 
-from voxelstem.engine.journal import Journal, read_journal
+from voxelstem.engine.journal import Journal, facts_of, is_clock, read_journal
 from voxelstem.errors import CheckpointError
 
 
@@ -88,3 +89,19 @@ def test_a_full_disk_is_a_clear_error_and_what_was_written_stays_readable(run: P
     steps = [line["step"] for line in read_journal(run)]
     assert steps == list(range(len(steps)))
     assert len(steps) > 5
+
+
+def test_facts_are_told_from_what_a_clock_said():
+    records = [{"step": 0, "loss": 0.5, "seconds": 1.5, "samples_per_s": 3.0, "read_gb": 0.1, "kwh": 0.2}]
+    assert facts_of(records) == [{"step": 0, "loss": 0.5}]
+    assert not any(is_clock(name) for name in ("step", "loss", "lr", "grad_norm", "loss/position", "probe/patch_knn"))
+
+
+def write_together(run: Path) -> int:
+    write(run, range(3), resume_at=0)
+    return len(read_journal(run))
+
+
+def test_of_processes_that_train_together_the_first_writes(run: Path, tmp_path: Path):
+    run_together(write_together, 2, tmp_path, (run,))
+    assert [line["step"] for line in read_journal(run)] == [0, 1, 2]

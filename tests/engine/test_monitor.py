@@ -17,12 +17,11 @@ from voxelstem.engine.monitor import (
     feature_entropy,
     gram,
     knn_accuracy,
-    probe_patches,
     ridge_accuracy,
     spread,
-    token_rank,
 )
 from voxelstem.errors import CheckpointError
+from voxelstem.metrics import effective_rank
 from voxelstem.store import Store
 from voxelstem.study import InputSpec
 
@@ -88,33 +87,18 @@ class Answers:
         return blocks.flatten(1), part
 
 
-def test_a_backbone_that_knows_scores_one_and_one_that_does_not_scores_chance():
+def test_tokens_that_know_score_one_and_tokens_that_do_not_score_chance():
     labels = torch.randint(0, 4, (200, 8), generator=torch.Generator().manual_seed(1))
     probe = ProbeSet(blocks=torch.zeros(200, 1, 1, 1, 1), labels=labels, held_out=torch.arange(200) % 2 * 1.0)
-    assert probe_patches(Answers(labels, knows=True), probe) > 0.99
-    score = probe_patches(Answers(labels, knows=False), probe)
-    rank = token_rank(Answers(labels, knows=False), probe.blocks)
-    assert score == pytest.approx(0.25, abs=0.08)
-    assert rank == pytest.approx(4.0, abs=0.2)
+    assert ridge_accuracy(Answers(labels, knows=True).tokens, probe) > 0.99
+    assert ridge_accuracy(Answers(labels, knows=False).tokens, probe) == pytest.approx(0.25, abs=0.08)
 
 
 def test_the_probe_s_accuracy_is_balanced():
     # Nine of ten patches are of class 0; always answering 0 is worth one half.
     labels = (torch.arange(400) % 10 == 0).long().view(50, 8)
-    tokens = torch.rand(50, 8, 3, generator=torch.Generator().manual_seed(2))
-    backbone = Answers(labels, knows=False)
-    backbone.tokens = tokens
     probe = ProbeSet(blocks=torch.zeros(50, 1, 1, 1, 1), labels=labels, held_out=(torch.arange(50) % 2).float())
-    assert probe_patches(backbone, probe) < 0.8
-
-
-def test_probing_leaves_no_gradient_behind(phantoms: Store, make):
-    backbone = make.objective().backbone
-    probe = probe_set(phantoms)
-    score, rank = probe_patches(backbone, probe), token_rank(backbone, probe.blocks)
-    assert 0 <= score <= 1
-    assert 1 <= rank <= 12
-    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert ridge_accuracy(torch.rand(50, 8, 3, generator=torch.Generator().manual_seed(2)), probe) < 0.8
 
 
 def tokens(rows: int = 40, patches: int = 8, dim: int = 6, seed: int = 0) -> torch.Tensor:
@@ -218,7 +202,10 @@ def test_a_look_tells_the_signs_and_changes_nothing(phantoms: Store, make, tmp_p
         "look_seconds",
     }
     assert told["gram_drift"] == 0.0
-    assert told["effective_rank"] == pytest.approx(token_rank(objective.backbone, look.blocks), rel=1e-4)
+    with torch.no_grad():
+        cls, patches = objective.backbone.encode_blocks(look.blocks)
+    assert told["effective_rank"] == pytest.approx(effective_rank(patches.flatten(0, 1).numpy()), rel=1e-4)
+    assert told["effective_rank/cls"] == pytest.approx(effective_rank(cls.numpy()), rel=1e-4)
     assert timeless(look(objective)) == timeless(told)
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
     assert all(parameter.grad is None for parameter in objective.parameters())

@@ -34,7 +34,7 @@ def dino() -> Dino:
 
 def test_every_trainable_parameter_stands_in_one_group(make):
     objective = make.objective()
-    objective.predict.requires_grad_(False)
+    objective.decoder.answer.requires_grad_(False)
     optimizer = make_optimizer(objective, objective.learner.param_groups(), CONFIG)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     wanted = [id(parameter) for parameter in objective.parameters() if parameter.requires_grad]
@@ -47,7 +47,7 @@ def test_each_layer_further_from_the_output_learns_that_much_slower(make):
     assert group["backbone.embed.weight"]["lr_scale"] == pytest.approx(0.5**2)
     assert group["backbone.block_encoder.blocks.0.fc1.weight"]["lr_scale"] == pytest.approx(0.5)
     assert group["backbone.scan_encoder.blocks.0.fc1.weight"]["lr_scale"] == 1.0
-    assert group["predict.weight"]["lr_scale"] == 1.0
+    assert group["decoder.answer.weight"]["lr_scale"] == 1.0
 
 
 def test_layers_learn_as_in_spectre_s_script(dino: Dino):
@@ -137,7 +137,7 @@ def test_a_step_moves_far_layers_less(make):
     set_rate(optimizer, CONFIG, progress=0.2)
     moved = step_with_ones(objective, optimizer)
     # Adam's first step is the rate itself where nothing decays.
-    assert moved["mask_token"] == pytest.approx(0.01, rel=1e-3)
+    assert moved["decoder.mask_token"] == pytest.approx(0.01, rel=1e-3)
     assert moved["backbone.embed.bias"] == pytest.approx(0.01 / 4, rel=1e-3)
 
 

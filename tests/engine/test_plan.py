@@ -52,7 +52,7 @@ def test_a_plan_counts_what_is_there(here: Plan, phantoms: Store):
 
 
 def test_a_small_step_is_measured_and_a_run_is_that_many_steps(here: Plan):
-    assert here.source == "measured on 2 samples"
+    assert here.source.startswith(("measured on 2 samples", "limited by 1 threads"))
     assert 0 < here.step_seconds < 60
     assert here.samples_per_s == pytest.approx(2 / here.step_seconds)
     assert here.days * 86400 == pytest.approx(here.steps * here.step_seconds)
@@ -123,8 +123,16 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(phantoms: Store):
 def test_more_gpus_take_less_time_and_fsdp_less_memory_each(phantoms: Store):
     config = overlay(named("tiny.mae"), SMALL | {"loader.batch": 64})
     few, many = (plan_of(config, phantoms, fleet=Fleet(gpus=gpus)) for gpus in (2, 32))
-    assert many.days == pytest.approx(few.days / 16)
-    assert many.kwh == pytest.approx(few.kwh)
+    assert many.days < few.days
     assert many.memory.activations == pytest.approx(few.memory.activations / 16)
     sharded = plan_of(overlay(config, {"parallel.kind": "fsdp"}), phantoms, fleet=Fleet(gpus=32))
     assert sharded.memory.optimiser == pytest.approx(many.memory.optimiser / 32)
+
+
+def test_the_slowest_of_computing_reading_and_sending_sets_the_pace(phantoms: Store):
+    config = overlay(named("tiny.mae"), SMALL | {"loader.batch": 64})
+    slow = plan_of(config, phantoms, fleet=Fleet(gpus=32, network_gb_per_s=1e-4))
+    assert slow.source == "limited by 0.0001 GB/s of network for each GPU"
+    assert slow.traffic.network_gb_per_s == pytest.approx(1e-4)
+    compute = slow.flops_per_sample * 64 / 32 / Fleet(gpus=32).flops_per_s(bf16=False)
+    assert slow.step_seconds > compute

@@ -144,7 +144,7 @@ def test_the_centres_follow_the_mean_of_what_the_teacher_said_and_of_hidden_patc
         objective.step(batch, progress=0.0)
         assert objective.cls_centre.abs().sum() == 0  # a step that is left out must leave no trace
         objective.after_step(progress=0.0)
-        expected = [0.25 * network.cls_head(cls).mean(0), 0.25 * network.patch_head(patches[spy.masked]).mean(0)]
+        expected = [0.25 * network.cls_head(cls).mean(0), 0.25 * network.patch_logits(patches[spy.masked]).mean(0)]
     assert 0 < int(spy.masked.sum()) < spy.masked.numel() / 2
     torch.testing.assert_close(objective.cls_centre, expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(objective.patch_centre, expected[1], atol=1e-5, rtol=0)
@@ -286,8 +286,8 @@ def test_ibot_is_that_of_a_naive_loop_over_hidden_patches(make, batch: Batch):
     views = batch.views["global"].transpose(0, 1).flatten(0, 1)
     with Spy(objective) as spy, torch.no_grad():
         found = scalar(objective.step(batch, progress=0.0), "ibot")
-        student = objective.student.patch_head(spy.answer[1])
-        teacher = objective.teacher.network.patch_head(objective.teacher.network(views)[1])
+        student = objective.student.patch_logits(spy.answer[1])
+        teacher = objective.teacher.network.patch_logits(objective.teacher.network(views)[1])
     rows = []
     for row, masked in enumerate(spy.masked):
         terms = [
@@ -374,6 +374,12 @@ def test_patches_are_anchored_to_the_teacher_of_the_last_refresh(make, batch: Ba
     changed = [step for step in range(1, 10) if not torch.equal(anchors[step], anchors[step - 1])]
     assert changed == [4, 6, 8]
     assert {"anchor.network.embed.weight", "gram_refreshes"} <= objective.state_dict().keys()
+
+
+def test_one_head_for_both_is_there_once(make):
+    names = dino(make, separate_heads=False).state_dict().keys()
+    assert not any("patch_head" in name for name in names)
+    assert "student.patch_head.prototypes" in dino(make).state_dict()
 
 
 def test_without_a_gram_weight_there_is_no_third_network(make):

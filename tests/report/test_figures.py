@@ -75,6 +75,16 @@ def test_training_curves_tell_where_each_line_began_and_ended() -> None:
     assert pixels(picture).std() > 5
 
 
+def test_training_curves_draw_every_health_sign_and_leave_out_what_is_none() -> None:
+    signs = ("grad_norm", "lr", "gram_drift", "spread/cls", "entropy/patch", "effective_rank/cls", "probe/patch_knn")
+    records = [{"step": float(step), "kwh": 0.1, **dict.fromkeys(signs, 0.5 + step)} for step in range(3)]
+    picture = figures.training_curves(records)
+    assert all(f"{name} from 0.5 to 2.5" in picture.alt for name in signs)
+    assert "kwh" not in picture.alt
+    # Zeros have no place on a logarithmic axis, and must not cost the picture.
+    assert pixels(figures.training_curves([{"step": 0.0, "grad_norm": 0.0}])).size
+
+
 def test_a_run_without_any_record_still_makes_a_picture() -> None:
     assert pixels(figures.training_curves([])).size
 

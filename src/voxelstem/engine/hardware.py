@@ -46,6 +46,8 @@ class Fleet:
     per_node: int = 8
     utilisation: float = 0.35
     """Share of the data sheet's rate that a step reaches: an assumption, which a measured step replaces."""
+    network_gb_per_s: float = 50.0
+    """That each GPU can send while it computes: 400 Gb/s each, as in the large machines of its kind."""
     host_watts: float = 150.0
     """What the machine around each GPU draws."""
 
@@ -57,8 +59,8 @@ class Fleet:
         """
         if self.gpu not in GPUS:
             raise ValueError(f"gpu is one of {', '.join(GPUS)}, got '{self.gpu}'")
-        if min(self.gpus, self.memory_gib, self.host_watts) < 0 or self.per_node < 1:
-            raise ValueError("need gpus, memory_gib and host_watts >= 0 and per_node >= 1")
+        if min(self.gpus, self.memory_gib, self.host_watts) < 0 or self.per_node < 1 or not self.network_gb_per_s > 0:
+            raise ValueError("need gpus, memory_gib and host_watts >= 0, per_node >= 1 and network_gb_per_s > 0")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation lies in (0, 1], got {self.utilisation}")
 

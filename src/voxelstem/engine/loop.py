@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from voxelstem import distributed
 from voxelstem.engine.checkpoint import CheckpointConfig, Checkpoints, Resumed, resume
 from voxelstem.engine.journal import Journal
 from voxelstem.engine.optim import OptimConfig, set_rate
@@ -65,17 +64,19 @@ def train(trainee: Trainee, around: Surroundings, *, run: Path, start: Resumed, 
     folder = run / "checkpoints"
     with Journal(run, resume_at=start.step) as journal, Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints:
         loop = _Loop(trainee, around, journal, checkpoints, config)
-        while (back_to := loop.run_from(start.step, watch)) is not None:
+        while (verdict := loop.run_from(start.step, watch)).action == "roll_back":
             checkpoints.wait()
-            start = resume(folder, trainee.objective, trainee.optimizer, before=back_to)
+            start = resume(folder, trainee.objective, trainee.optimizer, before=verdict.back_to)
             if not start.step:
                 raise CheckpointError(
-                    f"step {back_to} and those after it went wrong, and there is no checkpoint to go back to",
+                    f"step {verdict.back_to} and those after it went wrong ({verdict.reason}), "
+                    "and there is no checkpoint to go back to",
                     hint="lower optim.lr, or look at the scans that the journal names",
                 )
             watch.roll_back(start.facts.get("watch", {}))
             journal.rewind(start.step)
-            journal.append({"step": start.step, "rolled_back_to": start.step, "excluded": sorted(watch.excluded)})
+            told = {"rolled_back_to": start.step, "reason": verdict.reason, "excluded": sorted(watch.excluded)}
+            loop.tell(start.step, told)
         journal.append({"step": config.steps} | around.monitor())
 
 
@@ -89,20 +90,26 @@ class _Loop:
         self.journal, self.checkpoints = journal, checkpoints
         self.began = time.monotonic()
 
-    def run_from(self, start: int, watch: Watch) -> int | None:
-        """Train from this step on, to the end; or say which step the weights must not have seen to go on."""
+    def run_from(self, start: int, watch: Watch) -> Verdict:
+        """Train from this step on; the verdict on the last step, or on the one for which the run must go back."""
+        verdict = Verdict(action="take")
         with closing(self.around.batches(start)) as batches:
             for step, batch in zip(range(start, self.config.steps), batches, strict=True):
                 for note in self.around.notes():
-                    self.journal.append({"step": step} | note)
+                    self.tell(step, note)
                 verdict = self._take(step, batch, watch)
                 if verdict.action == "roll_back":
-                    return verdict.back_to
+                    return verdict
                 done = step + 1
                 if done % self.config.checkpoint.every == 0 or done == self.config.steps:
                     facts = {"watch": watch.facts()} | self.around.facts()
                     self.checkpoints.save(done, self.trainee.objective, self.trainee.optimizer, facts)
-        return None
+        return verdict
+
+    def tell(self, step: int, told: Mapping[str, Any]) -> None:
+        """Write it down and show it."""
+        self.journal.append({"step": step} | dict(told))
+        self.around.show(step, told)
 
     def _take(self, step: int, batch: Batch, watch: Watch) -> Verdict:
         """One step, unless it must not reach the weights."""
@@ -122,19 +129,12 @@ class _Loop:
             trainee.update()
             trainee.objective.after_step(progress=progress)
             told = {"loss": loss, "lr": rate, "grad_norm": norm, "seconds": time.monotonic() - self.began}
-            self.journal.append({"step": step} | told | output.scalars | health)
-            self.around.show(step, told | output.scalars | health)
+            self.tell(step, told | output.scalars | health)
             return verdict
         trainee.drop()
         self._leave_out(step, verdict.reason, health)
         return verdict
 
     def _leave_out(self, step: int, reason: str, health: Mapping[str, Any]) -> None:
-        line = {"step": step, "skipped": reason, "samples": self.around.names(step)}
-        self.journal.append(line | dict(health))
-        self.around.show(step, line)
+        self.tell(step, {"skipped": reason, "samples": self.around.names(step)} | dict(health))
 
-
-def leading() -> bool:
-    """Whether this process is the one that writes what is written once."""
-    return distributed.here().rank == 0

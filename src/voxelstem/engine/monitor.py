@@ -219,19 +219,6 @@ class Monitor:
         return {"gram_drift": float((now - self._start).square().mean())}
 
 
-@torch.no_grad()
-def token_rank(backbone: Backbone, blocks: Float[Tensor, "n channel i j k"]) -> float:
-    """Effective rank of the patch tokens of some fixed blocks."""
-    patches = _encode(backbone, blocks, blocks.device)[1]
-    return effective_rank(_some(patches.flatten(0, 1), MOST_TOKENS).numpy())
-
-
-@torch.no_grad()
-def probe_patches(backbone: Backbone, probe: ProbeSet) -> float:
-    """`ridge_accuracy` of what the backbone makes of the probe's blocks."""
-    return ridge_accuracy(_encode(backbone, probe.blocks, probe.blocks.device)[1], probe)
-
-
 def gram(patches: Float[Tensor, "n patch dim"]) -> Float[Tensor, "n patch patch"]:
     """Cosine of every patch with every other of its block: what Gram anchoring holds still (Siméoni et al. 2025)."""
     unit = functional.normalize(patches.float(), dim=-1)

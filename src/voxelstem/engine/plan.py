@@ -47,7 +47,8 @@ class Traffic:
     network_gb_per_s: float
     """The same in the time of a step, for each GPU."""
     sample_seconds: float
-    """To read and make one sample, measured here in one thread."""
+    """For a reader to prepare one sample, measured here in one thread: to read it, and to make its views where no GPU
+    does."""
     readers: float
     """Cores that this takes all the time, over all machines."""
 
@@ -128,8 +129,8 @@ class Plan:
             raise ConfigError(
                 f"this run cannot fit: {'; '.join(found)}",
                 hint="for device memory: parallel.recompute=true, parallel.kind=fsdp, more parallel.accumulate, "
-                "more GPUs or a smaller loader.batch; for disk: a lower checkpoint.keep or another --out; for RAM: a lower "
-                "loader.ahead or loader.workers",
+                "more GPUs or a smaller loader.batch; for disk: a lower checkpoint.keep or another --out; for RAM: "
+                "a lower loader.ahead or loader.workers",
             )
 
     def words(self) -> str:
@@ -156,7 +157,7 @@ class Plan:
             "computing": f"{self.flops_per_sample / 1e12:.3g} TFLOP a sample",
             "a step": f"{self.step_seconds:.3g} s ({self.source})",
             "samples a second": f"{self.samples_per_s:.3g}",
-            "storage": f"{traffic.read_gb_per_s:.3g} GB/s in all, {traffic.read_bytes_per_sample / 1e6:.3g} MB a sample",
+            "storage": f"{traffic.read_gb_per_s:.3g} GB/s in all, {traffic.read_bytes_per_sample / 1e6:.3g} MB each",
             "reading cores": f"{traffic.readers:.3g} in all ({traffic.sample_seconds:.3g} s a sample, measured here)",
             "network": f"{traffic.network_gb_per_s:.3g} GB/s out of each GPU, "
             f"{traffic.network_bytes_per_step / 1e9:.3g} GB a step",
@@ -190,16 +191,13 @@ def plan(
     fleet, device = fleet or Fleet(), devices.choose(config.device)
     room = fleet.memory_bytes if fleet.gpus else _room(device)
     step = _reckon(config, make, fleet, device)
-    network, views = step.network, view_bytes(config.views)
     few = replace(config, loader=replace(config.loader, batch=min(config.loader.batch, MEASURED_SAMPLES), repeat=True))
     loader = load(few)
-    batch, sample_seconds = _time_a_batch(loader)
-    if fleet.gpus:
-        a_sample, source = step.on(fleet)
-    else:
-        a_sample, source = step.here(few, make, batch, device=device, fits=step.memory.total <= room)
-    step_seconds = a_sample * config.loader.batch
-    read = _read_bytes(loader, samples=16)
+    batch, sample_seconds = _time_a_batch(loader, made_elsewhere=fleet.gpus > 0 and config.loader.made != "worker")
+    fits = step.memory.total <= room
+    computing = step.on(fleet) if fleet.gpus else step.here(few, make, batch, device=device, fits=fits)
+    a_sample, source = max(computing, *_limits(config.loader, step, fleet, sample_seconds))
+    seconds = config.steps * config.loader.batch * a_sample
     watts = fleet.watts if fleet.gpus else EnergyConfig().watts_per_core * torch.get_num_threads()
     return Plan(
         recipe=config.recipe,
@@ -215,31 +213,45 @@ def plan(
         batch_per_device=step.share,
         precision="bf16" if step.bf16 else "fp32",
         backbone_parameters=step.backbone,
-        trained_parameters=network.learned,
-        state_bytes=cost.FLOAT * (network.held + 3 * network.learned),
-        checkpoint_bytes=(config.checkpoint.keep + 1) * cost.FLOAT * (network.held + 2 * network.learned),
+        trained_parameters=step.network.learned,
+        state_bytes=cost.FLOAT * (step.network.held + 3 * step.network.learned),
+        checkpoint_bytes=(config.checkpoint.keep + 1) * cost.FLOAT * (step.network.held + 2 * step.network.learned),
         checkpoints_kept=config.checkpoint.keep,
         checkpoint_every=config.checkpoint.every,
         disk_free_bytes=hardware.free_disk(out),
-        ram_bytes=ram_bytes(config.loader, fleet, views=views),
+        ram_bytes=ram_bytes(config.loader, fleet, views=view_bytes(config.views)),
         ram_free_bytes=0.0 if fleet.gpus else hardware.free_memory(),
         flops_per_sample=step.flops,
-        step_seconds=step_seconds,
+        step_seconds=config.loader.batch * a_sample,
         samples_per_s=1 / a_sample,
-        days=config.steps * step_seconds / DAY_S,
-        kwh=config.steps * step_seconds * watts / KWH_J,
+        days=seconds / DAY_S,
+        kwh=seconds * watts / KWH_J,
         source=source,
         room_bytes=room,
         memory=step.memory,
-        traffic=Traffic(
-            read_bytes_per_sample=read,
-            view_bytes_per_sample=views,
-            read_gb_per_s=read / a_sample / 1e9,
-            network_bytes_per_step=step.sent_bytes,
-            network_gb_per_s=step.sent_bytes / step_seconds / 1e9,
-            sample_seconds=sample_seconds,
-            readers=sample_seconds / a_sample,
-        ),
+        traffic=_traffic(step, config, a_sample, read=_read_bytes(loader, samples=16), sample_seconds=sample_seconds),
+    )
+
+
+def _limits(loader: Any, step: _Step, fleet: Fleet, sample_seconds: float) -> list[tuple[float, str]]:
+    """Seconds a sample takes at the least to be read (a `LoaderConfig` says by how many), and its gradients sent."""
+    readers = max(1, fleet.gpus) * max(loader.workers, loader.threads)
+    network = step.sent_bytes / fleet.network_gb_per_s / 1e9 / loader.batch
+    return [
+        (sample_seconds / readers, f"limited by {readers} threads or processes that read"),
+        (network, f"limited by {fleet.network_gb_per_s:g} GB/s of network for each GPU"),
+    ]
+
+
+def _traffic(step: _Step, config: Any, a_sample: float, *, read: float, sample_seconds: float) -> Traffic:
+    return Traffic(
+        read_bytes_per_sample=read,
+        view_bytes_per_sample=view_bytes(config.views),
+        read_gb_per_s=read / a_sample / 1e9,
+        network_bytes_per_step=step.sent_bytes,
+        network_gb_per_s=step.sent_bytes / a_sample / config.loader.batch / 1e9,
+        sample_seconds=sample_seconds,
+        readers=sample_seconds / a_sample,
     )
 
 
@@ -256,12 +268,22 @@ def _room(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else hardware.free_memory()
 
 
-def _time_a_batch(loader: Any) -> tuple[Batch, float]:
-    """A batch, and the seconds of making one sample of it (the second batch, so that nothing is measured cold)."""
+def _time_a_batch(loader: Any, *, made_elsewhere: bool) -> tuple[Batch, float]:
+    """A batch, and the seconds a reader needs for one sample of it (the second batch, so that nothing is cold).
+
+    Where a GPU makes the views, readers only decode.
+    """
     loader.batch(0)
-    began = time.perf_counter()
+    decoded, began = _decoding(loader), time.perf_counter()
     batch: Batch = loader.batch(1)
-    return batch, (time.perf_counter() - began) / len(batch)
+    seconds = _decoding(loader) - decoded if made_elsewhere else time.perf_counter() - began
+    return batch, seconds / len(batch)
+
+
+def _decoding(loader: Any) -> float:
+    """Seconds that the loader has decoded so far."""
+    speed = loader.speed()
+    return speed["read_gb"] / speed["read_gb_per_s"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,7 +301,7 @@ class _Step:
     """Of a whole step."""
 
     def on(self, fleet: Fleet) -> tuple[float, str]:
-        """Seconds on GPUs that are not here; that they wait for one another is not counted."""
+        """Seconds on GPUs that are not here; what they send is counted apart."""
         seconds = self.flops / fleet.gpus / fleet.flops_per_s(bf16=self.bf16)
         return seconds, f"estimated: {fleet.utilisation:.0%} of the data sheet's rate"
 

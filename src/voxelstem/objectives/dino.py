@@ -125,12 +125,11 @@ class Projected(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.cls_head = Projector(backbone.dim, config)
-        self.own_patch_head = Projector(backbone.dim, config) if separate else None
+        self.patch_head = Projector(backbone.dim, config) if separate else None
 
-    @property
-    def patch_head(self) -> Projector:
-        """The projector that patch tokens go through."""
-        return self.cls_head if self.own_patch_head is None else self.own_patch_head
+    def patch_logits(self, patches: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows prototype"]:
+        """Project patch tokens, by the one head where there is but one."""
+        return self.cls_head(patches) if self.patch_head is None else self.patch_head(patches)
 
     def forward(
         self,
@@ -221,7 +220,7 @@ class Dino(nn.Module):
         cls_target = cls_target.unflatten(0, (count, samples))
         terms = {"dino": (1.0, dino(logits, cls_target, temperature=config.student_temperature))}
         if hidden is not None:
-            named = self.student.patch_head(hidden.take(patches))
+            named = self.student.patch_logits(hidden.take(patches))
             term = ibot(named, patch_target, hidden.weights, temperature=config.student_temperature)
             terms["ibot"] = (config.ibot_weight, term)
         if config.koleo_weight:
@@ -264,7 +263,7 @@ class Dino(nn.Module):
         )
         cls, patches = self.teacher.network(flat)
         named = self.teacher.network.cls_head(cls).float()
-        behind = named[:0] if hidden is None else self.teacher.network.patch_head(hidden.take(patches)).float()
+        behind = named[:0] if hidden is None else self.teacher.network.patch_logits(hidden.take(patches)).float()
         if config.centring == "softmax":
             if self._seed != batch.seed:
                 self._seed, self._seen = batch.seed, {}

@@ -13,6 +13,8 @@ from voxelstem.chance import Chance
 
 DIGITS = 24
 """Binary digits of a stratified number."""
+AT_ONCE, NEVER = 32, 1 << 40
+"""Cuboids drawn together for a row, and the number of one that is never laid."""
 
 
 def draw_ratios(
@@ -51,31 +53,48 @@ def draw_cuboids(
 ) -> Bool[Tensor, "rows patch"]:
     """Hide exactly `round(ratio * patches)` patches of each row of `chance`, in cuboids rather than salt and pepper.
 
-    A cuboid of a random shape is laid down again and again until the ratio is reached; of the last one only as
+    Cuboids of random shapes are laid down one after another until the ratio is reached; of the last one only as
     many patches are taken as are still owed. The 3D form of the block-wise masks of BEiT (Bao et al. 2021, Alg. 1).
     On the device of `chance`; on the CPU nothing waits for a GPU.
     """
     total = grid[0] * grid[1] * grid[2]
     device = chance.keys.device
-    chance = chance.purpose("cuboids")
     wanted = (ratios.double().to(device) * total).round().long().clamp(0, total)
     masks = torch.zeros(len(chance), total, dtype=torch.bool, device=device)
-    laid = 0
-    while bool(((missing := wanted - masks.sum(dim=1)) > 0).any()):
-        laid += 1
-        fresh = _cuboid(chance.purpose(str(laid)), grid) & ~masks
-        masks |= fresh & (fresh.cumsum(dim=1) <= missing[:, None])
+    rows = wanted.nonzero()[:, 0]
+    if len(rows):
+        order = _covered(Chance(chance.keys[rows]).purpose("cuboids"), grid, wanted[rows])
+        last = order.sort(dim=1).values.gather(1, wanted[rows, None] - 1)
+        masks[rows] = order <= last
     return masks
 
 
-def _cuboid(chance: Chance, grid: tuple[int, int, int]) -> Bool[Tensor, "rows patch"]:
-    """One cuboid in each row, every edge between one patch and half the grid's."""
-    drawn = chance.uniform(6)
+def _covered(chance: Chance, grid: tuple[int, int, int], wanted: Int64[Tensor, " rows"]) -> Int64[Tensor, "rows patch"]:
+    """The order in which cuboids cover the patches of each row, for the first `wanted` of them at least.
+
+    Cuboids that only other rows still need come later in this row's order, and so change nothing for it.
+    """
+    first = torch.full((len(chance), *grid), NEVER, device=wanted.device)
+    laid = 0
+    while bool(((first < NEVER).flatten(1).sum(dim=1) < wanted).any()):
+        i, j, k = _cuboids(chance.purpose(str(laid)), grid)
+        fresh = torch.full_like(first, NEVER)
+        for number in reversed(range(AT_ONCE)):
+            inside = i[:, number, :, None, None] & j[:, number, None, :, None] & k[:, number, None, None, :]
+            fresh.masked_fill_(inside, laid + number)
+        first = torch.minimum(first, fresh)
+        laid += AT_ONCE
+    patches = first[0].numel()
+    return first.flatten(1) * patches + torch.arange(patches, device=first.device)
+
+
+def _cuboids(chance: Chance, grid: tuple[int, int, int]) -> list[Bool[Tensor, "rows cuboid side"]]:
+    """Some cuboids in each row as their extent on each axis, every edge between one patch and half the grid's."""
+    drawn = chance.uniform(6 * AT_ONCE).unflatten(1, (AT_ONCE, 6))
     inside: list[Tensor] = []
     for axis, side in enumerate(grid):
-        length = 1 + (drawn[:, axis] * max(1, side // 2)).long()
-        start = (drawn[:, 3 + axis] * (side - length + 1)).long()
+        length = 1 + (drawn[:, :, axis] * max(1, side // 2)).long()
+        start = (drawn[:, :, 3 + axis] * (side - length + 1)).long()
         at = torch.arange(side, device=drawn.device)
-        inside.append((at >= start[:, None]) & (at < (start + length)[:, None]))
-    i, j, k = inside
-    return (i[:, :, None, None] & j[:, None, :, None] & k[:, None, None, :]).flatten(1)
+        inside.append((at >= start[..., None]) & (at < (start + length)[..., None]))
+    return inside

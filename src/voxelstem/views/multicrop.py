@@ -71,13 +71,24 @@ class Ground(Protocol):
     """What has to be known of a scan to draw from it; a store's records do."""
 
     @property
-    def shape_ijk(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def shape_ijk(self) -> tuple[int, int, int]:
+        """Stored voxels along each axis."""
+        ...
+
     @property
-    def spacing_mm(self) -> Triple: ...  # noqa: D102
+    def spacing_mm(self) -> Triple:
+        """Edges of one."""
+        ...
+
     @property
-    def body_start_ijk(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def body_start_ijk(self) -> tuple[int, int, int]:
+        """First voxel of the box around the patient."""
+        ...
+
     @property
-    def body_size_ijk(self) -> tuple[int, int, int]: ...  # noqa: D102
+    def body_size_ijk(self) -> tuple[int, int, int]:
+        """Voxels of that box."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

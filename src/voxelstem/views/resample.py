@@ -9,9 +9,10 @@ from torch import Tensor
 
 from voxelstem.resampling import weights
 
-ROWS = 16
-"""Output planes made at a time on a processor. A row of a matrix touches its neighbours only, so a few rows together
-need a few input planes; a GPU has better things to do than many small products."""
+ROWS = (16, 64)
+"""Rows of the first and second axis' matrix that a processor multiplies at a time. A row touches its neighbours only,
+so a few rows together need a few input planes; the second axis pays for each product once for every plane. A GPU has
+better things to do than many small products."""
 
 
 def sample(
@@ -48,11 +49,11 @@ def _along(
     """Multiply one axis by a matrix."""
     factor = torch.from_numpy(np.ascontiguousarray(matrix)).to(array)
     if axis == 2:  # noqa: PLR2004 - the last axis lies in memory as a matrix product wants it
-        return array @ factor.T
+        return (array.flatten(0, 2) @ factor.T).reshape(*array.shape[:3], -1)
     # Axis 0 is a product of two matrices for each channel, axis 1 one for each plane.
     planes = array.flatten(2) if axis == 0 else array.flatten(0, 1)
     result = planes.new_empty((len(planes), len(matrix), planes.shape[2]))
-    for rows, columns in _bands(matrix, ROWS if array.device.type == "cpu" else len(matrix)):
+    for rows, columns in _bands(matrix, ROWS[axis] if array.device.type == "cpu" else len(matrix)):
         factors = factor[rows, columns].expand(len(planes), -1, -1)
         # Written to where it belongs: a product that has to be copied takes as long again.
         torch.bmm(factors, planes[:, columns], out=result[:, rows])
