@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from voxelstem.engine.parallel import ParallelConfig, Trainee
 from voxelstem.engine.plan import Plan, plan
 from voxelstem.engine.state import whole
 from voxelstem.engine.watch import WatchConfig
-from voxelstem.errors import ConfigError, StoreError
+from voxelstem.errors import CheckpointError, ConfigError, StoreError, VoxelstemError
 from voxelstem.objectives import OBJECTIVES
 from voxelstem.objectives.mae import MaeConfig
 from voxelstem.show import run_page
@@ -42,6 +44,7 @@ from voxelstem.study import InputSpec
 from voxelstem.table import Table
 from voxelstem.views.crop import check_spacing
 
+_log = logging.getLogger(__name__)
 FREE_TO_CHANGE = {
     "loader.threads",
     "loader.workers",
@@ -147,7 +150,7 @@ def run(
         chosen = trainable(opened, config.spec)
         check_settings(out, config, free=FREE_TO_CHANGE)
         if (out / "weights").exists():
-            return read_card(out / "weights")
+            return _finished(out)
         objective = make_objective(config)
         notes = [_begin(weights, objective)] if weights else []
         loader = make_loader(config, opened, chosen, ranks)
@@ -157,6 +160,11 @@ def run(
         )
         # Not before all this could be made: settings that cannot train leave no trace.
         with locked(out):
+            if ranks.rank == 0:
+                # Once more: another run may have held the folder, and let go of it, since.
+                check_settings(out, config, free=FREE_TO_CHANGE)
+            if distributed.said((out / "weights").exists()):
+                return _finished(out)
             if ranks.rank == 0:
                 claim(out, config)
             distributed.barrier()
@@ -175,11 +183,18 @@ def _train(
     notes: list[dict[str, Any]],
 ) -> None:
     """Go on from the newest checkpoint to the end."""
-    start = resume(run / "checkpoints", trainee.objective, trainee.optimizer)
+    start, scans = resume(run / "checkpoints", trainee.objective, trainee.optimizer), _scans(loader)
+    before = start.facts.get("scans", scans)
+    if before != scans:
+        raise CheckpointError(
+            f"run '{run.name}' was started on other scans ({before['count']} then, {scans['count']} now)",
+            hint="resume on the store as it was, or choose a new --out",
+        )
     loader.quarantine(_quarantined(start))
     begun = [] if start.step else list(notes)
     look = _monitor(config, trainee, loader, probe, run=run, begins=not start.step)
-    spent = [line["kwh"] for line in read_journal(run) if line["step"] < start.step and "kwh" in line]
+    # Lines of steps that run again count too: what they took is spent.
+    spent = [line["kwh"] for line in read_journal(run) if start.step and "kwh" in line]
     device = trainee.device
     settings = LoopConfig(
         steps=config.steps,
@@ -189,8 +204,8 @@ def _train(
         watch=config.watch,
         monitor_every=config.health.every,
     )
-    before = spent[-1] if spent and distributed.here().rank == 0 else 0.0
-    meter = EnergyMeter(device, before=before, first_here=distributed.first_on_machine())
+    used = spent[-1] if spent and distributed.here().rank == 0 else 0.0
+    meter = EnergyMeter(device, before=used, first_here=distributed.first_on_machine())
     with meter, dashboard(f"pretrain {config.recipe}", config.steps, start=start.step) as show:
 
         def health() -> dict[str, Any]:
@@ -200,7 +215,7 @@ def _train(
 
         def notes_of_step() -> list[dict[str, Any]]:
             meter.kwh()  # counters of processors begin anew within minutes
-            return [*_emptied(begun), *loader.notes()]
+            return [*_emptied(begun), *_everybodys(loader.notes())]
 
         around = Surroundings(
             batches=lambda step: loader.batches(step, config.steps, device=device),
@@ -208,7 +223,8 @@ def _train(
             show=show,
             names=lambda step: [name for names in distributed.each(loader.names(step)) for name in names],
             notes=notes_of_step,
-            facts=lambda: {"quarantined": distributed.each(sorted(loader.quarantined))},
+            facts=lambda: {"quarantined": distributed.each(sorted(loader.quarantined)), "scans": scans},
+            back=lambda start: loader.quarantine(_quarantined(start)),
         )
         train(trainee, around, run=run, start=start, config=settings)
 
@@ -224,6 +240,20 @@ def _emptied(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return taken
 
 
+def _everybodys(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What this process's loader said, and which scans were put aside by those of the others."""
+    aside = [note for note in notes if "quarantined" in note]
+    if not distributed.agree(bool(aside)):
+        return notes
+    rest = [note for note in notes if note not in aside]
+    return rest + [note for each in distributed.each(aside) for note in each]
+
+
+def _scans(loader: Loader) -> dict[str, Any]:
+    """Which scans are trained on: the order in which they come hangs on all of them."""
+    return {"count": len(loader.keys), "sha256": hashlib.sha256("\n".join(loader.keys).encode()).hexdigest()}
+
+
 def _quarantined(start: Resumed) -> list[str]:
     """What this process had put aside at the checkpoint; with another number of processes, what any of them had."""
     each: list[list[str]] = start.facts.get("quarantined", [])
@@ -236,7 +266,8 @@ def _monitor(
 ) -> Monitor:
     """What looks at the run now and then; the probe only where subjects carry voxel labels."""
     own = probe is loader.store
-    keys = set(loader.keys) - loader.quarantined if own else set(probe.select().key)
+    # Quarantined or not: one that cannot be read is passed over, and a run that resumes must look at the same blocks.
+    keys = set(loader.keys) if own else set(probe.select().key)
     labelled = sorted(set(probe.select(Wanted(labelled=True, modality=config.spec.modality)).key) & keys)
     seen = draw_probe_set(
         probe,
@@ -312,13 +343,14 @@ def make_card(
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
     counts.append(f"of {chosen.acquisitions()} acquisitions and {chosen.subjects()} subjects")
     levels = ("block", "scan") if objective.trains_scan_level else ("block",)
+    kept = ("block", "scan") if objective.learner.has_scan_level else ("block",)
     return Card(
         architecture=flatten(config.backbone),
         spec=config.spec,
         licence=parent.licence if parent else "other",
         data=(*(f"before: {line}" for line in (parent.data if parent else ())), *counts),
         recipe=config.recipe,
-        trained=tuple(sorted({*levels, *(parent.trained if parent else ())})),
+        trained=tuple(sorted({*levels, *(level for level in (parent.trained if parent else ()) if level in kept)})),
         parent=config.begun_from,
         origin=parent.origin if parent else "",
     )
@@ -331,9 +363,24 @@ def _write(config: PretrainConfig, trainee: Trainee, card: Card, *, run: Path) -
     training = gather_training(trainee.objective, trainee.optimizer, facts)
     if distributed.here().rank == 0:
         write_weights(run / "weights", kept, card, training.extras, training.texts)
-        run_page(run)
+        _draw_page(run)
     distributed.barrier()
     return read_card(run / "weights")
+
+
+def _finished(run: Path) -> Card:
+    """The card of a run that is done, and its page where it could not be written then."""
+    if distributed.here().rank == 0 and not (run / "report" / "index.html").exists():
+        _draw_page(run)
+    return read_card(run / "weights")
+
+
+def _draw_page(run: Path) -> None:
+    """No page is no reason to fail: the weights are there."""
+    try:
+        run_page(run)
+    except VoxelstemError as error:
+        _log.warning("the run's page was not written: %s", error.problem)
 
 
 def estimate(config: PretrainConfig, *, store: Path, out: Path, fleet: Fleet | None = None) -> Plan:

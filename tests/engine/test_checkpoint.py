@@ -322,6 +322,7 @@ def linear() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(objective.parameters())
     objective(torch.ones(1)).sum().backward()
     optimizer.step()
+    optimizer.zero_grad()
     return objective, optimizer
 
 
@@ -491,19 +492,21 @@ def run_to_the_end(run: Path) -> None:
 def kill_at_random(run: Path, kills: int) -> list[int]:
     """Start the run again and again, each time killed at a random moment; which step each start went on from."""
     rng, starts = random.Random(0), []
+    # What torch imports late is imported before the first fork, or a child would do little else.
+    resume(write_checkpoint(run.parent / "warm", 1, *linear(), keep=2).parent, *linear())
     for _ in range(kills):
         child = os.fork()
         if not child:
             run_to_the_end(run)
             os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.12))
+        time.sleep(rng.uniform(0.0, 0.6))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         lines, objective = read_journal(run) if (run / "journal.jsonl").exists() else [], linear()
         starts.append(resume(run / "checkpoints", *objective).step)
         reached = max((line["step"] + 1 for line in lines), default=0)
-        # One interval behind, and one more if the newest was just being written.
-        assert starts[-1] > reached - 2 * EVERY, (starts[-1], reached)
+        # Steps of no time at all: a checkpoint takes longer to write than its interval, and the next one waits for it.
+        assert starts[-1] >= reached - 2 * EVERY, (starts[-1], reached)
         if starts[-1] == STEPS:
             shutil.rmtree(run / "checkpoints")  # it has come to its end: once more from the beginning
     run_to_the_end(run)
@@ -517,6 +520,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Pat
     run_to_the_end(tmp_path / "one")
     (starts,) = run_together(kill_at_random, 1, tmp_path / "alone", (tmp_path / "two", kills), join=False)
     assert len(starts) == kills
+    assert kills < 100 or len(set(starts)) > 20, starts  # they came in the middle of it
     assert facts_of(read_journal(tmp_path / "one")) == facts_of(read_journal(tmp_path / "two"))
     ends = [linear(), linear()]
     for name, end in zip(("one", "two"), ends, strict=True):

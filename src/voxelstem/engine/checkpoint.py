@@ -82,8 +82,9 @@ class Checkpoints:
 
     `save` returns as soon as the state is copied to the CPU's memory (which holds one copy more meanwhile); a thread
     writes. A checkpoint is whole or not there: it counts from the moment its folder, complete and on the disk, gets its
-    name, and only then is an older one dropped. A kill costs the steps since the newest that counts: one interval, and
-    the time of writing on top. Processes must share the folder, as a network drive lets them.
+    name, and only then is an older one dropped. A kill costs the steps since the newest that counts: one interval and
+    the time of writing, and never more than two intervals, as a `save` waits for the one before. Processes must share
+    the folder, as a network drive lets them.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:

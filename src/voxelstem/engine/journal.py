@@ -38,14 +38,16 @@ class Journal:
         self.path = run / "journal.jsonl"
         self._board: Any = None
         self._file: Any = None
-        if distributed.here().rank != 0:
-            return
+        if distributed.here().rank == 0:
+            self._open(resume_at)
+
+    def _open(self, step: int) -> None:
         try:
-            self._file = _keep(run, before=resume_at)
+            self._file = _keep(self.path.parent, before=step)
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at)
+                self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
         except OSError as error:
             raise _full(error) from error
 
@@ -76,11 +78,8 @@ class Journal:
         """
         if self._file is None:
             return
-        self._file.close()
-        try:
-            self._file = _keep(self.path.parent, before=step)
-        except OSError as error:
-            raise _full(error) from error
+        self._close()
+        self._open(step)
 
     def __enter__(self) -> Journal:
         """For `with`."""
@@ -90,6 +89,9 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close both files."""
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
         try:

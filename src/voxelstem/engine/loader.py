@@ -135,9 +135,14 @@ class Loader:
         self._waited, self._busy = 0.0, 0.0
 
     def quarantine(self, keys: Iterable[str]) -> None:
-        """Leave scans out from the start, by the first letters of their keys as `notes` gives them."""
+        """Leave out these scans and no others, by the first letters of their keys as `notes` gives them.
+
+        What was found out about others is forgotten and not told: a run that resumes, or goes back, meets them again
+        where it met them first.
+        """
         marks = tuple(keys)
-        self.quarantined |= {key for key in self.keys if marks and key.startswith(marks)}
+        self.quarantined = {key for key in self.keys if marks and key.startswith(marks)}
+        self._notes = [note for note in self._notes if "quarantined" not in note]
 
     def notes(self) -> list[dict[str, Any]]:
         """What happened since the last call, for the journal: the way voxels come by, scans that were quarantined."""
@@ -240,7 +245,8 @@ class Loader:
 
     def _good(self, slot: Slot, reading: Reading | Lost, read: Read) -> tuple[Sample, ...]:
         """The samples of a slot; where its scan cannot be read, of the one that stands in for it."""
-        while isinstance(reading, Lost) or reading.fault:
+        # What was read ahead of a scan that was put aside meanwhile is left: how far ahead that was must not matter.
+        while isinstance(reading, Lost) or reading.fault or slot.key in self.quarantined:
             self._put_aside(slot.key, reading.reason if isinstance(reading, Lost) else reading.fault)
             slot = self._slot(slot.epoch * len(self.keys) + slot.place, slot.phases)
             ((_, reading),) = read([slot])

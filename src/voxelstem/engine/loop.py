@@ -49,6 +49,8 @@ class Surroundings:
     """What the loader has to say since it was last asked: lines for the journal."""
     facts: Callable[[], dict[str, Any]] = dict
     """What else a checkpoint must hold, as JSON."""
+    back: Callable[[Resumed], None] = lambda start: None  # noqa: ARG005
+    """Is told when the run goes back, and to where: what was learnt since is to be forgotten."""
 
 
 def train(trainee: Trainee, around: Surroundings, *, run: Path, start: Resumed, config: LoopConfig) -> None:
@@ -74,6 +76,7 @@ def train(trainee: Trainee, around: Surroundings, *, run: Path, start: Resumed, 
                     hint="lower optim.lr, or look at the scans that the journal names",
                 )
             watch.roll_back(start.facts.get("watch", {}))
+            around.back(start)
             journal.rewind(start.step)
             told = {"rolled_back_to": start.step, "reason": verdict.reason, "excluded": sorted(watch.excluded)}
             loop.tell(start.step, told)
@@ -137,4 +140,3 @@ class _Loop:
 
     def _leave_out(self, step: int, reason: str, health: Mapping[str, Any]) -> None:
         self.tell(step, {"skipped": reason, "samples": self.around.names(step)} | dict(health))
-

@@ -106,6 +106,8 @@ class Trainee:
                 hint="set loader.batch to a multiple of parallel.accumulate times the number of processes",
             )
         size = len(batch) // count
+        # Views that threads or workers made lie on the CPU, and so does everything about places.
+        batch = devices.move(batch, self.device)
         outputs: list[StepOutput] = []
         for number in range(count):
             part = batch if count == 1 else batch.part(number * size, (number + 1) * size)
