@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_together
 
 from voxelstem import cli, pretrain
 from voxelstem.card import read_card
 from voxelstem.config import flatten, overlay, read_toml
 from voxelstem.engine.journal import facts_of, read_journal
 from voxelstem.engine.loader import Loader
+from voxelstem.engine.transfer import Crops
 from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.model import load
 from voxelstem.pretrain import PretrainConfig
+from voxelstem.protocols import Batch
 from voxelstem.recipes import named
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
@@ -335,6 +338,12 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, object]):
         replace(small(), **wrong)
 
 
+def test_samples_that_are_compared_must_share_a_micro_batch():
+    with pytest.raises(ConfigError, match=r"loader\.batch >= 2 in every micro-batch, got 1"):
+        overlay(named("tiny.dino"), {"loader.batch": 4, "parallel.accumulate": 4})
+    overlay(named("tiny.dino"), {"loader.batch": 4, "parallel.accumulate": 2})
+
+
 def test_a_spec_and_a_backbone_that_disagree_are_refused():
     with pytest.raises(ValueError, match="differ"):
         replace(small(), spec=replace(small().spec, block_ijk=(16, 16, 16)))
@@ -437,3 +446,125 @@ def test_a_run_may_resume_with_other_readers_and_a_quarantined_scan_stays_out(
     after = read_journal(run)
     assert [line["reader"] for line in after if "reader" in line] == ["blosc2 mmap"] * 2, "each start says its way"
     assert after[-1]["read_gb"] > 0
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
+    """Training cannot read this scan; whoever looks at the run's health still can."""
+    real = Crops.read
+
+    def read(self: Crops, key: str, start: tuple[int, int, int], size: tuple[int, int, int]) -> torch.Tensor:
+        if key == bad:
+            raise StoreError("the file is damaged")
+        return real(self, key, start, size)
+
+    monkeypatch.setattr(Crops, "read", read)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_scan_that_stays_unreadable_changes_no_line_of_a_run_that_resumes(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    opened = Store.open(store)
+    bad = pretrain.make_loader(small(), opened, pretrain.trainable(opened, small().spec)).plan(step, 0)[0].key
+    with monkeypatch.context() as damage:
+        unreadable(damage, bad)
+        pretrain.run(small(), store=store, out=tmp_path / "whole")
+        with monkeypatch.context() as stop:
+            stop_after(stop, 5)
+            with pytest.raises(StoppedError):
+                pretrain.run(small(), store=store, out=tmp_path / "run")
+        pretrain.run(small(), store=store, out=tmp_path / "run")
+    assert [line["quarantined"] for line in facts(tmp_path / "run") if "quarantined" in line] == [bad[:16]]
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Do something else while the next run prepares."""
+    real, due = Loader.batch, [work]
+
+    def batch(self: Loader, step: int) -> Batch:
+        if due:
+            due.pop()()
+        return real(self, step)
+
+    monkeypatch.setattr(Loader, "batch", batch)
+
+
+def test_a_run_that_another_one_finished_while_it_prepared_gives_that_one_s_card(
+    whole: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    meanwhile(monkeypatch, lambda: pretrain.run(small(), store=store, out=tmp_path / "run"))
+    assert pretrain.run(small(), store=store, out=tmp_path / "run") == read_card(tmp_path / "run" / "weights")
+    assert facts(tmp_path / "run") == facts(whole)
+
+
+def test_settings_are_compared_by_the_one_who_holds_the_folder(
+    whole: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    meanwhile(monkeypatch, lambda: started(whole, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="started with other settings: seed: 0 -> 3"):
+        pretrain.run(replace(small(), seed=3), store=store, out=tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_bytes() == (whole / "config.toml").read_bytes()
+
+
+def test_a_run_does_not_resume_on_other_scans(whole: Path, tmp_path: Path):
+    out = started(whole, tmp_path / "run")
+    other = make_store(tmp_path / "other", range(10, 12), fractions=Fractions(train=1, validation=0, test=0))
+    with pytest.raises(CheckpointError, match=r"started on other scans \(\d then, 2 now\)"):
+        pretrain.run(small(), store=other, out=out)
+
+
+def test_a_page_that_cannot_be_written_costs_no_run_and_is_written_later(
+    whole: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = started(whole, tmp_path / "run")
+    shutil.rmtree(out / "report")
+    (out / "report").write_text("a file where a folder should be")
+    pretrain.run(small(), store=store, out=out)
+    assert "page was not written" in caplog.text
+    (out / "report").unlink()
+    pretrain.run(small(), store=store, out=out)
+    assert (out / "report" / "index.html").is_file()
+
+
+def test_energy_of_steps_that_run_again_is_spent_too(whole: Path, store: Path, tmp_path: Path):
+    out = started(whole, tmp_path / "run")
+    shutil.rmtree(sorted((out / "checkpoints").iterdir())[-1])
+    lines = [line | ({"kwh": 5.0} if line["step"] == 6 else {}) for line in read_journal(whole)]
+    (out / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pretrain.run(small(), store=store, out=out)
+    assert 5.0 < read_journal(out)[-1]["kwh"] < 5.1
+
+
+def test_a_level_that_is_no_longer_there_does_not_count_as_trained(whole: Path, store: Path):
+    config, opened = small("tiny.dino"), Store.open(store)
+    chosen = pretrain.trainable(opened, config.spec)
+    parent = read_card(whole / "weights")
+    card = pretrain.make_card(config, pretrain.make_objective(config), opened, chosen, parent)
+    assert parent.trained == ("block", "scan")
+    assert card.trained == ("block",)
+
+
+def on_two(config: PretrainConfig, store: Path, out: Path, stop: int) -> None:
+    """Train, up to a step; the scan that process 1 reads first cannot be read."""
+    opened = Store.open(store)
+    bad = pretrain.make_loader(config, opened, pretrain.trainable(opened, config.spec)).plan(2, 1)[0].key
+    with pytest.MonkeyPatch.context() as patched:
+        unreadable(patched, bad)
+        if stop:
+            stop_after(patched, stop)
+            # Process 0 shows, and stops; the other hears no more of it.
+            with pytest.raises((StoppedError, RuntimeError)):
+                pretrain.run(config, store=store, out=out)
+        else:
+            pretrain.run(config, store=store, out=out)
+
+
+def test_two_processes_resume_to_the_last_bit_and_tell_of_each_other_s_scans(store: Path, tmp_path: Path):
+    for out, stops in (("whole", [0]), ("run", [5, 0])):
+        for stop in stops:
+            run_together(on_two, 2, tmp_path, (small(), store, tmp_path / out, stop), join=False)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    assert len([line for line in facts(tmp_path / "run") if "quarantined" in line]) >= 1

@@ -51,7 +51,11 @@ FREE_TO_CHANGE = {
     "loader.timeout_s",
     "loader.ahead",
     "loader.source",
-    "parallel.",
+    "checkpoint.background",
+    "parallel.kind",
+    "parallel.recompute",
+    "parallel.compile",
+    "parallel.timeout_s",
     "health.",
 }
 """Settings that change who reads, computes and looks, and not what is learned: a run may resume with others. Those of
@@ -103,7 +107,8 @@ class PretrainConfig:
         # An objective may say what it needs of the other parts.
         check = getattr(self.objective, "check", None)
         if check is not None:
-            check(self.views.global_, self.views.local, batch=self.loader.batch, backbone=self.backbone)
+            together = self.loader.batch // self.parallel.accumulate
+            check(self.views.global_, self.views.local, batch=together, backbone=self.backbone)
 
     def _check_numbers(self) -> None:
         if self.seed < 0:

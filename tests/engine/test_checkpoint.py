@@ -494,6 +494,8 @@ def kill_at_random(run: Path, kills: int) -> list[int]:
     rng, starts = random.Random(0), []
     # What torch imports late is imported before the first fork, or a child would do little else.
     resume(write_checkpoint(run.parent / "warm", 1, *linear(), keep=2).parent, *linear())
+    with Journal(run.parent / "warm", resume_at=0) as journal:
+        journal.append({"step": 0, "loss": 0.0})
     for _ in range(kills):
         child = os.fork()
         if not child:
@@ -508,7 +510,8 @@ def kill_at_random(run: Path, kills: int) -> list[int]:
         # Steps of no time at all: a checkpoint takes longer to write than its interval, and the next one waits for it.
         assert starts[-1] >= reached - 2 * EVERY, (starts[-1], reached)
         if starts[-1] == STEPS:
-            shutil.rmtree(run / "checkpoints")  # it has come to its end: once more from the beginning
+            shutil.rmtree(run)  # it has come to its end: once more from the beginning
+            run.mkdir()
     run_to_the_end(run)
     return starts
 

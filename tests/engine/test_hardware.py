@@ -27,6 +27,24 @@ def test_free_memory_is_what_linux_calls_available_and_no_more_than_a_container_
     assert 0 < hardware.free_memory() < 2**50
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "counts", "prefix"),
+    [
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    ],
+)
+def test_files_that_are_kept_in_memory_only_while_there_is_room_leave_a_container_s_memory_free(
+    tmp_path: Path, limit: str, used: str, counts: str, prefix: str
+):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text("5000000\n", encoding="ascii")
+    (tmp_path / used).write_text("4900000\n", encoding="ascii")
+    kinds = f"anon 600000\n{prefix}inactive_file 4000000\n{prefix}active_file 200000\n"
+    (tmp_path / counts).write_text(kinds, encoding="ascii")
+    assert hardware.free_memory(cgroup=tmp_path) == 5_000_000 - 4_900_000 + 4_200_000
+
+
 def test_matrix_products_are_timed():
     rate = hardware.product_rate(torch.device("cpu"), bf16=False, size=128, seconds=0.02)
     assert 1e7 < rate < 1e15

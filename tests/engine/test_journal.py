@@ -70,6 +70,18 @@ def test_tensorboard_gets_the_same_numbers(run: Path):
     ]
 
 
+def test_tensorboard_forgets_the_steps_that_run_again(run: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Journal(run, resume_at=0) as journal:
+        for step in range(5):
+            journal.append({"step": step, "loss": 9.0})
+        journal.rewind(2)
+        journal.append({"step": 2, "loss": 1.0})
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 9.0), (1, 9.0), (2, 1.0)]
+
+
 def fill(run: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Journal(run, resume_at=0) as journal:

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from voxelstem.engine.loader import Loader, LoaderConfig
-from voxelstem.errors import StoreError
+from voxelstem.engine.transfer import Crops
+from voxelstem.errors import ConfigError, StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store import Store, reader
 from voxelstem.store.reader import file_path
@@ -249,7 +250,7 @@ def test_processes_draw_for_their_samples_what_one_process_draws_for_all(phantom
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(phantoms: Store):
-    with pytest.raises(ValueError, match="multiple of the 2 processes, got 3"):
+    with pytest.raises(ConfigError, match="multiple of the 2 processes, got 3"):
         Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=LoaderConfig(batch=3), seed=0, rank=0, world=2)
 
 
@@ -295,6 +296,41 @@ def test_scans_that_are_well_stay_bit_by_bit_as_they_were(damaged: tuple[Store, 
         for index, key in enumerate(drawn(loader(phantoms, batch=4), range(step, step + 1), 4)):
             same = torch.equal(batch.views["global"][index], want.views["global"][index])
             assert same == (key != bad)
+
+
+def test_what_was_read_ahead_of_a_scan_put_aside_is_not_used(phantoms: Store, monkeypatch: pytest.MonkeyPatch):
+    bad, real = sorted(keys(phantoms))[1], Crops.read
+
+    def read(self: Crops, key: str, start: tuple[int, int, int], size: tuple[int, int, int]) -> torch.Tensor:
+        if key == bad and start[0] <= 8:
+            raise StoreError("one corner of the file is damaged")
+        return real(self, key, start, size)
+
+    monkeypatch.setattr(Crops, "read", read)
+
+    def seen(ahead: int, start: int = 0, known: tuple[str, ...] = ()) -> tuple[list[bytes], list[tuple[str, ...]]]:
+        config = LoaderConfig(batch=2, ahead=ahead, samples_per_open=1)
+        source = Loader(phantoms, keys(phantoms), SPEC, views=VIEWS, config=config, seed=0)
+        source.quarantine(known)
+        both = [(content(batch), tuple(source.quarantined)) for batch in source.batches(start, 16)]
+        return [batch for batch, _ in both], [aside for _, aside in both]
+
+    batches, aside = seen(1)
+    assert not aside[0]
+    assert aside[-1] == (bad,)
+    assert seen(8)[0] == batches, "however far ahead it reads"
+    met = next(step for step, known in enumerate(aside) if known)
+    assert seen(8, met + 1, aside[met])[0] == batches[met + 1 :], "wherever it resumes"
+
+
+def test_only_what_a_checkpoint_knew_is_left_out(damaged: tuple[Store, str]):
+    store, bad = damaged
+    source = loader(store, batch=4)
+    source.batch(0)
+    assert source.quarantined == {bad}
+    source.quarantine([])
+    assert source.quarantined == set()
+    assert [note for note in source.notes() if "quarantined" in note] == []
 
 
 def test_when_many_scans_cannot_be_read_the_disk_is_to_blame(damaged: tuple[Store, str]):

@@ -35,6 +35,7 @@ def loop(
     steps: int = 6,
     batch: Callable[[int], Batch] | None = None,
     notes: Callable[[], list[dict[str, Any]]] = list,
+    back: Callable[[Resumed], None] = lambda _: None,
     **settings: Any,
 ) -> list[tuple[int, dict[str, Any]]]:
     shown: list[tuple[int, dict[str, Any]]] = []
@@ -49,6 +50,8 @@ def loop(
         show=lambda step, told: shown.append((step, dict(told))),
         names=lambda step: [f"scan {step}"],
         notes=notes,
+        facts=lambda: {"seen": len(shown)},
+        back=back,
     )
     one = objective if isinstance(objective, Trainee) else trainee(objective)
     config = LoopConfig(steps=steps, batch=2, optim=OPTIM, **options)
@@ -81,7 +84,7 @@ def test_the_rate_follows_the_schedule(make, run: Path):
 def test_the_loss_falls_on_batches_that_repeat(make, run: Path):
     objective = make.objective()
     every = CheckpointConfig(every=100)
-    loop(make, run, objective, steps=30, batch=lambda step: make.batch(0), checkpoint=every)
+    loop(make, run, objective, steps=30, batch=lambda _: make.batch(0), checkpoint=every)
     losses = [line["loss"] for line in read_journal(run)[:-1]]
     assert losses[-1] < 0.95 * losses[0]
 
@@ -125,7 +128,9 @@ def test_a_step_that_is_not_a_number_is_left_out_as_if_it_had_never_been(make, r
 
 def test_what_goes_wrong_again_and_again_goes_back_and_round_those_steps(make, run: Path):
     objective = Breaks(make.objective(), {4, 5}, "loss")
-    loop(make, run, objective, steps=8)
+    told: list[Resumed] = []
+    loop(make, run, objective, steps=8, back=told.append)
+    assert [(start.step, start.facts["seen"]) for start in told] == [(2, 2)]
     lines = read_journal(run)
     (back,) = [line for line in lines if "rolled_back_to" in line]
     # Steps 4 and 5 are bad; the one before them is left out too, so the run goes back to the checkpoint before it.
@@ -179,7 +184,7 @@ def test_a_run_that_keeps_going_wrong_ends_with_whole_checkpoints(make, run: Pat
 
 def test_batches_that_end_too_soon_are_noticed(make, run: Path):
     around = Surroundings(
-        batches=lambda step: (make.batch(step) for step in range(1)), monitor=dict, show=lambda *_: None
+        batches=lambda _: (make.batch(step) for step in range(1)), monitor=dict, show=lambda *_: None
     )
     config = LoopConfig(steps=3, batch=2, optim=OPTIM, checkpoint=CheckpointConfig())
     with pytest.raises(ValueError, match="shorter"):

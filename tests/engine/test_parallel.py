@@ -281,18 +281,19 @@ def resume_in_the_middle(kind: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_three_processes_that_resume_add_in_the_same_order(kind: str, tmp_path: Path):
-    assert run_together(resume_in_the_middle, 3, tmp_path, (kind,), timeout_s=300) == [0.0] * 3
+def test_four_processes_that_resume_add_in_the_same_order(kind: str, tmp_path: Path):
+    assert run_together(resume_in_the_middle, 4, tmp_path, (kind,), timeout_s=300) == [0.0] * 4
 
 
 @pytest.mark.slow
 def test_bf16_trains_close_to_fp32_and_keeps_whole_weights(tmp_path: Path, one: Any):
-    names = ["mae ddp", "mae fsdp", "dino fsdp"]
+    names = ["mae ddp", "mae fsdp accumulate", "dino fsdp"]
     low = run_together(train_all, 2, tmp_path, (names, "bf16"), timeout_s=300)
     for name in names:
         expected = one(name)["said"][-1]["loss"]
         assert low[0][name]["said"][-1]["loss"] == pytest.approx(expected, rel=0.03)
         assert low[0][name]["said"][-1]["loss"] != expected
+        assert torch.allclose(low[0][name]["seen"][0].float(), one(name)["seen"][0], atol=0.1)
         assert {value.dtype for value in low[0][name]["state"].values() if value.is_floating_point()} == {torch.float32}
 
 

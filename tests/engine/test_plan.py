@@ -11,7 +11,8 @@ import torch
 from voxelstem.config import overlay
 from voxelstem.engine.cost import FLOAT
 from voxelstem.engine.hardware import GIB, Fleet
-from voxelstem.engine.plan import Plan, plan
+from voxelstem.engine.loader import LoaderConfig
+from voxelstem.engine.plan import Plan, gpu_makes_views, plan
 from voxelstem.errors import ConfigError
 from voxelstem.pretrain import make_loader, make_objective, trainable
 from voxelstem.recipes import named
@@ -136,3 +137,11 @@ def test_the_slowest_of_computing_reading_and_sending_sets_the_pace(phantoms: St
     assert slow.traffic.network_gb_per_s == pytest.approx(1e-4)
     compute = slow.flops_per_sample * 64 / 32 / Fleet(gpus=32).flops_per_s(bf16=False)
     assert slow.step_seconds > compute
+
+
+def test_readers_are_timed_without_the_views_that_a_gpu_makes():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert gpu_makes_views(LoaderConfig(), Fleet(), gpu)
+    assert gpu_makes_views(LoaderConfig(), Fleet(gpus=1), cpu)
+    assert not gpu_makes_views(LoaderConfig(), Fleet(), cpu)
+    assert not gpu_makes_views(LoaderConfig(made="worker"), Fleet(gpus=1), gpu)

@@ -56,6 +56,9 @@ class CheckpointConfig:
 
     every: int = 200
     keep: int = 2
+    background: bool = True
+    """Train on while one is written: a kill then costs at most an interval and what was trained during the writing.
+    Without it training waits, and a kill never costs more than an interval."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.

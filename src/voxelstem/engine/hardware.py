@@ -95,18 +95,27 @@ def free_memory(*, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> float:
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
         free = 1024.0 * int(lines["MemAvailable"].split()[0])
-    limits = [(cgroup / names[0], cgroup / names[1]) for names in _LIMITS]
-    for limit, used in limits:
-        if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-            free = min(free, max(0.0, int(text) - float(used.read_text(encoding="ascii"))))
+    for limit, used, counts, prefix in _LIMITS:
+        paths = cgroup / limit, cgroup / used
+        if all(path.is_file() for path in paths) and (text := paths[0].read_text(encoding="ascii").strip()) != "max":
+            taken = float(paths[1].read_text(encoding="ascii")) - _cached(cgroup / counts, prefix)
+            free = min(free, max(0.0, int(text) - taken))
     return free
 
 
+def _cached(counts: Path, prefix: str) -> float:
+    """Bytes of files that are in memory because there was room: they count as used, and go when it is needed."""
+    if not counts.is_file():
+        return 0.0
+    pairs = dict(line.split() for line in counts.read_text(encoding="ascii").splitlines())
+    return sum(float(pairs.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
+
+
 _LIMITS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", ""),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
 )
-"""Of a container, by either version of Linux' control groups."""
+"""Of a container, by either version of Linux' control groups: what it may have, what it has, and of what kinds."""
 
 
 def free_disk(folder: Path) -> int:

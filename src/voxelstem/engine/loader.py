@@ -25,7 +25,7 @@ from jaxtyping import Int64
 
 from voxelstem.engine.reading import Made, Reading, Sample, Slot, SlotReader
 from voxelstem.engine.transfer import Crops
-from voxelstem.errors import StoreError
+from voxelstem.errors import ConfigError, StoreError
 from voxelstem.protocols import Batch
 from voxelstem.store.plans import epoch_order
 from voxelstem.store.reader import Record, Store
@@ -113,7 +113,7 @@ class Loader:
 
         Raises:
             StoreError: there are none, or too few for one batch and `config.repeat` is off.
-            ValueError: the batch cannot be shared out evenly.
+            ConfigError: the batch cannot be shared out evenly.
         """
         if not len(keys):
             raise StoreError("no scan to train on", hint="ingest scans of the recipe's modality first")
@@ -123,8 +123,11 @@ class Loader:
                 hint=f"set loader.batch={len(keys)} or less, ingest more scans, or set loader.repeat=true to take "
                 "several samples of one scan into a batch",
             )
-        if not 0 <= rank < world or config.batch % world:
-            raise ValueError(f"loader.batch must be a multiple of the {world} processes, got {config.batch}")
+        if config.batch % world:
+            raise ConfigError(
+                f"loader.batch must be a multiple of the {world} processes, got {config.batch}",
+                hint=f"set loader.batch to a multiple of {world}, or start another number of processes",
+            )
         self.store, self.keys, self.spec = store, sorted(keys), spec
         self.views, self.config, self.seed = views, config, seed
         self.rank, self.world = rank, world

@@ -107,6 +107,8 @@ class _Loop:
                 if done % self.config.checkpoint.every == 0 or done == self.config.steps:
                     facts = {"watch": watch.facts()} | self.around.facts()
                     self.checkpoints.save(done, self.trainee.objective, self.trainee.optimizer, facts)
+                    if not self.config.checkpoint.background:
+                        self.checkpoints.wait()
         return verdict
 
     def tell(self, step: int, told: Mapping[str, Any]) -> None:

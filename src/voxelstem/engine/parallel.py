@@ -140,12 +140,15 @@ class Trainee:
     def look(self, work: Callable[[], Result]) -> Result:
         """Call `work`, which uses the networks between two steps, without gradients; on all processes at once.
 
-        Where weights are sharded, the networks can be used nowhere else.
+        Where weights are sharded, the networks can be used nowhere else, and answer in the precision of a step.
         """
-        with torch.no_grad():
-            result = self._wrapped(work) if self._sharded else work()
-        if self._sharded:
-            self._wrapped.reshard()
+        if not self._sharded:
+            with torch.no_grad():
+                return work()
+        # Weights are put together in the precision of a step: in bf16 they multiply nothing that is not.
+        with torch.no_grad(), devices.autocast(self.device, self._precision):
+            result: Result = self._wrapped(work)
+        self._wrapped.reshard()
         return result
 
     def _replicate(self) -> nn.Module:

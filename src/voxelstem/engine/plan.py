@@ -193,7 +193,7 @@ def plan(
     step = _reckon(config, make, fleet, device)
     few = replace(config, loader=replace(config.loader, batch=min(config.loader.batch, MEASURED_SAMPLES), repeat=True))
     loader = load(few)
-    batch, sample_seconds = _time_a_batch(loader, made_elsewhere=fleet.gpus > 0 and config.loader.made != "worker")
+    batch, sample_seconds = _time_a_batch(loader, made_elsewhere=gpu_makes_views(config.loader, fleet, device))
     fits = step.memory.total <= room
     computing = step.on(fleet) if fleet.gpus else step.here(few, make, batch, device=device, fits=fits)
     a_sample, source = max(computing, *_limits(config.loader, step, fleet, sample_seconds))
@@ -262,6 +262,11 @@ def _share(batch: int, gpus: int, accumulate: int) -> int:
             hint=f"set loader.batch to a multiple of {gpus * accumulate}",
         )
     return batch // (gpus * accumulate)
+
+
+def gpu_makes_views(loader: Any, fleet: Fleet, device: torch.device) -> bool:
+    """Whether those who read leave the views to a GPU, of the fleet or the one here; `loader` is a `LoaderConfig`."""
+    return loader.made != "worker" and (fleet.gpus > 0 or device.type == "cuda")
 
 
 def _room(device: torch.device) -> float:

@@ -112,7 +112,10 @@ class DinoConfig:
                 "dino compares two views or more, got one: need views.global_.count >= 2 or views.local.count >= 1"
             )
         if self.koleo_weight and batch < PAIR:
-            raise ValueError(f"koleo needs loader.batch >= 2, got {batch} (objective.koleo_weight=0 switches it off)")
+            raise ValueError(
+                f"koleo needs loader.batch >= 2 in every micro-batch, got {batch} "
+                "(objective.koleo_weight=0 switches it off)"
+            )
         if self.koleo_weight and self.koleo_on == "local_logits" and not local.count:
             raise ValueError("objective.koleo_on=local_logits needs views.local.count >= 1, got 0")
 

@@ -217,7 +217,7 @@ def base() -> PretrainConfig:
     - Nothing is mirrored: the liver is on one side, and reports say which.
     - Regions lie about the patient's body, not about the middle of the picture: no step is spent on air and table.
     - Every patch token is asked where in the body it is (see decision 4): measured to help, nearly free.
-    - Scales are log-uniform about the true size and stay within 2: 64 to 256 mm views of one body look alike.
+    - Scales are log-uniform about the true size, within 1.5: global views of 64 to 144 mm, local ones of 24 to 54.
     - lr follows the batch, so that 8 or 256 GPUs need no other number.
     """
     start = spectre_stage1()
@@ -228,7 +228,6 @@ def base() -> PretrainConfig:
         start,
         recipe="ct.base",
         steps=60_000,
-        precision="bf16",
         spec=replace(start.spec, spacing_mm=(0.75, 0.75, 1.5)),
         backbone=replace(start.backbone, block=size, scan=replace(size, depth=0, rope_base=100.0), inputs="centred"),
         objective=replace(
