@@ -223,14 +223,14 @@ class Peer:
 
     def step(self, batch: Batch, precision: str) -> tuple[dict[str, float], float]:
         globals_, locals_ = (batch.views[name].transpose(0, 1).flatten(0, 1) for name in ("global", "local"))
-        views, samples = 2, len(batch)
+        samples = len(batch)
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
             teacher, teacher_masked, student, student_masked = self.model(globals_, locals_, self.masks)
             cls = self.seen[0].split(samples)
             terms = {
                 "dino": self.dino(list(teacher.split(samples)), list(student.split(samples)), teacher_temp=TEACHER),
                 "ibot": self.ibot(teacher_masked, student_masked, self.grids, teacher_temp=TEACHER),
-                "koleo": sum(self.koleo(view) for view in cls) / views,
+                "koleo": sum(self.koleo(view) for view in cls),
             }
             loss = terms["dino"] + terms["ibot"] + 0.1 * terms["koleo"]
         self.seen.clear()

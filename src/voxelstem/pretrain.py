@@ -21,7 +21,7 @@ from voxelstem.engine import device as devices
 from voxelstem.engine.checkpoint import CheckpointConfig, Resumed, resume
 from voxelstem.engine.dashboard import dashboard
 from voxelstem.engine.energy import EnergyMeter
-from voxelstem.engine.folder import check_settings, claim
+from voxelstem.engine.folder import FREE_TO_CHANGE, check_settings, claim
 from voxelstem.engine.handover import begin_from, gather_training
 from voxelstem.engine.hardware import Fleet
 from voxelstem.engine.journal import read_journal
@@ -45,21 +45,6 @@ from voxelstem.table import Table
 from voxelstem.views.crop import check_spacing
 
 _log = logging.getLogger(__name__)
-FREE_TO_CHANGE = {
-    "loader.threads",
-    "loader.workers",
-    "loader.timeout_s",
-    "loader.ahead",
-    "loader.source",
-    "checkpoint.background",
-    "parallel.kind",
-    "parallel.recompute",
-    "parallel.compile",
-    "parallel.timeout_s",
-    "health.",
-}
-"""Settings that change who reads, computes and looks, and not what is learned: a run may resume with others. Those of
-`parallel`, like the number of processes, change results by rounding; the others by not one bit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -183,9 +183,7 @@ def test_a_run_that_keeps_going_wrong_ends_with_whole_checkpoints(make, run: Pat
 
 
 def test_batches_that_end_too_soon_are_noticed(make, run: Path):
-    around = Surroundings(
-        batches=lambda _: (make.batch(step) for step in range(1)), monitor=dict, show=lambda *_: None
-    )
+    around = Surroundings(batches=lambda _: (make.batch(step) for step in range(1)), monitor=dict, show=lambda *_: None)
     config = LoopConfig(steps=3, batch=2, optim=OPTIM, checkpoint=CheckpointConfig())
     with pytest.raises(ValueError, match="shorter"):
         train(trainee(make.objective()), around, run=run, start=Resumed(), config=config)

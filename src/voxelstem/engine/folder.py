@@ -12,6 +12,21 @@ from voxelstem.errors import CheckpointError, ConfigError
 
 CONFIG = "config.toml"
 MOST_LISTED = 8
+FREE_TO_CHANGE = {
+    "loader.threads",
+    "loader.workers",
+    "loader.timeout_s",
+    "loader.ahead",
+    "loader.source",
+    "checkpoint.background",
+    "parallel.kind",
+    "parallel.recompute",
+    "parallel.compile",
+    "parallel.timeout_s",
+    "health.",
+}
+"""Settings that change who reads, computes and looks, and not what is learned: a run may resume with others. Those of
+`parallel`, like the number of processes, change results by rounding; the others by not one bit."""
 
 
 def claim(run: Path, config: Any) -> None:

@@ -54,8 +54,8 @@ class DinoConfig:
     """From the least to the largest share of patches that is hidden in such a view."""
     koleo_weight: float = 0.1
     koleo_on: Literal["cls", "local_logits"] = "cls"
-    """What is spread out: cls embeddings, the mean over global views, or logits of local views, summed over the views
-    (what SPECTRE's code does; its paper means the former)."""
+    """What is spread out, summed over views: cls embeddings of the global ones as in DINOv2, or logits of the local
+    ones (what SPECTRE's code does; its paper means the former)."""
     gram_weight: float = 0.0
     gram_from: float = 0.5
     """Share of the run after which patches are anchored to an earlier teacher."""
@@ -285,7 +285,7 @@ class Dino(nn.Module):
     def _spread(self, cls: Float[Tensor, "view sample dim"], logits: Float[Tensor, "any sample prototype"]) -> Tensor:
         """KoLeo, view by view, among the samples of all processes."""
         if self.config.koleo_on == "cls":
-            return torch.stack([koleo(distributed.rows(view)) for view in cls]).mean()
+            return torch.stack([koleo(distributed.rows(view)) for view in cls]).sum()
         return torch.stack([koleo(distributed.rows(view)) for view in logits[len(cls) :]]).sum()
 
     def _anchored(self, flat: Tensor, patches: Float[Tensor, "row patch dim"]) -> Tensor:

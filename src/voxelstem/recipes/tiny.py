@@ -72,9 +72,9 @@ def jepa() -> PretrainConfig:
 def dino() -> PretrainConfig:
     """`ct.base` in miniature; no scan level.
 
-    What is otherwise, for a few hundred steps of four samples: targets are centred by a running mean (eight rows are too
-    few for Sinkhorn to share prototypes out among), the teacher follows quickly, the question about places weighs more,
-    and the layer that takes voxels in learns at full rate.
+    What is otherwise, for a few hundred steps of four samples: targets are centred by a running mean (eight rows are
+    too few for Sinkhorn to share prototypes out among), the teacher follows quickly, the question about places weighs
+    more and KoLeo less, and the layer that takes voxels in learns at full rate.
     """
     start = _shrunk(ct.base(), "tiny.dino")
     return replace(
@@ -82,7 +82,12 @@ def dino() -> PretrainConfig:
         steps=300,
         backbone=replace(start.backbone, block=replace(start.backbone.block, registers=1, drop_path=0.0)),
         objective=replace(
-            start.objective, centring="softmax", position_weight=10.0, momentum_start=0.95, momentum_end=0.995
+            start.objective,
+            centring="softmax",
+            koleo_weight=0.05,
+            position_weight=10.0,
+            momentum_start=0.95,
+            momentum_end=0.995,
         ),
         views=replace(
             start.views,
