@@ -143,6 +143,10 @@ def run(
             return _finished(out)
         objective = make_objective(config)
         notes = [_begin(weights, objective)] if weights else []
+        if weights and probe is None and ranks.rank == 0:
+            _log.warning(
+                "without --probe the run is probed on its own scans: what it forgets of others is not measured"
+            )
         loader = make_loader(config, opened, chosen, ranks)
         loader.batch(0)
         trainee = Trainee(
@@ -343,6 +347,7 @@ def make_card(
         trained=tuple(sorted({*levels, *(level for level in (parent.trained if parent else ()) if level in kept)})),
         parent=config.begun_from,
         origin=parent.origin if parent else "",
+        notes=parent.notes if parent else (),
     )
 
 

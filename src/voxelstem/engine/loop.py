@@ -64,7 +64,11 @@ def train(trainee: Trainee, around: Surroundings, *, run: Path, start: Resumed, 
     """
     watch = Watch(config.watch, start.facts.get("watch"))
     folder = run / "checkpoints"
-    with Journal(run, resume_at=start.step) as journal, Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints:
+    with (
+        torch.random.fork_rng(devices=[]),
+        Journal(run, resume_at=start.step) as journal,
+        Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints,
+    ):
         loop = _Loop(trainee, around, journal, checkpoints, config)
         while (verdict := loop.run_from(start.step, watch)).action == "roll_back":
             checkpoints.wait()
@@ -91,7 +95,7 @@ class _Loop:
     ) -> None:
         self.trainee, self.around, self.config = trainee, around, config
         self.journal, self.checkpoints = journal, checkpoints
-        self.began = time.monotonic()
+        self.began, self.samples = time.monotonic(), 0
 
     def run_from(self, start: int, watch: Watch) -> Verdict:
         """Train from this step on; the verdict on the last step, or on the one for which the run must go back."""
@@ -133,7 +137,10 @@ class _Loop:
         if verdict.action == "take":
             trainee.update()
             trainee.objective.after_step(progress=progress)
-            told = {"loss": loss, "lr": rate, "grad_norm": norm, "seconds": time.monotonic() - self.began}
+            seconds = time.monotonic() - self.began
+            self.samples += self.config.batch
+            told = {"loss": loss, "lr": rate, "grad_norm": norm, "seconds": seconds}
+            told |= {"samples_per_s": self.samples / seconds}
             self.tell(step, told | output.scalars | health)
             return verdict
         trainee.drop()

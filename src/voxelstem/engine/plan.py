@@ -141,7 +141,8 @@ class Plan:
         ram = f", {gib(self.ram_free_bytes)} free" if self.ram_free_bytes else ""
         rows = {
             "recipe": f"{self.recipe}, {self.precision}, on {where}",
-            "data": f"{self.scans:,} scans of {self.subjects:,} subjects, {self.epochs:.1f} epochs",
+            "data": f"{self.scans:,} scans of {self.subjects:,} subjects, {self.epochs:.1f} epochs"
+            + (" (fewer scans than a batch holds: training asks for loader.repeat=true)" if self.too_few else ""),
             "steps": f"{self.steps:,}, {self.samples:,} samples, {self.batch_per_device} at once on a device",
             "parameters": "backbone {:.1f} M, trained {:.1f} M".format(*millions),
             "device memory": f"{gib(memory.total)} of {gib(self.room_bytes)}",
@@ -165,6 +166,11 @@ class Plan:
             "energy": f"{self.kwh:.3g} kWh (estimated, without cooling)",
         }
         return "\n".join(f"{name:<18}{value}" for name, value in rows.items())
+
+    @property
+    def too_few(self) -> bool:
+        """Whether a batch holds more samples than there are scans."""
+        return self.scans * self.steps < self.samples
 
     @property
     def state_on_disk(self) -> float:
