@@ -18,7 +18,7 @@ import torch
 from tests.processes import run_together
 
 from voxelstem import cli, pretrain
-from voxelstem.card import read_card
+from voxelstem.card import Card, read_card
 from voxelstem.config import flatten, overlay, read_toml
 from voxelstem.engine.journal import facts_of, read_journal
 from voxelstem.engine.loader import Loader
@@ -80,7 +80,12 @@ def test_a_recipe_without_a_spacing_is_refused() -> None:
 
 
 def make_store(folder: Path, seeds: range, *, modality: str = "CT", fractions: Fractions | None = None) -> Path:
-    store = Store.create(folder, fractions=fractions or Fractions(train=0.5, validation=0.0, test=0.5))
+    Store.create(folder, fractions=fractions or Fractions(train=0.5, validation=0.0, test=0.5))
+    return make_more(folder, seeds, modality=modality)
+
+
+def make_more(folder: Path, seeds: range, *, modality: str = "CT") -> Path:
+    store = Store.open(folder)
     for seed in seeds:
         study = phantom(PhantomConfig(seed=seed, spacing_mm=(6.0, 6.0, 8.0)))
         volumes = (replace(study.volumes[0], modality=modality),)
@@ -106,6 +111,14 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def facts(run: Path) -> list[dict[str, float]]:
     """What was trained, without what a clock said."""
     return facts_of(read_journal(run))
+
+
+def card_of(run: Path) -> Card:
+    return read_card(run / "weights")
+
+
+def model_of(run: Path) -> dict[str, torch.Tensor]:
+    return load(run / "weights").backbone.state_dict()
 
 
 def weights(run: Path) -> bytes:
@@ -568,3 +581,56 @@ def test_two_processes_resume_to_the_last_bit_and_tell_of_each_other_s_scans(sto
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
     assert len([line for line in facts(tmp_path / "run") if "quarantined" in line]) >= 1
+
+
+def test_of_a_mixed_store_only_the_recipe_s_modality_is_trained_on(tmp_path: Path):
+    everybody = Fractions(train=1, validation=0, test=0)
+    folder = make_store(tmp_path / "mixed", range(3), fractions=everybody)
+    make_more(folder, range(3, 6), modality="MR")
+    card = pretrain.run(replace(small(), steps=2), store=folder, out=tmp_path / "run")
+    assert card.data == ("3 CT scans from phantom sources", "of 3 acquisitions and 3 subjects")
+
+
+def test_too_few_scans_for_a_batch_are_a_clear_error(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "run"
+    code = cli.run(["pretrain", "tiny", "loader.batch=9", "--store", str(store), "--out", str(out)])
+    assert code == WRONG
+    assert "a batch of 9 samples needs as many scans" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_run_that_continues_weights_begins_with_them_and_keeps_their_licence(
+    whole: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    parent = tmp_path / "parent"
+    shutil.copytree(whole / "weights", parent)
+    about = json.loads((parent / "config.json").read_text())
+    about |= {"licence": "cc-by-nc-sa-4.0", "origin": "somebody else"}
+    (parent / "config.json").write_text(json.dumps(about))
+    config = overlay(small(), {"steps": 1, "optim.lr": 1e-4})
+    card = pretrain.run(config, store=store, out=tmp_path / "run", weights=parent)
+    assert (card.licence, card.origin, card.parent) == ("cc-by-nc-sa-4.0", "somebody else", card_of(whole).sha256)
+    assert "without --probe" in caplog.text
+    lines = read_journal(tmp_path / "run")
+    assert [line["begun_from"] for line in lines if "begun_from" in line] == ["full"]
+    before, after = (model_of(folder) for folder in (whole, tmp_path / "run"))
+    drawn = pretrain.make_objective(config).backbone.state_dict()
+    # At step 0 the rate is 0: the weights are still the parent's.
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[name], drawn[name]) for name in before)
+
+
+def test_a_probe_store_is_looked_at_before_and_after_and_is_never_trained_on(whole: Path, store: Path, tmp_path: Path):
+    labelled = make_store(tmp_path / "probe", range(20, 24))
+    config = overlay(small(), {"steps": 2, "optim.lr": 1e-4})
+    card = pretrain.run(config, store=store, out=tmp_path / "run", weights=whole / "weights", probe=labelled)
+    assert all("6 CT" not in line for line in card.data)
+    looks = [line["probe/patch_knn"] for line in read_journal(tmp_path / "run") if "probe/patch_knn" in line]
+    assert len(looks) == 2
+    assert "kNN probe" in (tmp_path / "run" / "report" / "index.html").read_text()
+
+
+def test_a_probe_store_without_labels_is_a_clear_error(store: Path, tmp_path: Path):
+    Store.create(tmp_path / "bare")
+    with pytest.raises(StoreError, match="probe store has fewer than two subjects"):
+        pretrain.run(small(), store=store, out=tmp_path / "run", probe=tmp_path / "bare")
