@@ -438,3 +438,15 @@ def test_no_two_views_of_a_batch_draw_alike(make, batch: Batch):
     moving.encode_blocks = listen
     objective.step(batch, progress=0.0)
     assert len(set(keys)) == len(keys) == 4 * (2 + 2)
+
+
+def test_a_teacher_that_answers_all_views_alike_is_told_by_its_evenness(make, batch: Batch):
+    sure = dino(make).step(batch, progress=0.0).scalars
+    objective = dino(make)
+    with torch.no_grad():
+        objective.teacher.network.cls_head.prototypes.copy_(
+            torch.ones_like(objective.teacher.network.cls_head.prototypes)
+        )
+    even = objective.step(batch, progress=0.0).scalars
+    assert 0 < sure["teacher_evenness"] < 0.99
+    assert even["teacher_evenness"] == pytest.approx(1.0, abs=1e-5)

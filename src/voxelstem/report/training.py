@@ -15,6 +15,8 @@ SLOW_DATA = 0.05
 """Share of the time spent waiting for samples, above which training is held up."""
 _PROBES = tuple(name for name in SIGNS if name.startswith("probe/"))
 _HALF = 0.5
+EVEN = 0.99
+"""Of the largest entropy there is, above which targets say nothing."""
 
 
 def training_page(facts: Facts, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -55,6 +57,8 @@ def warnings(facts: Facts) -> list[str]:
     for name in ("spread/patch", "spread/cls"):
         if name in signs and signs[name]["last"] < min(_HALF * signs[name]["first"], _HALF):
             said.append(f"The {SIGNS[name].name} fell to {signs[name]['last']:.3g}: tokens point the same way.")
+    if signs.get("teacher_evenness", {"last": 0.0})["last"] > EVEN:
+        said.append("The teacher answers every view by all prototypes evenly: its cls term teaches nothing.")
     if facts.get("data_wait_share", 0.0) > SLOW_DATA:
         said.append(f"Training waited {facts['data_wait_share']:.0%} of its time for samples: give it more readers.")
     if facts["rolled_back"]:
