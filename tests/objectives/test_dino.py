@@ -440,13 +440,16 @@ def test_no_two_views_of_a_batch_draw_alike(make, batch: Batch):
     assert len(set(keys)) == len(keys) == 4 * (2 + 2)
 
 
-def test_a_teacher_that_answers_all_views_alike_is_told_by_its_evenness(make, batch: Batch):
-    sure = dino(make).step(batch, progress=0.0).scalars
-    objective = dino(make)
+@pytest.mark.parametrize("prototype", [1.0, 0.0])
+def test_a_teacher_that_answers_all_views_alike_is_told_by_its_information(make, batch: Batch, prototype: float):
+    apart = dino(make, teacher_temperature_start=0.01).step(batch, progress=0.0).scalars
+    objective = dino(make, teacher_temperature_start=0.01)
     with torch.no_grad():
-        objective.teacher.network.cls_head.prototypes.copy_(
-            torch.ones_like(objective.teacher.network.cls_head.prototypes)
-        )
-    even = objective.step(batch, progress=0.0).scalars
-    assert 0 < sure["teacher_evenness"] < 0.99
-    assert even["teacher_evenness"] == pytest.approx(1.0, abs=1e-5)
+        # All prototypes the same: even. All but one far off: always that one.
+        weight = objective.teacher.network.cls_head.prototypes
+        weight.copy_(torch.ones_like(weight))
+        if not prototype:
+            objective.cls_centre[1:] = 100.0
+    alike = objective.step(batch, progress=0.0).scalars
+    assert apart["teacher_information"] > 0.02
+    assert alike["teacher_information"] == pytest.approx(0.0, abs=1e-5)

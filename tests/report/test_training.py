@@ -89,7 +89,7 @@ def test_a_healthy_run_has_no_warning():
         ({"effective_rank": 9.0}, "The rank of patches fell from 20 to 9: look for collapse"),
         ({"spread/cls": 0.1}, "The spread of blocks fell to 0.1"),
         ({"data_wait_share": 0.5}, "waited 50% of its time"),
-        ({"teacher_evenness": 0.999}, "by all prototypes evenly"),
+        ({"teacher_information": 0.001}, "one answer to all views"),
         ({"rolled_back_to": 2, "excluded": [2]}, "went back to a checkpoint: 1;"),
     ],
 )

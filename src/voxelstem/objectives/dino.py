@@ -235,9 +235,9 @@ class Dino(nn.Module):
         loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
         used = distributed.mean(cls_target.mean(dim=(0, 1)))
         said = {f"loss/{name}": term.detach() for name, (_, term) in terms.items()}
-        unsure = entropy(cls_target).mean()
-        said |= {"teacher_entropy": unsure, "teacher_evenness": unsure / math.log(max(PAIR, cls_target.shape[-1]))}
-        said |= {"prototype_entropy": entropy(used)}
+        said |= {"teacher_entropy": entropy(cls_target).mean(), "prototype_entropy": entropy(used)}
+        # Mutual information of view and prototype: 0 for one answer to everything, be it sure or even.
+        said["teacher_information"] = said["prototype_entropy"] - said["teacher_entropy"]
         # One transfer for all of them: each would let the device run dry.
         return StepOutput(loss=loss, scalars=dict(zip(said, torch.stack(list(said.values())).tolist(), strict=True)))
 

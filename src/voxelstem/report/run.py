@@ -32,8 +32,8 @@ SIGNS = {
     "spread/patch": Sign("spread of patches", "1: patch tokens point in all directions, 0: all the same way"),
     "spread/cls": Sign("spread of blocks", "1: block tokens point in all directions, 0: all the same way"),
     "entropy/patch": Sign("entropy of dimensions", "1: all dimensions vary alike, 0: a single one does"),
-    "teacher_evenness": Sign(
-        "evenness of the teacher", "1: it answers all views alike, and nothing is told apart; 0: it is sure each time"
+    "teacher_information": Sign(
+        "what the teacher tells apart", "nats of mutual information between views and prototypes; 0: one answer to all"
     ),
     "gram_drift": Sign("drift of cosines", "mean squared change of the patches' cosines since the start"),
 }

@@ -15,8 +15,8 @@ SLOW_DATA = 0.05
 """Share of the time spent waiting for samples, above which training is held up."""
 _PROBES = tuple(name for name in SIGNS if name.startswith("probe/"))
 _HALF = 0.5
-EVEN = 0.99
-"""Of the largest entropy there is, above which targets say nothing."""
+NOTHING_TOLD = 0.02
+"""Nats, below which targets tell no view from another."""
 
 
 def training_page(facts: Facts, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -46,7 +46,18 @@ def training_page(facts: Facts, lines: Sequence[Mapping[str, Any]]) -> str:
 
 def warnings(facts: Facts) -> list[str]:
     """What a careful person would point at, in words; empty where nothing stands out."""
-    signs, said = facts["signs"], list[str]()
+    said = _of_signs(facts["signs"])
+    if facts.get("data_wait_share", 0.0) > SLOW_DATA:
+        said.append(f"Training waited {facts['data_wait_share']:.0%} of its time for samples: give it more readers.")
+    if facts["rolled_back"]:
+        said.append(f"Times the run went back to a checkpoint: {len(facts['rolled_back'])}; a lower rate may be safer.")
+    if not facts["finished"]:
+        said.append("The run is not finished: all numbers are of what was done so far.")
+    return said
+
+
+def _of_signs(signs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    said: list[str] = []
     for name in _PROBES:
         if name in signs and signs[name]["difference"] <= 0:
             said.append(f"The {SIGNS[name].name} did not rise: nothing shows that the tokens became more useful.")
@@ -57,14 +68,8 @@ def warnings(facts: Facts) -> list[str]:
     for name in ("spread/patch", "spread/cls"):
         if name in signs and signs[name]["last"] < min(_HALF * signs[name]["first"], _HALF):
             said.append(f"The {SIGNS[name].name} fell to {signs[name]['last']:.3g}: tokens point the same way.")
-    if signs.get("teacher_evenness", {"last": 0.0})["last"] > EVEN:
-        said.append("The teacher answers every view by all prototypes evenly: its cls term teaches nothing.")
-    if facts.get("data_wait_share", 0.0) > SLOW_DATA:
-        said.append(f"Training waited {facts['data_wait_share']:.0%} of its time for samples: give it more readers.")
-    if facts["rolled_back"]:
-        said.append(f"Times the run went back to a checkpoint: {len(facts['rolled_back'])}; a lower rate may be safer.")
-    if not facts["finished"]:
-        said.append("The run is not finished: all numbers are of what was done so far.")
+    if "teacher_information" in signs and signs["teacher_information"]["last"] < NOTHING_TOLD:
+        said.append("The teacher gives one answer to all views: its cls term teaches nothing (collapse).")
     return said
 
 
