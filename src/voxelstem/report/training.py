@@ -57,17 +57,20 @@ def warnings(facts: Facts) -> list[str]:
 
 
 def _of_signs(signs: Mapping[str, Mapping[str, float]]) -> list[str]:
-    said: list[str] = []
-    for name in _PROBES:
-        if name in signs and signs[name]["difference"] <= 0:
-            said.append(f"The {SIGNS[name].name} did not rise: nothing shows that the tokens became more useful.")
+    said = [
+        f"The {SIGNS[name].name} did not rise: nothing shows that the tokens became more useful."
+        for name in _PROBES
+        if name in signs and signs[name]["difference"] <= 0
+    ]
     for name in ("effective_rank", "effective_rank/cls"):
         if name in signs and signs[name]["last"] < _HALF * signs[name]["first"]:
             first, last = signs[name]["first"], signs[name]["last"]
             said.append(f"The {SIGNS[name].name} fell from {first:.3g} to {last:.3g}: look for collapse.")
-    for name in ("spread/patch", "spread/cls"):
-        if name in signs and signs[name]["last"] < min(_HALF * signs[name]["first"], _HALF):
-            said.append(f"The {SIGNS[name].name} fell to {signs[name]['last']:.3g}: tokens point the same way.")
+    said += [
+        f"The {SIGNS[name].name} fell to {signs[name]['last']:.3g}: tokens point the same way."
+        for name in ("spread/patch", "spread/cls")
+        if name in signs and signs[name]["last"] < min(_HALF * signs[name]["first"], _HALF)
+    ]
     if "teacher_information" in signs and signs["teacher_information"]["last"] < NOTHING_TOLD:
         said.append("The teacher gives one answer to all views: its cls term teaches nothing (collapse).")
     return said
