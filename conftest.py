@@ -13,6 +13,9 @@ from typing import Any
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+collect_ignore = ["tests/golden/peer_losses.py"]
+"""Runs in the peers' environment only."""
+
 
 def run_shell(example: Example) -> None:
     """Run a `bash` block; a command that fails, or a part of a pipe, fails the page."""

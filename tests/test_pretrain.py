@@ -574,6 +574,7 @@ def on_two(config: PretrainConfig, store: Path, out: Path, stop: int) -> None:
             pretrain.run(config, store=store, out=out)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_last_bit_and_tell_of_each_other_s_scans(store: Path, tmp_path: Path):
     for out, stops in (("whole", [0]), ("run", [5, 0])):
         for stop in stops:

@@ -384,7 +384,7 @@ def full() -> None:
     raise OSError(28, "No space left on device")
 
 
-STRIDES = pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+STRIDES = pytest.mark.parametrize("stride", [67, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @STRIDES
@@ -516,7 +516,7 @@ def kill_at_random(run: Path, kills: int) -> list[int]:
     return starts
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(120, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Path, kills: int):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -106,7 +106,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_from_two_processes_to_one_to_two_every_bit_is_kept(tmp_path: Path, kind: str):
     folder = tmp_path / "checkpoints"
     (before, after), (nothing, _) = run_together(first, 2, tmp_path, (folder, kind))
