@@ -131,6 +131,8 @@ def peer_sides(path: Path) -> tuple[list[Side], Any, Any]:
         return [{kind: item[f"image_{kind}_views"] for kind in SHARES} for item in items]
 
     def from_file(seed: int) -> list[dict[str, list[Tensor]]]:
+        # The same object as below: who went last must not say how many crops a scan gives here.
+        steps[cut].cropper.num_samples = A_SCAN
         whole.set_random_state(seed=seed)
         return named(whole({"image": str(path)}))
 
