@@ -46,14 +46,13 @@ from voxelstem.engine.loader import Loader, LoaderConfig
 from voxelstem.engine.reading import Made, Slot, SlotReader
 from voxelstem.engine.transfer import Crops
 from voxelstem.objectives.mae import Mae
-from voxelstem.recipes import tiny
+from voxelstem.recipes import named, tiny
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Store, write
 from voxelstem.store.reader import Record
 from voxelstem.store.subjects import pseudonym
-from voxelstem.study import InputSpec, Provenance, Study, Volume
+from voxelstem.study import Provenance, Study, Volume
 from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment
-from voxelstem.views.crop import ViewKind
 from voxelstem.views.multicrop import ViewsConfig, draw_sample
 
 SPACING_MM = (0.75, 0.75, 1.0)
@@ -64,31 +63,8 @@ GOAL = 20.0
 WAIT_GOAL = 0.05
 STEPS = 60
 """Of the tiny recipe."""
-SPEC = InputSpec(spacing_mm=(0.5, 0.5, 1.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(128, 128, 64))
-WIDE, NARROW = ((1.5, 2.5), (1.5, 2.5), (0.75, 1.25)), ((0.5, 1.0), (0.5, 1.0), (0.25, 0.5))
-AUGMENT = AugmentConfig(
-    flip_axes=(0, 1, 2),
-    smooth_p=0.125,
-    sharpen_p=0.125,
-    blur_sigma=WIDE,
-    sharpen_sigma=NARROW,
-    edge="air",
-    gamma=0.1,
-    gamma_p=0.25,
-    noise_std=0.1,
-    noise_p=0.25,
-    shift=(0.0, 0.4),
-    shift_p=0.25,
-    clip=False,
-)
-VIEWS = ViewsConfig(
-    global_=ViewKind(count=2, size_ijk=(128, 128, 64), min_scale=1.0, max_scale=2.0, spread="uniform"),
-    local=ViewKind(count=8, size_ijk=(48, 48, 24), min_scale=1.0, max_scale=8 / 3, spread="uniform"),
-    augment=AUGMENT,
-    region_scale=2.0,
-    central_mm=(256.0, 256.0, 384.0),
-    windowed="first",
-)
+RECIPE = named("ct.spectre_stage1")
+SPEC, VIEWS = RECIPE.spec, RECIPE.views
 SHARES = {"global": (0.5, 1.0), "local": (0.1875, 0.5)}
 """Of the base crop's edge, that a view's edge is drawn from."""
 
@@ -202,7 +178,7 @@ def compare_changes() -> None:
         "gamma": (AugmentPlan(gamma=0.93), AdjustContrast(0.93)),
     }
     for name, (plan, theirs) in pairs.items():
-        ours = apply_augment(view.clone()[None], [plan], AUGMENT)[0]
+        ours = apply_augment(view.clone()[None], [plan], VIEWS.augment)[0]
         gap = float((ours - torch.as_tensor(theirs(view.clone()))).abs().max())
         print(f"{name}: the same numbers as MONAI's within {gap:.1e} ({'ok' if gap < 5e-3 else 'DIFFERS'})")
 

@@ -91,6 +91,7 @@ def pretrain(
     """
     from voxelstem import pretrain as verb
     from voxelstem import recipes
+    from voxelstem.distributed import ranks
     from voxelstem.engine.hardware import Fleet
 
     changes = (read_toml(begin.config) if begin.config else {}) | parse_assignments(settings)
@@ -105,11 +106,9 @@ def pretrain(
         found.check()
         return DONE
     verb.run(resolved, store=store, out=out, weights=begin.from_, probe=begin.probe)
-    answer(
-        {"weights": str(out / "weights"), "page": str(out / "report" / "index.html")},
-        str(out / "weights"),
-        as_json=json,
-    )
+    made = {"weights": str(out / "weights"), "page": str(out / "report" / "index.html")}
+    if ranks().rank == 0:  # the others would say the same once more
+        answer(made, made["weights"], as_json=json)
     return DONE
 
 

@@ -329,7 +329,7 @@ class _Step:
 
 
 def _reckon(config: Any, make: Callable[[Any], Any], fleet: Fleet, device: torch.device) -> _Step:
-    parallel: ParallelConfig = getattr(config, "parallel", ParallelConfig())
+    parallel: ParallelConfig = config.parallel
     gpus, views = max(1, fleet.gpus), view_bytes(config.views)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and (fleet.gpus > 0 or devices.bf16_pays(device)))
     share = _share(config.loader.batch, gpus, parallel.accumulate)

@@ -252,7 +252,7 @@ def to_png(figure: Figure) -> bytes:
 def _plain_axes(axes: Any, title: str, below: str) -> None:
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.set_xlabel(below, fontsize=8)
-    axes.tick_params(labelsize=7, colors=INK)
+    axes.tick_params(which="both", labelsize=7, colors=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
