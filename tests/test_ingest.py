@@ -282,10 +282,11 @@ def test_reports_are_found_by_scan_and_by_subject_and_may_come_later(paths):
     rows = [
         {"scan": "a/ct.nii.gz", "report": "clear"},
         {"subject": "b", "report": "cyst"},
+        {"subject": "c", "report": ""},
     ]
     reports.write_text("\n".join(json.dumps(row) for row in rows))
     report = take(src, store=root, reports=reports)
-    assert (report.skipped, report.reports_unused) == (2, 0)
+    assert (report.skipped, report.reports_unused, report.reports_empty) == (2, 0, 1)
     assert {record.report.text for record in Store.open(root)} == {"clear", "cyst"}
 
 

@@ -99,7 +99,8 @@ def test_the_columns_of_ct_rate_are_known_by_name(tmp_path, write):
     assert found == Report(
         findings_text="Nodule of 4 mm.",
         impression_text="Follow up.",
-        rest_text="Cough.\nWithout contrast.",
+        history_text="Cough.",
+        technique_text="Without contrast.",
         language="en",
     )
 
@@ -111,7 +112,7 @@ def test_merlins_whole_report_is_parted_at_its_headings(tmp_path, write):
     assert reports.find("merlin_data/AC4213.nii.gz", "s0") == Report(
         findings_text="Liver: smooth. Spleen: large.",
         impression_text="1. Splenomegaly.",
-        rest_text="TECHNIQUE: Portal phase.",
+        technique_text="Portal phase.",
         language="en",
     )
     assert reports.find("merlin_data/7.nii.gz", "s0") is not None
@@ -128,7 +129,7 @@ def test_merlins_findings_without_headings_are_findings(tmp_path):
         ("All clear.", "All clear.", "", ""),
         ("Findings: clear. Impression: normal.", "", "clear.", "normal."),
         ("CT chest.\nBefund: frei.\nBeurteilung: normal.", "CT chest.", "frei.", "normal."),
-        ("Technique : sans.\nRésultats : normal.\nConclusion : rien.", "Technique: sans.", "normal.", "rien."),
+        ("Comparaison : 2019.\nRésultats : normal.\nConclusion : rien.", "Comparaison: 2019.", "normal.", "rien."),
         ("Bevindingen: vrij.\nConclusie: normaal.", "", "vrij.", "normaal."),
         ("No new findings: none were sought", "No new findings: none were sought", "", ""),
     ],
@@ -198,3 +199,87 @@ def test_a_file_s_name_counts_only_where_one_scan_has_it(tmp_path):
 def test_a_date_typed_as_an_id_keeps_its_day(tmp_path):
     path = write_xlsx(tmp_path / "reports.xlsx", {"subject": datetime.datetime(2020, 1, 2), "report": "clear"})
     assert read_reports(path, KEY).by_subject.keys() == {pseudonym("2020-01-02", KEY)}
+
+
+@pytest.mark.parametrize(
+    ("text", "history", "technique"),
+    [
+        (
+            "History: cough. Indication: nodule? Technique: no contrast. Findings: clear.",
+            "cough.\nnodule?",
+            "no contrast.",
+        ),
+        ("Klinische Angaben: Husten.\nTechnik: nativ.\nBefund: frei.", "Husten.", "nativ."),
+        ("Klinische gegevens: hoest.\nTechniek: blanco.\nBevindingen: vrij.", "hoest.", "blanco."),
+        (
+            "Renseignements cliniques : toux.\nTechnique : sans injection.\nRésultats : normal.",
+            "toux.",
+            "sans injection.",
+        ),
+    ],
+)
+def test_history_and_technique_are_sections_of_their_own_in_four_languages(text, history, technique):
+    report = sections(text)
+    assert (report.history_text, report.technique_text, report.rest_text) == (history, technique, "")
+    assert report.findings_text
+
+
+@pytest.mark.parametrize("write", [write_csv, write_xlsx])
+@pytest.mark.parametrize(
+    "original", [CT_RATE, {**MERLIN, "FULL ICD10 Cleaned": "Cyst of kidney; Cough ;Cyst of kidney"}]
+)
+def test_rewrites_and_codes_are_read_where_the_file_has_them(tmp_path, write, original):
+    rewritten = {"Findings_EN_1": "One.", "Findings_EN_2": "", "Impressions_EN_1": "A.", "Impressions_EN_2": "B."}
+    path = write(tmp_path / f"reports.{write.__name__[6:]}", {**original, **rewritten})
+    (report,) = read_reports(path, KEY).by_scan.values()
+    assert (report.findings_rewrites, report.impression_rewrites) == (("One.",), ("A.", "B."))
+    assert report.icd10 == (("Cyst of kidney", "Cough") if "study id" in original else ())
+    assert report.findings_text not in ("", "One.")
+
+
+def test_a_file_without_rewrites_brings_none(tmp_path):
+    (report,) = read_reports(write_csv(tmp_path / "reports.csv", CT_RATE), KEY).by_scan.values()
+    assert (report.findings_rewrites, report.impression_rewrites, report.icd10) == ((), (), ())
+
+
+def test_our_own_layout_takes_rewrites_as_a_list_or_a_text(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    row = {
+        "scan": "a.nii",
+        "findings": "Cyst.",
+        "history": "Pain.",
+        "technique": "Native.",
+        "findings_rewrites": ["A cyst.", "[One] cyst."],
+        "impression_rewrites": "[Benign]",
+        "icd10": ["Cyst of kidney", "Pain; chronic"],
+    }
+    path.write_text(json.dumps(row))
+    assert read_reports(path, KEY).by_scan["a.nii"] == Report(
+        findings_text="Cyst.",
+        history_text="Pain.",
+        technique_text="Native.",
+        findings_rewrites=("A cyst.", "[One] cyst."),
+        impression_rewrites=("[Benign]",),
+        icd10=("Cyst of kidney", "Pain; chronic"),
+    )
+
+
+def test_rows_without_a_text_are_counted_and_a_file_of_them_is_refused(tmp_path):
+    path = write_csv(tmp_path / "reports.csv", CT_RATE, {**dict.fromkeys(CT_RATE, ""), "VolumeName": "Miller.nii"})
+    reports = read_reports(path, KEY)
+    assert (reports.empty, list(reports.by_scan)) == (1, ["train_1_a_1.nii.gz"])
+    write_csv(path, {"scan": "Miller.nii", "report": "FINDINGS:\nIMPRESSION:"})
+    with pytest.raises(ConfigError, match="row 3 has no text") as caught:
+        read_reports(path, KEY)
+    assert "Miller" not in str(caught.value)
+
+
+def test_reports_in_another_alphabet_s_bytes_are_a_clear_error(tmp_path):
+    for name, text in (
+        ("reports.csv", "scan,report\na,Müller\n"),
+        ("reports.jsonl", '{"scan": "a", "report": "Müller"}'),
+    ):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=rf"{name} cannot be read") as caught:
+            read_reports(tmp_path / name, KEY)
+        assert "ller" not in str(caught.value)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from voxelstem.study import INPUT_SPECS, InputSpec, LabelMap, Provenance, Study, Volume
+from voxelstem.study import INPUT_SPECS, InputSpec, LabelMap, Provenance, Report, Study, Volume
 
 PROVENANCE = Provenance(source_format="nifti", sha256="0" * 64, orientation="RAS")
 
@@ -91,3 +91,17 @@ def test_a_spec_says_in_words_where_voxels_come_to_lie():
     assert INPUT_SPECS["ct-native"].grid_in_words == "its own spacing"
     fit = InputSpec(low_hu=-900.0, resampling="fit").grid_in_words
     assert fit == "the spacing at which all above -900 fits one block"
+
+
+def test_a_report_reads_as_dictated_without_rewrites_and_codes():
+    report = Report(
+        findings_text="Cyst.",
+        impression_text="Benign.",
+        rest_text="CT.",
+        history_text="Pain.",
+        technique_text="Native.",
+        findings_rewrites=("One cyst.",),
+        icd10=("Cyst of kidney",),
+    )
+    assert report.text == "CT.\nClinical history: Pain.\nTechnique: Native.\nFindings: Cyst.\nImpression: Benign."
+    assert Report(icd10=("Cyst of kidney",)).text == ""

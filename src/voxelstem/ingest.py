@@ -56,6 +56,8 @@ class IngestReport:
     """Subjects in the store now."""
     reports_unused: int
     """Reports of which no scan is in this ingest."""
+    reports_empty: int
+    """Rows of the reports' file without a text."""
     refusals: tuple[Refused, ...]
 
 
@@ -114,7 +116,7 @@ def ingest(
         for path, relative in laid.unused():
             run.refuse(writer, _name(path, key), relative, "label-without-scan", "no scan lies at the mask's place")
     subjects = Store.open(root).subjects()
-    return run.report(subjects=len(subjects), reports_unused=texts.unused())
+    return run.report(subjects=len(subjects), texts=texts)
 
 
 def ingest_studies(studies: Iterable[Study], store: Path | str) -> list[str]:
@@ -242,13 +244,14 @@ class _Run:
         self.kept = self.skipped = 0
         self.refusals: list[Refused] = []
 
-    def report(self, *, subjects: int, reports_unused: int) -> IngestReport:
+    def report(self, *, subjects: int, texts: Reports) -> IngestReport:
         return IngestReport(
             kept=self.kept,
             skipped=self.skipped,
             refused=len(self.refusals),
             subjects=subjects,
-            reports_unused=reports_unused,
+            reports_unused=texts.unused(),
+            reports_empty=texts.empty,
             refusals=tuple(self.refusals),
         )
 

@@ -7,7 +7,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from voxelstem.study import Report
 
 MOST_BYTES = 2 * 2**30
 """What a workbook may unpack to; 250,000 reports of 4,000 letters are half of it."""
+_BETWEEN_CODES = re.compile(r"[;\n]")
 Rows = Iterable[tuple[int, dict[str, str]]]
 
 
@@ -32,7 +33,13 @@ class Layout:
     subject: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
     impression: tuple[str, ...] = ()
+    history: tuple[str, ...] = ()
+    technique: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
+    findings_rewrites: tuple[str, ...] = ()
+    impression_rewrites: tuple[str, ...] = ()
+    icd10: tuple[str, ...] = ()
+    """Short descriptions of diagnoses; several in a cell are parted by `;` or a line's end."""
     whole: tuple[str, ...] = ()
     """Columns with a text whose sections stand under headings."""
     language: str = ""
@@ -45,12 +52,16 @@ class Layout:
 
 
 LAYOUTS = (
+    # The numbered columns are rewrites, spelt as SPECTRE's tables spell them; one that is absent or empty is none.
     Layout(
         name="CT-RATE",
         scan=("VolumeName",),
         findings=("Findings_EN",),
         impression=("Impressions_EN",),
-        rest=("ClinicalInformation_EN", "Technique_EN"),
+        history=("ClinicalInformation_EN",),
+        technique=("Technique_EN",),
+        findings_rewrites=("Findings_EN_1", "Findings_EN_2", "Findings_EN_3"),
+        impression_rewrites=("Impressions_EN_1", "Impressions_EN_2", "Impressions_EN_3"),
         language="en",
     ),
     # Its column of findings holds the whole report, with headings. The `_EN` columns are those of its derivatives.
@@ -60,6 +71,9 @@ LAYOUTS = (
         findings=("Findings_EN",),
         impression=("Impressions_EN",),
         whole=("Findings",),
+        findings_rewrites=("Findings_EN_1", "Findings_EN_2", "Findings_EN_3"),
+        impression_rewrites=("Impressions_EN_1", "Impressions_EN_2", "Impressions_EN_3"),
+        icd10=("FULL ICD10 Cleaned",),
         language="en",
     ),
     Layout(
@@ -68,8 +82,13 @@ LAYOUTS = (
         subject=("subject",),
         findings=("findings",),
         impression=("impression",),
+        history=("history",),
+        technique=("technique",),
         rest=("rest",),
         whole=("report",),
+        findings_rewrites=("findings_rewrites",),
+        impression_rewrites=("impression_rewrites",),
+        icd10=("icd10",),
     ),
 )
 """Known by their columns; the first that fits is taken."""
@@ -81,24 +100,29 @@ HEADINGS = {
         *("impression", "impressions", "conclusion", "conclusions", "opinion", "summary"),
         *("beurteilung", "zusammenfassung", "conclusie", "synthèse"),
     ),
+    "history_text": (
+        *("history", "clinical history", "clinical information", "indication", "clinical indication"),
+        *("reason for exam", "reason for examination", "anamnese", "klinische angaben", "indikation", "fragestellung"),
+        *("klinische gegevens", "indicatie", "vraagstelling", "renseignements cliniques", "antécédents"),
+    ),
+    "technique_text": ("technique", "protocol", "technik", "untersuchungstechnik", "techniek", "protocole"),
     "rest_text": (
-        *("history", "clinical history", "clinical information", "indication", "technique", "comparison", "procedure"),
-        *("anamnese", "klinische angaben", "fragestellung", "technik", "vergleich", "klinische gegevens", "techniek"),
-        *("renseignements cliniques", "comparaison", "exam", "examination", "study"),
+        *("comparison", "procedure", "exam", "examination", "study"),
+        *("vergleich", "voruntersuchung", "vergelijking", "comparaison", "examen"),
     ),
 }
 _SECTION = {heading: section for section, headings in HEADINGS.items() for heading in headings}
 _WORDS = "|".join(sorted(map(re.escape, _SECTION), key=len, reverse=True))
 # With a colon at the start of a line or sentence, or alone on a line.
 _HEADING = re.compile(
-    rf"(?:^|(?<=[.;]))[ \t]*(?P<said>{_WORDS})[ \t]*:|^[ \t]*(?P<alone>{_WORDS})[ \t]*$", re.IGNORECASE | re.MULTILINE
+    rf"(?:^|(?<=[.;?!]))[ \t]*(?P<said>{_WORDS})[ \t]*:|^[ \t]*(?P<alone>{_WORDS})[ \t]*$", re.IGNORECASE | re.MULTILINE
 )
 
 
 def sections(text: str) -> Report:
     """Part a report at its headings, which stand at the start of a line or sentence and end with a colon.
 
-    Text before the first heading, and under headings that are neither findings nor impression, is the rest.
+    Text before the first heading, and under headings of no section of its own such as "Comparison", is the rest.
     """
     marks = list(_HEADING.finditer(text))
     parts: dict[str, list[str]] = {name: [] for name in HEADINGS}
@@ -110,7 +134,7 @@ def sections(text: str) -> Report:
         said = text[mark.end() : end].strip()
         parts[section].append(f"{heading}: {said}" if section == "rest_text" and said else said)
     joined = {name: "\n".join(filter(None, said)) for name, said in parts.items()}
-    return Report(**joined)
+    return replace(Report(), **joined)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,6 +146,8 @@ class Reports:
     by_subject: dict[str, Report] = field(default_factory=dict)
     ambiguous: frozenset[str] = frozenset()
     """Names of files that several scans have."""
+    empty: int = 0
+    """Rows that say whose they are and nothing else; they are left out."""
     used: set[tuple[str, str]] = field(default_factory=set)
 
     @staticmethod
@@ -155,29 +181,36 @@ def read_reports(path: Path, key: bytes) -> Reports:
 
     Known by their columns are CT-RATE's and Merlin's files, and ours: `scan` (path below SRC, or the file's name) or
     `subject` says whose report it is; the text stands in `report`, which is parted at its headings, or in `findings`,
-    `impression` and `rest`; `language` is kept. The text is kept as it is: it must not name the patient.
+    `impression`, `history`, `technique` and `rest`; `language`, `findings_rewrites`, `impression_rewrites` (a text, or
+    a list in a .jsonl or as JSON in a cell) and `icd10` (parted by `;`) are kept. A row without a text is counted and
+    left out. Texts are kept as they are: they must not name the patient.
 
     Raises:
-        ConfigError: no such file, or a row cannot be read; the message names the row.
+        ConfigError: no such file, a row cannot be read, or no row has a text; the message names the row.
     """
     reports = Reports()
     layout: Layout | None = None
+    first_empty = 0
     for row, cells in _rows(path):
         # One layout a table; the lines of a .jsonl may differ, so a line that lacks its columns is asked again.
         if layout is None or not layout.fits(cells):
             layout = _layout(path.name, row, cells)
-        report = _report(layout, cells)
-        if not report.text:
-            raise ConfigError(f"{path.name}: row {row} has no text in {_named(layout)}", hint=_ROW)
         scan, subject = _first(layout.scan, cells), _first(layout.subject, cells)
         if not (scan or subject):
             raise ConfigError(f"{path.name}: row {row} does not say whose report it is", hint=_ROW)
+        report = _report(layout, cells)
+        if not report.text:
+            reports.empty += 1
+            first_empty = first_empty or row
+            continue
         texts, whose = (reports.by_scan, scan) if scan else (reports.by_subject, pseudonym(subject, key))
         if texts.setdefault(whose, report) != report:
             raise ConfigError(
                 f"{path.name}: row {row} gives another report to a scan or subject that has one already",
                 hint="keep one row for each; for several scans of a subject, name the scans",
             )
+    if layout is not None and first_empty and not (reports.by_scan or reports.by_subject):
+        raise ConfigError(f"{path.name}: row {first_empty} has no text in {_named(layout)}, nor has any", hint=_ROW)
     return reports
 
 
@@ -222,16 +255,39 @@ def _join(columns: Iterable[str], cells: Mapping[str, str]) -> list[str]:
 
 def _report(layout: Layout, cells: Mapping[str, str]) -> Report:
     """Sections that have a column of their own win over those found in the whole text."""
-    own_findings, own_impression = _join(layout.findings, cells), _join(layout.impression, cells)
-    whole = sections("\n".join([] if own_findings and own_impression else _join(layout.whole, cells)))
+    own = {name: "\n".join(_join(getattr(layout, name), cells)) for name in ("findings", "impression")}
+    whole = sections("\n".join([] if all(own.values()) else _join(layout.whole, cells)))
     # A column called findings that has no headings holds findings, not the rest.
     bare = layout.name == "Merlin" and not (whole.findings_text or whole.impression_text)
     return Report(
-        findings_text="\n".join(own_findings) or (whole.rest_text if bare else whole.findings_text),
-        impression_text="\n".join(own_impression) or whole.impression_text,
+        findings_text=own["findings"] or (whole.rest_text if bare else whole.findings_text),
+        impression_text=own["impression"] or whole.impression_text,
+        history_text="\n".join(_join(layout.history, cells)) or whole.history_text,
+        technique_text="\n".join(_join(layout.technique, cells)) or whole.technique_text,
         rest_text="\n".join(filter(None, [*_join(layout.rest, cells), "" if bare else whole.rest_text])),
+        findings_rewrites=_list(layout.findings_rewrites, cells),
+        impression_rewrites=_list(layout.impression_rewrites, cells),
+        icd10=_list(layout.icd10, cells, _BETWEEN_CODES),
         language=cells.get("language", "").strip().lower() or layout.language,
     )
+
+
+def _list(columns: Iterable[str], cells: Mapping[str, str], between: re.Pattern[str] | None = None) -> tuple[str, ...]:
+    """Texts of several columns, and of cells that hold a JSON list or are parted by `between`; each text once."""
+    said: list[str] = []
+    for cell in _join(columns, cells):
+        listed = _unpacked(cell)
+        said += listed if listed is not None else between.split(cell) if between else [cell]
+    return tuple(dict.fromkeys(text.strip() for text in said if text.strip()))
+
+
+def _unpacked(cell: str) -> list[str] | None:
+    """What a cell holds that is a JSON list of texts, as the lines of a .jsonl bring it; None if it is no list."""
+    try:
+        told = json.loads(cell) if cell.startswith("[") else None
+    except ValueError:
+        return None
+    return told if isinstance(told, list) and all(isinstance(text, str) for text in told) else None
 
 
 def _read_lines(path: Path) -> Rows:
@@ -251,7 +307,14 @@ def _read_lines(path: Path) -> Rows:
         if not isinstance(cells, dict):
             raise ConfigError(f"{path.name}: row {number} is not a JSON object", hint=_ROW)
         # Numbers as ids are common: 7 and "7" are one subject.
-        yield number, {name: str(cell) for name, cell in cells.items() if isinstance(cell, str | int)}
+        yield (
+            number,
+            {
+                name: json.dumps(cell) if isinstance(cell, list) else str(cell)
+                for name, cell in cells.items()
+                if isinstance(cell, str | int | list)
+            },
+        )
 
 
 def _plain(cell: object) -> str:

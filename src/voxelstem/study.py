@@ -62,14 +62,27 @@ class Report:
     findings_text: str = ""
     impression_text: str = ""
     rest_text: str = ""
-    """History, technique, and what stands under no heading."""
+    """Comparison, and what stands under no heading."""
     language: str = ""
     """Two letters (ISO 639-1) where the file says it."""
+    history_text: str = ""
+    """Why the scan was made: clinical history, indication."""
+    technique_text: str = ""
+    findings_rewrites: tuple[str, ...] = ()
+    """The findings in other words, where the file has them; nothing here writes them."""
+    impression_rewrites: tuple[str, ...] = ()
+    icd10: tuple[str, ...] = ()
+    """Short descriptions of the diagnoses coded for this examination, which the image need not show."""
 
     @property
     def text(self) -> str:
-        """The whole report, each section under its heading."""
-        headed = (("Findings: ", self.findings_text), ("Impression: ", self.impression_text))
+        """What was dictated, each section under its heading: neither rewrites nor codes."""
+        headed = (
+            ("Clinical history: ", self.history_text),
+            ("Technique: ", self.technique_text),
+            ("Findings: ", self.findings_text),
+            ("Impression: ", self.impression_text),
+        )
         parts = [self.rest_text, *(heading + text for heading, text in headed if text)]
         return "\n".join(part for part in parts if part)
 

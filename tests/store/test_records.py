@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sqlite3
 
 import numpy as np
 import pytest
 
 from voxelstem.errors import StoreError
 from voxelstem.store import Store, Writer, write
+from voxelstem.store.catalogue import FILE_NAME
 from voxelstem.store.encoding import encode, encode_study
 from voxelstem.store.reader import file_path
 from voxelstem.study import Acquisition, Report
@@ -22,7 +25,17 @@ SAID = Acquisition(
     contrast="T1w",
     facts={"ConvolutionKernel": "B30f"},
 )
-REPORT = Report(findings_text="a cyst", impression_text="benign", rest_text="none", language="en")
+REPORT = Report(
+    findings_text="a cyst",
+    impression_text="benign",
+    rest_text="none",
+    language="en",
+    history_text="pain",
+    technique_text="native",
+    findings_rewrites=("one cyst", "cystic"),
+    impression_rewrites=("harmless",),
+    icd10=("Cyst of kidney",),
+)
 
 
 def with_native(make, *, subject=None):
@@ -52,6 +65,24 @@ def test_a_record_comes_back_with_all_that_was_said(kept):
     assert record.volume_bytes == file_path(store.path, "volumes", key).stat().st_size
     assert 0 < len(record.thumbnail) <= 1024
     assert store.volume(key).acquisition == SAID
+
+
+def test_a_report_written_before_it_had_more_sections_reads(kept):
+    store, key, _ = kept
+    old = {"findings_text": "a cyst", "impression_text": "", "language": "en", "rest_text": "none"}
+    with sqlite3.connect(store.path / FILE_NAME) as connection:
+        connection.execute("UPDATE details SET report = ?", [json.dumps(old)])
+    connection.close()
+    store.refresh()
+    assert store.record(key).report == Report(findings_text="a cyst", rest_text="none", language="en")
+
+
+def test_a_report_with_the_old_sections_alone_is_written_as_it_always_was_read(make, tmp_path):
+    store = Store.create(tmp_path)
+    write(store, make.study(report=Report(findings_text="a cyst")))
+    with sqlite3.connect(store.path / FILE_NAME) as connection:
+        assert connection.execute("SELECT report FROM details").fetchone() == ('{"findings_text": "a cyst"}',)
+    connection.close()
 
 
 def test_the_native_scan_lies_beside_the_volume_with_its_own_labels(kept):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from voxelstem.config import flatten, overlay, read_toml, to_toml
-from voxelstem.errors import ConfigError
-from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, check_laterality, draw_augment
+from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, draw_augment
 from voxelstem.views.blur import blur
 
 BLUR = {"smooth_p": 0.3, "sharpen_p": 0.3, "blur_sigma": ((1.5, 2.5), (1.5, 2.5), (0.75, 1.25))}
@@ -123,12 +122,10 @@ def test_only_the_axes_asked_for_are_mirrored() -> None:
     assert {axis for flip in flips for axis in flip} == {0, 2}
 
 
-def test_what_mirrors_left_and_right_may_not_learn_from_reports() -> None:
-    with pytest.raises(ConfigError, match="left and right"):
-        check_laterality(AugmentConfig(flip_axes=(0, 1)))
-    for allowed in (AugmentConfig(), AugmentConfig(flip_axes=(1, 2)), AugmentConfig(flip_axes=(0,), flip_p=0.0)):
-        assert not allowed.breaks_laterality
-        check_laterality(allowed)
+def test_only_a_flip_along_the_first_axis_changes_left_and_right() -> None:
+    assert AugmentConfig(flip_axes=(0, 1)).breaks_laterality
+    for kept in (AugmentConfig(), AugmentConfig(flip_axes=(1, 2)), AugmentConfig(flip_axes=(0,), flip_p=0.0)):
+        assert not kept.breaks_laterality
 
 
 def test_smoothing_is_a_blur() -> None:

@@ -93,6 +93,8 @@ def ingest(
     lines += [f"{outcome.kept} kept, {outcome.skipped} there already, {outcome.refused} refused"]
     if outcome.reports_unused:
         lines += [f"reports unused: {outcome.reports_unused} (their scans were not among the sources)"]
+    if outcome.reports_empty:
+        lines += [f"reports empty: {outcome.reports_empty} (rows without a text)"]
     lines += [f"{outcome.subjects} subjects in {store}"]
     answer(facts, "\n".join(lines), as_json=json)
     return verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")

@@ -140,7 +140,7 @@ def to_rows(record: Record) -> tuple[Row, Row]:
         "body": json.dumps([record.body_start_ijk, record.body_size_ijk]),
         "classes": json.dumps({str(value): name for value, name in sorted(record.classes.items())}),
         "labels": json.dumps(dict(record.labels), sort_keys=True),
-        "report": None if record.report is None else json.dumps(asdict(record.report), sort_keys=True),
+        "report": None if record.report is None else _write_report(record.report),
         "provenance": json.dumps(asdict(record.provenance), sort_keys=True),
         "facts": json.dumps(dict(said.facts), sort_keys=True),
         "native": None if grid is None else json.dumps(grid, sort_keys=True),
@@ -165,7 +165,7 @@ def to_record(row: Mapping[str, Any]) -> Record:
         bytes=row["bytes"] + row["label_bytes"] + beside,
         classes={int(value): name for value, name in json.loads(row["classes"]).items()},
         labels=json.loads(row["labels"]),
-        report=None if row["report"] is None else Report(**json.loads(row["report"])),
+        report=None if row["report"] is None else _read_report(row["report"]),
         provenance=Provenance(**provenance),
         acquisition=Acquisition(
             **{name: row[name] for name in _SAID},
@@ -176,6 +176,18 @@ def to_record(row: Mapping[str, Any]) -> Record:
         thumbnail=row["thumbnail"] or b"",
         native=native,
     )
+
+
+def _write_report(report: Report) -> str:
+    """Only what is said, so that a report without the newer sections reads everywhere."""
+    return json.dumps({name: said for name, said in asdict(report).items() if said}, sort_keys=True)
+
+
+def _read_report(text: str) -> Report:
+    said: dict[str, Any] = json.loads(text)
+    for name in ("findings_rewrites", "impression_rewrites", "icd10"):
+        said[name] = tuple(said.get(name, ()))
+    return Report(**said)
 
 
 def _to_native(row: Mapping[str, Any]) -> Native | None:

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from voxelstem.errors import ConfigError
 from voxelstem.views.blur import Edge, blur
 
 Range = tuple[float, float]
@@ -99,19 +98,6 @@ class AugmentConfig:
 
 
 _CHANCES = ("gamma_p", "noise_p", "shift_p")
-
-
-def check_laterality(config: AugmentConfig) -> None:
-    """See that left stays left: what learns from words such as "left upper lobe" calls this.
-
-    Raises:
-        ConfigError: axis 0 is mirrored now and then.
-    """
-    if config.breaks_laterality:
-        raise ConfigError(
-            "views are mirrored left and right (augment.flip_axes holds 0), but the reports beside them are not",
-            hint="leave axis 0 out: views.augment.flip_axes=[1, 2], or [] to mirror nothing",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, draw_augment
 from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, check_spacing, covering_crop, draw_views
 from voxelstem.views.intensity import lift, squeeze_
+from voxelstem.views.report import ReportConfig
 
 Triple = tuple[float, float, float]
 ViewPlans = Mapping[str, list[ViewPlan]]
@@ -49,6 +50,9 @@ class ViewsConfig:
     """The region lies anywhere within a box of this size about the middle of the scan; None: about the body."""
     windowed: Literal["last", "first"] = "last"
     """Whether HU are clipped to the window after resampling, as they are wherever a model is used, or before."""
+    report: ReportConfig | None = None
+    """What a sample says of its scan's report; None: nothing. Its words left and right follow the voxels, so there is
+    one view, which shows the scan."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -65,6 +69,11 @@ class ViewsConfig:
             raise ValueError(f"overhang must be >= 0, got {self.overhang}")
         if self.central_mm is not None and not min(self.central_mm) > 0:
             raise ValueError(f"central_mm must be positive, got {self.central_mm}")
+        if self.report is not None and (self.global_.count, self.local.count) != (1, 0):
+            raise ValueError(
+                "a report speaks of one view: with report, global_.count must be 1 and local.count 0, "
+                f"got {self.global_.count} and {self.local.count}"
+            )
 
 
 class Ground(Protocol):
@@ -102,6 +111,8 @@ class Region:
     spacing_mm: Triple
     views: ViewPlans
     changes: ChangePlans
+    text: str = ""
+    """What is said of it."""
 
     @property
     def places_mm(self) -> dict[str, Float32[np.ndarray, "view 2 3"]]:
@@ -133,6 +144,11 @@ def draw_sample(config: ViewsConfig, spec: InputSpec, ground: Ground, rng: np.ra
 def draw_changes(config: AugmentConfig, views: ViewPlans, rng: np.random.Generator) -> ChangePlans:
     """Draw how each view differs from the scan."""
     return {name: [draw_augment(config, rng) for _ in plans] for name, plans in views.items()}
+
+
+def mirrored(changes: ChangePlans) -> bool:
+    """Whether left and right change sides in the (one) view that a report speaks of."""
+    return 0 in changes["global"][0].flip_axes
 
 
 def covering_region(views: ViewPlans, ground: Ground) -> Crop:
