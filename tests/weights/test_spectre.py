@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from voxelstem.backbones.heads import AlignHead
+from voxelstem.backbones.qwen3 import TextConfig, read_tower, text_shapes
 from voxelstem.backbones.scan_vit import ScanVit
 from voxelstem.backbones.sizes import SIZES, sized
 from voxelstem.card import Card, check_commercial, check_folder, digest, read_card, read_tensors, write_weights
@@ -24,7 +25,6 @@ from voxelstem.study import INPUT_SPECS
 from voxelstem.weights.known import KNOWN, SPECTRE_DATA
 from voxelstem.weights.spectre import HEADS, SpectreFiles, export_spectre, import_spectre, read_heads, to_ours
 from voxelstem.weights.spectre_names import head_to_theirs, shapes
-from voxelstem.weights.text import TextConfig, read_tower, text_shapes
 
 TEXT = TextConfig(hidden=12, layers=1, heads=2, kv_heads=1, head_dim=6, inter=8, vocab=10, lora_rank=2, lora_alpha=8.0)
 State = dict[str, Tensor]

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from voxelstem.aligned import HEADS
+from voxelstem.backbones.qwen3 import TEXT_TENSORS, TextConfig, read_tower
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.backbones.sizes import sized
 from voxelstem.card import README, Card, digest, read_card, read_tensors, write_weights
@@ -25,7 +27,7 @@ from voxelstem.weights import foreign
 from voxelstem.weights.foreign import below
 from voxelstem.weights.known import SPECTRE_DATA, SPECTRE_LICENCE
 from voxelstem.weights.spectre_names import FLOATS, State, head_to_ours, head_to_theirs, size_of, to_ours, to_theirs
-from voxelstem.weights.text import TEXT_TENSORS, TextConfig, read_tower, text_files
+from voxelstem.weights.text import text_files
 
 __all__ = [
     "HEADS",
@@ -38,8 +40,6 @@ __all__ = [
     "to_theirs",
 ]
 
-HEADS = "heads.safetensors"
-"""The file of both alignment heads inside the weights folder: names start with `image.` and `text.`."""
 PARTS: Mapping[str, tuple[str, ...]] = {
     "backbone": ("backbone_teacher.vit.", "backbone_image.", "backbone_student.vit.", "backbone."),
     "combiner": ("feature_comb_image.", "feature_combiner."),
