@@ -70,7 +70,8 @@ def a_batch() -> Batch:
     }
     # Low corner and extent of each view, in millimetres.
     places = {kind: torch.rand(4, 2, 2, 3, generator=generator) * 100 for kind in views}
-    return Batch(views=views, places_mm=places, seed=3)
+    texts = ("left nodule", "right nodule", "left cyst", "normal")
+    return Batch(views=views, places_mm=places, seed=3, texts=texts)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 
 
 def make_batch(size_ijk: Shape = (16, 16, 16), *, samples: int = 4, seed: int = 0) -> Batch:
-    """A batch of noise: two `global` views of `size_ijk` a sample, and two `local` ones of half its edges."""
+    """A batch of noise: two `global` views of `size_ijk` a sample, two `local` ones of half its edges, and a text."""
     generator = torch.Generator().manual_seed(seed)
     half = [max(1, size // 2) for size in size_ijk]
     sizes = {"global": list(size_ijk), "local": half}
@@ -32,7 +32,9 @@ def make_batch(size_ijk: Shape = (16, 16, 16), *, samples: int = 4, seed: int = 
         name: torch.stack([torch.rand(samples, 2, 3, generator=generator) * 100, torch.full((samples, 2, 3), 80.0)], 2)
         for name in sizes
     }
-    return Batch(views=views, places_mm=places, seed=seed + 3)
+    words = ("left", "right", "upper", "lower", "lung", "kidney", "nodule", "cyst")
+    texts = tuple(f"{words[n % len(words)]} {words[(n * n + seed + 1) % len(words)]} {n} mm." for n in range(samples))
+    return Batch(views=views, places_mm=places, seed=seed + 3, texts=texts)
 
 
 def check_backbone(make: Callable[[], Any], *, grid: Shape = (1, 2, 3)) -> None:

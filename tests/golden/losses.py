@@ -32,6 +32,8 @@ HIDDEN = (5, 0, 24, 11)
 """Patches that are hidden in each row: few, none, all."""
 SINKHORN = ((0.05, 3), (0.07, 3), (0.07, 1))
 """Temperature and iterations."""
+SIGLIP = ((2.3026, -10.0), (2.3026, 0.0), (4.0, -3.5))
+"""Logarithm of the factor on cosines, and bias; SPECTRE's start first."""
 
 
 def cosines(name: str, *shape: int) -> Tensor:
@@ -69,3 +71,9 @@ def embeddings() -> Tensor:
 def patches() -> tuple[Tensor, Tensor]:
     """Patch tokens of student and teacher, (row, patch, dim)."""
     return cosines("patches student", 3, 6, 8), cosines("patches teacher", 3, 6, 8)
+
+
+def pairs() -> tuple[Tensor, Tensor]:
+    """Projected embeddings of scans and of their reports, (sample, dim), of different lengths."""
+    longer = torch.linspace(0.1, 4, 9)[:, None]
+    return cosines("pairs image", 9, 16) * longer, cosines("pairs text", 9, 16) * longer.flip(0)

@@ -88,6 +88,19 @@ def balanced() -> dict[str, Any]:
     return {f"{t}/{rounds}": sinkhorn(logits, iterations=rounds, epsilon=t) for t, rounds in cases.SINKHORN}
 
 
+def siglip() -> dict[str, Any]:
+    """Loss and all gradients, at several temperatures and biases."""
+    answers = {}
+    for at, (temperature, bias) in enumerate(cases.SIGLIP):
+        image, text = (side.requires_grad_() for side in cases.pairs())
+        loss = spectre.SigLIPLoss(init_t=temperature, init_b=bias)
+        value = loss(image, text)
+        value.backward()
+        gradients = {"image": image.grad, "text": text.grad, "temperature": loss.t.grad, "bias": loss.b.grad}
+        answers |= {f"{at}/loss": value} | {f"{at}/{name}": gradient for name, gradient in gradients.items()}
+    return answers
+
+
 def main() -> None:
     """Ask all of them."""
     i, j, k = cases.GRID
@@ -99,6 +112,7 @@ def main() -> None:
         "lightly/koleo": koleo(KoLeoLoss),
         "spectre/koleo": koleo(spectre.KoLeoLoss),
         "spectre/gram": gram(),
+        "spectre/siglip": siglip(),
         "lightly/sinkhorn": balanced(),
     }
     arrays = {

@@ -16,8 +16,8 @@ REFERENCE_BATCH = 1024
 """Samples of one step for which a rate is written down in the DINO family's papers."""
 _TOKENS = ("prefix", "mask_token")
 """Parameters that stand for tokens: cls and registers, and what hides a patch."""
-_LAST = "prototypes"
-"""The objective's last layer."""
+_LAST = ("prototypes", "direction")
+"""The objective's last layers: a projector's, and those of the heads that align scans and reports."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,8 @@ class OptimConfig:
     patch_embed_scale: float = 1.0
     """The layer that takes voxels in learns this much slower still (DINOv2 and SPECTRE: 0.2)."""
     frozen_prototypes: float = 0.0
-    """Share of the run over which the objective's last layer stays as it was drawn (Caron et al. 2021: one epoch)."""
+    """Share of the run over which the objective's last layers stay as they were drawn (Caron et al. 2021 and SPECTRE:
+    one epoch)."""
     clip_norm: float = 3.0
     fused: bool = True
     """One kernel updates a whole tensor: several times faster, and as repeatable. It differs from the plain formula by
@@ -102,7 +103,7 @@ def make_optimizer(
                 depth=deepest if depth is None else depth,
                 decays=config.decay_tokens if token else parameter.ndim > 1,
                 takes_voxels=depth == 0 and not token,
-                last=own == _LAST,
+                last=own in _LAST,
             )
             groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(

@@ -10,5 +10,6 @@ OBJECTIVES = Table(
         "dino": "voxelstem.objectives.dino:Dino",
         "jepa": "voxelstem.objectives.jepa:Jepa",
         "mae": "voxelstem.objectives.mae:Mae",
+        "siglip": "voxelstem.objectives.siglip:Siglip",
     },
 )
