@@ -331,7 +331,7 @@ def test_the_same_seed_makes_the_same_objective_and_leaves_torch_s_generator_alo
 def test_an_estimate_is_what_it_then_costs(whole: Path, store: Path, tmp_path: Path):
     found = pretrain.estimate(small(), store=store, out=tmp_path / "run")
     estimate, objective = found.facts(), pretrain.make_objective(small())
-    assert estimate["scans"] == estimate["subjects"] == len(pretrain.trainable(Store.open(store), small().spec))
+    assert estimate["scans"] == estimate["subjects"] == len(trainable(Store.open(store), small().spec))
     assert estimate["samples"] == 12
     assert estimate["backbone_parameters"] == sum(p.numel() for p in objective.backbone.parameters())
     assert estimate["trained_parameters"] == sum(p.numel() for p in objective.parameters() if p.requires_grad)
@@ -422,7 +422,7 @@ def test_the_same_command_on_a_finished_run_answers_the_same(
 
 def test_the_loader_of_a_run_is_given_training_scans_only(store: Path):
     opened = Store.open(store)
-    loader = pretrain.make_loader(small(), opened, pretrain.trainable(opened, small().spec))
+    loader = pretrain.make_loader(small(), opened, trainable(opened, small().spec))
     assert {opened.record(key).split for key in loader.keys} == {"train"}
     assert len(loader.keys) == sum(record.split == "train" for record in opened)
 
@@ -434,7 +434,7 @@ def test_a_run_may_resume_with_other_readers_and_a_quarantined_scan_stays_out(
     shutil.copytree(store, copy)
     opened = Store.open(copy)
     # The one that is read first, so that the first checkpoint knows of it.
-    bad = pretrain.make_loader(small(), opened, pretrain.trainable(opened, small().spec)).plan(0, 0)[0].key
+    bad = pretrain.make_loader(small(), opened, trainable(opened, small().spec)).plan(0, 0)[0].key
     (file,) = copy.rglob(f"{bad}*.b2nd")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
@@ -478,7 +478,7 @@ def test_a_scan_that_stays_unreadable_changes_no_line_of_a_run_that_resumes(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ):
     opened = Store.open(store)
-    bad = pretrain.make_loader(small(), opened, pretrain.trainable(opened, small().spec)).plan(step, 0)[0].key
+    bad = pretrain.make_loader(small(), opened, trainable(opened, small().spec)).plan(step, 0)[0].key
     with monkeypatch.context() as damage:
         unreadable(damage, bad)
         pretrain.run(small(), store=store, out=tmp_path / "whole")
@@ -552,7 +552,7 @@ def test_energy_of_steps_that_run_again_is_spent_too(whole: Path, store: Path, t
 
 def test_a_level_that_is_no_longer_there_does_not_count_as_trained(whole: Path, store: Path):
     config, opened = small("tiny.dino"), Store.open(store)
-    chosen = pretrain.trainable(opened, config.spec)
+    chosen = choose(opened, config.spec, config.views)
     parent = read_card(whole / "weights")
     card = pretrain.make_card(config, pretrain.make_objective(config), opened, chosen, parent)
     assert parent.trained == ("block", "scan")
@@ -562,7 +562,7 @@ def test_a_level_that_is_no_longer_there_does_not_count_as_trained(whole: Path, 
 def on_two(config: PretrainConfig, store: Path, out: Path, stop: int) -> None:
     """Train, up to a step; the scan that process 1 reads first cannot be read."""
     opened = Store.open(store)
-    bad = pretrain.make_loader(config, opened, pretrain.trainable(opened, config.spec)).plan(2, 1)[0].key
+    bad = pretrain.make_loader(config, opened, trainable(opened, config.spec)).plan(2, 1)[0].key
     with pytest.MonkeyPatch.context() as patched:
         unreadable(patched, bad)
         if stop:

@@ -32,6 +32,7 @@ from voxelstem.engine.monitor import HealthConfig, Monitor, draw_blocks, draw_pr
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.engine.parallel import ParallelConfig, Trainee
 from voxelstem.engine.plan import Plan, plan
+from voxelstem.engine.scans import Chosen, choose
 from voxelstem.engine.state import whole
 from voxelstem.engine.watch import WatchConfig
 from voxelstem.errors import CheckpointError, ConfigError, StoreError, VoxelstemError
@@ -137,17 +138,18 @@ def run(
     device = devices.choose(config.device)
     with distributed.joined(device, timeout_s=config.parallel.timeout_s) as ranks:
         opened = Store.open(store)
-        chosen = trainable(opened, config.spec)
+        chosen = choose(opened, config.spec, config.views)
         check_settings(out, config, free=FREE_TO_CHANGE)
         if (out / "weights").exists():
             return _finished(out)
         objective = make_objective(config)
         notes = [_begin(weights, objective)] if weights else []
+        notes += [{"left_out": chosen.left_out}] if chosen.left_out else []
         if weights and probe is None and ranks.rank == 0:
             _log.warning(
                 "without --probe the run is probed on its own scans: what it forgets of others is not measured"
             )
-        loader = make_loader(config, opened, chosen, ranks)
+        loader = make_loader(config, opened, chosen.scans, ranks)
         loader.batch(0)
         trainee = Trainee(
             objective.to(device), config.optim, config.parallel, device=device, precision=config.precision
@@ -286,23 +288,6 @@ def _monitor(
     )
 
 
-def trainable(store: Store, spec: InputSpec) -> Selection:
-    """Scans of the training subjects in the recipe's modality; test subjects are never shown to a model.
-
-    Raises:
-        StoreError: there are none.
-    """
-    chosen = store.select(Wanted(split="train", modality=spec.modality))
-    if not len(chosen):
-        have = sorted(set(store.select().modality)) or ["nothing"]
-        raise StoreError(
-            f"the store has no {spec.modality} scan in its training split "
-            f"(it holds {', '.join(have)}, {len(store)} in all)",
-            hint=f"ingest {spec.modality} scans, or choose a recipe for what the store holds",
-        )
-    return chosen
-
-
 def make_objective(config: PretrainConfig) -> Any:
     """Backbone and objective, drawn under the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
@@ -326,16 +311,17 @@ def make_loader(config: PretrainConfig, store: Store, chosen: Selection, ranks: 
     )
 
 
-def make_card(
-    config: PretrainConfig, objective: Any, store: Store, chosen: Selection, parent: Card | None = None
-) -> Card:
+def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Chosen, parent: Card | None = None) -> Card:
     """What the weights' folder says of itself; reconstructions of one acquisition count once.
 
     What grew from other weights keeps their licence, their data and their origin.
     """
-    formats = Counter(store.record(key).provenance.source_format for key in chosen.key)
+    scans = chosen.scans
+    formats = Counter(store.record(key).provenance.source_format for key in scans.key)
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
-    counts.append(f"of {chosen.acquisitions()} acquisitions and {chosen.subjects()} subjects")
+    counts.append(f"of {scans.acquisitions()} acquisitions and {scans.subjects()} subjects")
+    counts += ["with their reports"] if config.views.report else []
+    counts += [f"left out: {count} scans, {reason}" for reason, count in chosen.left_out.items()]
     levels = ("block", "scan") if objective.trains_scan_level else ("block",)
     kept = ("block", "scan") if objective.learner.has_scan_level else ("block",)
     return Card(
@@ -356,8 +342,12 @@ def _write(config: PretrainConfig, trainee: Trainee, card: Card, *, run: Path) -
     kept = whole(trainee.objective.backbone.state_dict())
     facts = {"recipe": config.recipe, "steps": config.steps}
     training = gather_training(trainee.objective, trainee.optimizer, facts)
+    # What else belongs to the weights: heads and a tower, where scans and reports were aligned.
+    beside = getattr(trainee.objective, "beside", None)
+    extras, texts = beside() if beside else ({}, {})
+    extras = {name: whole(tensors) for name, tensors in extras.items()}
     if distributed.here().rank == 0:
-        write_weights(run / "weights", kept, card, training.extras, training.texts)
+        write_weights(run / "weights", kept, card, training.extras | extras, training.texts | texts)
         _draw_page(run)
     distributed.barrier()
     return read_card(run / "weights")
@@ -388,7 +378,7 @@ def estimate(config: PretrainConfig, *, store: Path, out: Path, fleet: Fleet | N
         ConfigError: the batch cannot be shared out.
     """
     opened = Store.open(store)
-    chosen = trainable(opened, config.spec)
+    scans = choose(opened, config.spec, config.views).scans
     return plan(
-        config, chosen, make=make_objective, load=lambda few: make_loader(few, opened, chosen), out=out, fleet=fleet
+        config, scans, make=make_objective, load=lambda few: make_loader(few, opened, scans), out=out, fleet=fleet
     )

@@ -24,12 +24,14 @@ class Batch:
 
     Processes that train together each hold a share of one whole batch: samples number `first` and following. `seed`
     is the whole batch's: what an objective draws by `chance` is replayable and does not depend on the sharing.
+    `texts` are what was said about each sample's scan, where a recipe asks for reports; otherwise there are none.
     """
 
     views: Mapping[str, Float[Tensor, "sample view channel i j k"]]
     places_mm: Mapping[str, Float[Tensor, "sample view 2 3"]]
     seed: int
     first: int = 0
+    texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Samples of this share."""
@@ -48,6 +50,7 @@ class Batch:
             places_mm={name: place[start:stop] for name, place in self.places_mm.items()},
             seed=self.seed,
             first=self.first + start,
+            texts=self.texts[start:stop],
         )
 
 
@@ -186,6 +189,8 @@ class Example:
     affine_ras: Float[np.ndarray, "4 4"]
     label: str | None = None
     """For scan-level tasks."""
+    findings: Mapping[str, bool] | None = None
+    """For scan-level tasks that ask of many things whether they are there; what nobody knows is not named."""
     labels: LabelMap | None = None
     """For voxel-level tasks, on the scan's own grid."""
 
@@ -197,7 +202,7 @@ class Head:
     mode: str
     classes: tuple[str, ...]
     arrays: dict[str, np.ndarray]
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float | str] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -13,8 +13,9 @@ from voxelstem.engine.cost import FLOAT
 from voxelstem.engine.hardware import GIB, Fleet
 from voxelstem.engine.loader import LoaderConfig
 from voxelstem.engine.plan import Plan, gpu_makes_views, plan
+from voxelstem.engine.scans import trainable
 from voxelstem.errors import ConfigError
-from voxelstem.pretrain import make_loader, make_objective, trainable
+from voxelstem.pretrain import make_loader, make_objective
 from voxelstem.recipes import named
 from voxelstem.store import Store
 

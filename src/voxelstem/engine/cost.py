@@ -89,6 +89,7 @@ def blank_batch(views: Any, samples: int) -> Batch:
             for name, kind in kinds.items()
         },
         seed=0,
+        texts=("a report",) * samples if views.report else (),
     )
 
 

@@ -70,9 +70,19 @@ class Memory:
 
 
 def memory_of(
-    network: Network, costs: SampleCost, parallel: ParallelConfig, *, gpus: int, share: int, views: float, bf16: bool
+    network: Network,
+    costs: SampleCost,
+    parallel: ParallelConfig,
+    *,
+    gpus: int,
+    share: int,
+    views: float,
+    bf16: bool,
+    chunk: int | None = None,
 ) -> Memory:
     """What one of `gpus` devices holds, each with micro-batches of `share` samples of `views` bytes.
+
+    Of these, `chunk` at a time (None: all) pass through the network and keep what the gradient needs.
 
     With `ddp` each holds everything; with `fsdp` a part of it, and gathers block by block what it needs.
     """
@@ -85,7 +95,8 @@ def memory_of(
         gradients=FLOAT * network.learned / parts,
         optimiser=2 * FLOAT * network.learned / parts,
         copies=costs.scaled_bytes + (gathered if sharded else costs.cast_bytes),
-        activations=share * (costs.kept_recomputing_bytes if parallel.recompute else costs.kept_bytes),
+        activations=(share if chunk is None else chunk)
+        * (costs.kept_recomputing_bytes if parallel.recompute else costs.kept_bytes),
         views=share * parallel.accumulate * views,
     )
 

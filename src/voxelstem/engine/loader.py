@@ -295,6 +295,7 @@ class Loader:
             places_mm={name: torch.from_numpy(np.stack([each[name] for each in places])) for name in views},
             seed=int(np.random.default_rng([_STEP, self.seed, step]).integers(2**62)),
             first=self._share.start,
+            texts=tuple(sample.text for sample in samples) if self.views.report else (),
         )
 
 

@@ -333,6 +333,8 @@ def _reckon(config: Any, make: Callable[[Any], Any], fleet: Fleet, device: torch
     gpus, views = max(1, fleet.gpus), view_bytes(config.views)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and (fleet.gpus > 0 or devices.bf16_pays(device)))
     share = _share(config.loader.batch, gpus, parallel.accumulate)
+    # An objective may let its samples pass in chunks, computed once more for the gradient.
+    chunk = min(share, getattr(config.objective, "chunk", share))
     with torch.device("meta"):
         full = make(config)
     network = Network.of(full)
@@ -341,8 +343,8 @@ def _reckon(config: Any, make: Callable[[Any], Any], fleet: Fleet, device: torch
     return _Step(
         network=network,
         backbone=sum(p.numel() for p in full.backbone.parameters()),
-        memory=memory_of(network, costs, parallel, gpus=gpus, share=share, views=views, bf16=bf16),
-        flops=costs.flops(recompute=parallel.recompute),
+        memory=memory_of(network, costs, parallel, gpus=gpus, share=share, chunk=chunk, views=views, bf16=bf16),
+        flops=costs.flops(recompute=parallel.recompute or hasattr(config.objective, "chunk")),
         bf16=bf16,
         kind=parallel.kind,
         share=share,

@@ -16,6 +16,7 @@ from voxelstem.errors import StoreError
 from voxelstem.store.reader import Record
 from voxelstem.study import InputSpec
 from voxelstem.views.multicrop import (
+    ChangePlans,
     Region,
     ViewPlans,
     ViewsConfig,
@@ -23,9 +24,11 @@ from voxelstem.views.multicrop import (
     draw_changes,
     draw_sample,
     make_views,
+    mirrored,
 )
+from voxelstem.views.report import apply_report, draw_report
 
-_PLACE, _CHANGE = 1, 2
+_PLACE, _CHANGE, _WORDS = 1, 2, 4  # 3 is the loader's, for steps
 """First number of every seed: what is drawn. Streams with different purposes never meet."""
 
 
@@ -47,6 +50,8 @@ class Made:
 
     views: dict[str, Float32[np.ndarray, "view channel i j k"]]
     places_mm: dict[str, Float32[np.ndarray, "view 2 3"]]
+    text: str = ""
+    """What is said of it."""
 
 
 Sample = Made | Region
@@ -98,12 +103,14 @@ class SlotReader:
                 seconds += time.perf_counter() - began
                 voxels += box.numel()
                 _check_finite(box, record)
+                changes = draw_changes(self.views.augment, views, self._rng(_CHANGE, slot, phase))
                 region = Region(
                     voxels=box.numpy() if self.makes else _packed(box, record),
                     crop=crop,
                     spacing_mm=record.spacing_mm,
                     views=views,
-                    changes=draw_changes(self.views.augment, views, self._rng(_CHANGE, slot, phase)),
+                    changes=changes,
+                    text=self._text(record, changes, self._rng(_WORDS, slot, phase)),
                 )
                 samples.append(self._make(region) if self.makes else region)
         except StoreError as error:
@@ -115,7 +122,15 @@ class SlotReader:
 
     def _make(self, region: Region) -> Made:
         views = make_views([region], self.spec, self.views)
-        return Made(views={name: view[0].numpy() for name, view in views.items()}, places_mm=region.places_mm)
+        made = {name: view[0].numpy() for name, view in views.items()}
+        return Made(views=made, places_mm=region.places_mm, text=region.text)
+
+    def _text(self, record: Record, changes: ChangePlans, rng: np.random.Generator) -> str:
+        """Some of the scan's report, drawn anew for each sample; nothing where the recipe wants none."""
+        if self.views.report is None or record.report is None:
+            return ""
+        plan = draw_report(self.views.report, record.report, rng)
+        return apply_report(plan, record.report, mirrored=mirrored(changes))
 
 
 def _check_finite(box: Float32[Tensor, "channel i j k"], record: Record) -> None:
