@@ -27,6 +27,9 @@ CLASSES = {
 }
 """Label values of the phantom, shared with the real scans that `samples` fetches."""
 
+FLUID = {"effusion_left": 10, "effusion_right": 11}
+"""Label values of fluid about the lungs, which only some phantoms have."""
+
 LESION_HOSTS = ("liver", "lung")
 
 
@@ -65,6 +68,8 @@ class Lesion:
     radius_mm: float
     contrast_hu: float
     """Added to the organ's density; a nodule in the lung is soft tissue instead."""
+    chalk_hu: float = 0.0
+    """Added in either organ: a calcified lesion is as hard as bone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +108,11 @@ class Anatomy:
     """`none` or `portal`: with or without contrast medium."""
     spleen_enlarged: bool
     lesions: tuple[Lesion, ...]
+    removed: frozenset[str] = frozenset()
+    """Organs that surgery took out: `spleen`, `kidney_left`, `kidney_right`."""
+    effusion: tuple[float, float] = (0.0, 0.0)
+    """Share of the room of the left and of the right lung that fluid takes."""
+    effusion_hu: float = 10.0
 
     def cavity_level(
         self, x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], z: Float[np.ndarray, "..."]
@@ -146,6 +156,13 @@ class Anatomy:
         half = self.mediastinum_mm * (1.0 - 0.25 * np.clip(z / self.apex_mm, 0.0, 1.0))
         over = z > self.diaphragm_mm(x, y) + 2.0
         return over & (np.abs(x) > half) & (self.cavity_level(x, y, z) < 0.95)  # noqa: PLR2004 - the pleura
+
+    def fluid_order(
+        self, x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], z: Float[np.ndarray, "..."]
+    ) -> Float[np.ndarray, "..."]:
+        """How late fluid reaches a place about a lung: low at the back and the base, and along the wall first."""
+        behind = (y - self.cavity_shift_mm) / self.cavity_mm[1]
+        return behind + 0.5 * z / self.apex_mm - 0.6 * self.cavity_level(x, y, z)
 
 
 def outline(u: Float[np.ndarray, "..."], v: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from voxelstem.sources.anatomy import CLASSES, Anatomy, outline
+from voxelstem.sources.anatomy import CLASSES, FLUID, Anatomy, outline
 
-LABEL_OF = {name: value for value, name in CLASSES.items()}
+LABEL_OF = {name: value for value, name in CLASSES.items()} | FLUID
 SPACING_STEP_MM = 1 / 64
 """Spacings and offsets are multiples of it, so that float32 headers hold them exactly."""
 
@@ -114,7 +114,7 @@ def render(
         Whole Hounsfield units (float32) and label values, both (i, j, k) along R, A, S.
     """
     canvas = _Canvas.blank(anatomy, spacing_mm, rng)
-    for stroke in (_body, _abdomen, _chest, _vessels, _spine, _lesions):
+    for stroke in (_body, _abdomen, _chest, _vessels, _spine, _fluid, _lesions):
         stroke(canvas)
     return Picture(hu=_scan(canvas, spacing_mm, noise_hu), label=canvas.label, origin_mm=canvas.origin_mm)
 
@@ -188,9 +188,11 @@ def _abdomen(canvas: _Canvas) -> None:
     canvas.paint(whole, liver, a.hu["liver"] + 3.0 * canvas.weave[1][whole], organ="liver")
     canvas.paint(whole, liver & vessel, 0.5 * (a.hu["liver"] + a.hu["blood"]) - 4.0, organ="liver")
     for name in ("spleen", "kidney_left", "kidney_right"):
-        canvas.paint_ellipsoid(name, a.hu[name.partition("_")[0]], organ=name, lobes=0.06)
-    for name in ("sinus_left", "sinus_right"):
-        canvas.paint_ellipsoid(name, a.hu["fat"] + 20.0, lobes=0.25)
+        if name not in a.removed:
+            canvas.paint_ellipsoid(name, a.hu[name.partition("_")[0]], organ=name, lobes=0.06)
+    for side in ("left", "right"):
+        if f"kidney_{side}" not in a.removed:
+            canvas.paint_ellipsoid(f"sinus_{side}", a.hu["fat"] + 20.0, lobes=0.25)
 
 
 def _chest(canvas: _Canvas) -> None:
@@ -255,6 +257,20 @@ def _spine(canvas: _Canvas) -> None:
     canvas.paint(box, canal < 8.0, a.hu["cord"])  # its radius in mm
 
 
+def _fluid(canvas: _Canvas) -> None:
+    """Fluid about the lungs of a patient who lies on the back: a crescent that takes its share of their room."""
+    a = canvas.anatomy
+    for side, share in zip(("left", "right"), a.effusion, strict=True):
+        lung = np.argwhere(canvas.label == LABEL_OF[f"lung_{side}"]) if share > 0 else np.empty((0, 3), np.intp)
+        if not len(lung):
+            continue
+        x, y, z = (axis[index] for axis, index in zip(canvas.axes_mm, lung.T, strict=True))
+        order = a.fluid_order(x, y, z)
+        i, j, k = lung[order < np.quantile(order, share)].T
+        canvas.hu[i, j, k] = a.effusion_hu
+        canvas.label[i, j, k] = LABEL_OF[f"effusion_{side}"]
+
+
 def _lesions(canvas: _Canvas) -> None:
     a = canvas.anatomy
     for lesion in a.lesions:
@@ -263,7 +279,7 @@ def _lesions(canvas: _Canvas) -> None:
         x, y, z = canvas.place(box)
         ball = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2 < lesion.radius_mm**2
         density = a.hu["nodule"] if lesion.organ == "lung" else a.hu["liver"] + lesion.contrast_hu
-        canvas.paint(box, ball, density, organ="lesion")
+        canvas.paint(box, ball, density + lesion.chalk_hu, organ="lesion")
 
 
 def _scan(canvas: _Canvas, spacing: tuple[float, float, float], noise_hu: float) -> Float[np.ndarray, "i j k"]:

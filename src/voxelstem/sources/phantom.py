@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -100,13 +100,18 @@ def phantom_anatomy(config: PhantomConfig) -> Anatomy:
     spleen = spleen if config.spleen == "random" else config.spleen
     phase = phase if config.phase == "random" else config.phase
     count = count if config.lesions == "random" else config.lesions
-    anatomy = draw_anatomy(rng, spleen_enlarged=spleen == "enlarged", phase=phase)
-    offset = np.round(np.array(anatomy.offset_ras_mm) / SPACING_STEP_MM) * SPACING_STEP_MM
-    anatomy = replace(anatomy, offset_ras_mm=(float(offset[0]), float(offset[1]), float(offset[2])))
+    anatomy = invent(rng, spleen_enlarged=spleen == "enlarged", phase=phase)
     for _ in range(count):
         lesion = draw_lesion(rng, anatomy, taken=anatomy.lesions, radius_mm=config.lesion_radius_mm)
         anatomy = replace(anatomy, lesions=(*anatomy.lesions, lesion))
     return anatomy
+
+
+def invent(rng: np.random.Generator, *, spleen_enlarged: bool, phase: str) -> Anatomy:
+    """Draw a patient without lesions whose place on the table fits into float32 headers exactly."""
+    anatomy = draw_anatomy(rng, spleen_enlarged=spleen_enlarged, phase=phase)
+    x, y, z = (round(edge / SPACING_STEP_MM) * SPACING_STEP_MM for edge in anatomy.offset_ras_mm)
+    return replace(anatomy, offset_ras_mm=(x, y, z))
 
 
 def phantom(config: PhantomConfig) -> Study:
@@ -123,25 +128,47 @@ def phantom(config: PhantomConfig) -> Study:
     rng = np.random.default_rng([config.seed, 1])
     spacing = _spacing(config, rng)
     drawn = str(rng.choice(ORIENTATIONS)) if config.orientation == "random" else config.orientation
-    picture = render(anatomy, spacing, noise_hu=config.noise_hu, rng=rng)
-    array = picture.hu[None]
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = picture.origin_mm + np.array(anatomy.offset_ras_mm)
-    volume = Volume(
-        array=array,
-        affine_ras=affine,
-        modality="CT",
-        provenance=Provenance(
-            source_format="phantom", sha256=hashlib.sha256(array.tobytes()).hexdigest(), orientation=drawn
-        ),
-        labels=LabelMap(array=picture.label.astype(np.int16), classes=dict(CLASSES)),
-    )
+    volume = scan(anatomy, spacing, noise_hu=config.noise_hu, orientation=drawn, rng=rng)
     facts = {
         "lesion": "yes" if anatomy.lesions else "no",
         "spleen": "enlarged" if anatomy.spleen_enlarged else "normal",
         "contrast": "yes" if anatomy.phase == "portal" else "no",
     }
     return Study(subject=f"phantom-{config.seed:04d}", volumes=(volume,), report=report(anatomy), labels=facts)
+
+
+def scan(
+    anatomy: Anatomy,
+    spacing_mm: tuple[float, float, float],
+    *,
+    noise_hu: float,
+    orientation: str,
+    rng: np.random.Generator,
+    classes: Mapping[int, str] = CLASSES,
+) -> Volume:
+    """Render a patient: a labelled CT in RAS+ and whole Hounsfield units.
+
+    Args:
+        anatomy: The patient.
+        spacing_mm: Along R, A, S.
+        noise_hu: Spread of the noise.
+        orientation: How the array axes of a written file run.
+        rng: Draws the scan's length, lobes, vessels and noise.
+        classes: Names of the label values that may occur.
+    """
+    picture = render(anatomy, spacing_mm, noise_hu=noise_hu, rng=rng)
+    array = picture.hu[None]
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = picture.origin_mm + np.array(anatomy.offset_ras_mm)
+    return Volume(
+        array=array,
+        affine_ras=affine,
+        modality="CT",
+        provenance=Provenance(
+            source_format="phantom", sha256=hashlib.sha256(array.tobytes()).hexdigest(), orientation=orientation
+        ),
+        labels=LabelMap(array=picture.label.astype(np.int16), classes=dict(classes)),
+    )
 
 
 def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFiles:
@@ -153,14 +180,23 @@ def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFile
     Raises:
         VoxelstemError: the folder cannot be written.
     """
+    return study_files(folder, map(phantom, configs), tables=("lesion", "spleen", "contrast"))
+
+
+def study_files(folder: Path, studies: Iterable[Study], *, tables: tuple[str, ...]) -> PhantomFiles:
+    """Write drawn studies of one labelled volume as `phantom_files` does, with a table for each of these facts.
+
+    Raises:
+        VoxelstemError: the folder cannot be written.
+    """
     files = PhantomFiles(
         scans=folder / "scans",
         labels=folder / "labels",
         reports=folder / "reports.jsonl",
-        tables={fact: folder / f"{fact}.csv" for fact in ("lesion", "spleen", "contrast")},
+        tables={fact: folder / f"{fact}.csv" for fact in tables},
     )
     try:
-        _write_files(files, configs)
+        _write_files(files, studies)
     except OSError as error:
         raise VoxelstemError(
             f"phantoms cannot be written into '{folder.name}': {error.strerror}",
@@ -169,21 +205,22 @@ def phantom_files(folder: Path, configs: Iterable[PhantomConfig]) -> PhantomFile
     return files
 
 
-def _write_files(files: PhantomFiles, configs: Iterable[PhantomConfig]) -> None:
+def _write_files(files: PhantomFiles, drawn: Iterable[Study]) -> None:
     studies: list[Study] = []
-    for config in configs:
-        study = phantom(config)
+    names: dict[int, str] = {}
+    for study in drawn:
         volume = study.volumes[0]
         assert volume.labels is not None  # every phantom has labels
+        names |= volume.labels.classes
         relative = Path(study.subject) / "ct.nii.gz"
-        drawn = volume.provenance.orientation
-        scan = volume.array[0].astype(np.int16), volume.labels.array.astype(np.uint8)
-        for root, array in zip((files.scans, files.labels), scan, strict=True):
-            nifti.write(root / relative, *turn_from_ras(array, volume.affine_ras, drawn))
+        orientation = volume.provenance.orientation
+        arrays = volume.array[0].astype(np.int16), volume.labels.array.astype(np.uint8)
+        for root, array in zip((files.scans, files.labels), arrays, strict=True):
+            nifti.write(root / relative, *turn_from_ras(array, volume.affine_ras, orientation))
         # The voxels are on disk: keep the words only.
         studies.append(replace(study, volumes=()))
     files.labels.mkdir(parents=True, exist_ok=True)
-    classes = {str(value): name for value, name in CLASSES.items()}
+    classes = {str(value): name for value, name in names.items()}
     (files.labels / "labels.json").write_text(json.dumps({"classes": classes}, indent=1) + "\n")
     with files.reports.open("w", encoding="utf-8") as lines:
         for study in studies:
