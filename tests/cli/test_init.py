@@ -19,6 +19,7 @@ COMMANDS = {
     "weights": [],
     "pretrain": ["--store", "--out", "--config", "--dry-run"],
     "embed": ["--weights", "--out", "--precision", "--tokens", "--like-spectre", "--spacing", "--pool", "--compile"],
+    "search": ["--index", "--add", "--weights", "--top", "--among", "--protocol", "--json"],
     "adapt": ["--weights", "--store", "--labels", "--task", "--mode", "--out", "--budget", "--commercial"],
     "evaluate": ["--store", "--labels", "--out", "--commercial"],
 }

@@ -117,9 +117,9 @@ class Learning:
     """What is learned."""
 
     task: str
-    """What to learn, such as `classify` or `segment`."""
+    """What to learn, such as `classify` or `segment`; `zeroshot` answers by prompts."""
     mode: str
-    """How freely, such as `knn` or `probe`."""
+    """How freely, such as `knn` or `probe`; for zeroshot `prompts` or `calibrated`."""
     budget: int | None = None
     """Labelled subjects to learn from; all training subjects when left out."""
     commercial: bool = False
@@ -130,7 +130,7 @@ def adapt(
     *settings: str,
     weights: str,
     store: Path,
-    labels: Path,
+    labels: Path | None = None,
     what: Annotated[Learning, Parameter(name="*")],
     out: Path,
 ) -> int:
@@ -140,13 +140,18 @@ def adapt(
 
         voxelstem adapt --weights weights --store store --labels labels.csv --task classify --mode knn --out runs/knn
 
+    Without labels, by prompts, over weights that were aligned with reports:
+
+        voxelstem adapt head.prompts=ct_rate --weights W --store S --task zeroshot --mode prompts --out runs/asked
+
     The same on that network untrained: `voxelstem adapt like=weights --weights scratch`, and the rest as above.
 
     Args:
         settings: Differences from the task's own settings, such as `seed=1`.
         weights: Weights folder, or `scratch` for an untrained network; then `like=WEIGHTS` says of which kind.
         store: Folder of the store.
-        labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes.
+        labels: labels.csv for scan-level tasks; for voxel-level tasks a labels.json with the wanted classes. Prompts
+            need none; to calibrate them, a column for each class, 1 or 0.
         what: What is learned.
         out: Folder of the run.
     """
