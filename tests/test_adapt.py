@@ -15,9 +15,7 @@ from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, split_of, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, LabelMap, Study
-from voxelstem.tasks.classify import Classify
-from voxelstem.tasks.segment import Segment
+from voxelstem.study import InputSpec, Study
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 ARCHITECTURE = {
@@ -129,64 +127,6 @@ def test_the_run_holds_no_name_of_a_subject_and_no_pickle(place: Path, tmp_path:
         assert b"phantom-" not in path.read_bytes()
 
 
-def test_the_draw_is_by_subject_nested_in_budget_and_balanced(place: Path) -> None:
-    store = Store.open(place / "store")
-    truth = adapt.read_truth(store, place / "contrast.csv", Classify(), SPEC)
-    two, four = (adapt.draw(truth, budget, 5, voxels=False) for budget in (2, 4))
-    assert {record.key for record in two} < {record.key for record in four}
-    assert sorted(truth.labels[record.subject] for record in four) == ["no", "no", "yes", "yes"]
-    assert all(record.split == "train" for record in four)
-    others = [{r.key for r in adapt.draw(truth, 2, seed, voxels=False)} for seed in range(8)]
-    assert len({frozenset(keys) for keys in others}) > 1
-
-
-def test_without_a_wish_the_organs_are_those_that_all_labelled_scans_name(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "labels.json").write_text("{}")
-    truth = adapt.read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
-    names = adapt.class_names(truth, truth.of("train"), voxels=True)
-    assert "liver" in names
-    assert names == tuple(sorted(names))
-    wished = adapt.read_truth(Store.open(place / "store"), place / "labels.json", Segment(), SPEC)
-    assert adapt.class_names(wished, wished.of("train"), voxels=True) == ("lung_left", "lung_right", "liver")
-
-
-@pytest.fixture
-def partly(tmp_path: Path) -> Store:
-    """Eight subjects with organs and no lesion, eight with lesions only."""
-    store = Store.create(tmp_path / "partly", fractions=FRACTIONS)
-    for seed in range(16):
-        study = phantom(PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0)))
-        volume = study.volumes[0]
-        assert volume.labels is not None
-        looked = {n: name for n, name in volume.labels.classes.items() if (name == "lesion") == (seed % 2 == 1)}
-        array = np.where(np.isin(volume.labels.array, list(looked)), volume.labels.array, 0).astype(np.int16)
-        volume = replace(volume, labels=LabelMap(array=array, classes=looked))
-        write(store, Study(subject=pseudonym(study.subject, site_key()), volumes=(volume,)))
-    return store
-
-
-def asking(tmp_path: Path, *names: str) -> Path:
-    path = tmp_path / "wanted.json"
-    path.write_text(json.dumps({"classes": {str(n): name for n, name in enumerate(names, start=1)}}))
-    return path
-
-
-@pytest.mark.parametrize("names", [("lesion",), ("liver", "spleen")])
-def test_only_scans_in_which_every_wanted_class_was_looked_for_count(
-    partly: Store, tmp_path: Path, names: tuple[str, ...]
-) -> None:
-    truth = adapt.read_truth(partly, asking(tmp_path, *names), Segment(), SPEC)
-    assert len(truth.records) == 8
-    assert all(set(names) <= set(record.classes.values()) for record in truth.records)
-
-
-def test_classes_that_were_never_looked_for_together_are_refused_with_counts(partly: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="all 16 labelled scans are left out") as caught:
-        adapt.read_truth(partly, asking(tmp_path, "liver", "lesion"), Segment(), SPEC)
-    assert "'liver' in 8, 'lesion' in 8" in caught.value.problem
-    assert "wanted.json only classes" in caught.value.hint
-
-
 def arguments(place: Path, out: Path, **changes: object) -> dict[str, object]:
     usual = {
         "weights": place / "weights",
@@ -255,18 +195,6 @@ def test_ct_weights_refuse_a_store_of_mri(place: Path, tmp_path: Path) -> None:
         adapt.run(**arguments(place, tmp_path, store=tmp_path / "mr"))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [('{"classes": {"1": "livr"}}', "did you mean 'liver'"), ("[1]", "not a label file"), ("{", "not a label file")],
-)
-def test_a_wrong_labels_json_is_refused(place: Path, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "labels.json").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        adapt.read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
-    with pytest.raises(ConfigError, match="no label file"):
-        adapt.read_truth(Store.open(place / "store"), tmp_path / "absent.json", Segment(), SPEC)
-
-
 def test_a_finished_run_is_never_written_over(place: Path, tmp_path: Path) -> None:
     adapt.run(**arguments(place, tmp_path, mode="knn"))  # pyright: ignore[reportArgumentType]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -288,11 +216,6 @@ def test_an_interrupted_run_goes_on(place: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a finished run"):
         adapt.read_run(tmp_path)
-
-
-def test_classes_take_turns_even_when_one_runs_out() -> None:
-    labels = {"a": "x", "b": "x", "c": "x", "d": "y"}
-    assert adapt._take_turns(["a", "b", "c", "d"], labels) == ["a", "d", "b", "c"]
 
 
 def test_arrays_of_a_head_survive_the_disk(place: Path, tmp_path: Path) -> None:

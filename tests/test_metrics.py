@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as oracle
 
+from voxelstem import metrics
 from voxelstem.metrics import (
     Interval,
     MeanOf,
@@ -208,3 +209,42 @@ def test_rows_that_fill_space_evenly_have_the_rank_of_the_space():
 
 def test_equal_rows_have_no_direction_and_break_nothing():
     assert effective_rank(np.ones((5, 3))) == pytest.approx(1.0, abs=1e-3)
+
+
+def counts_of(picks: np.ndarray, rows: int) -> np.ndarray:
+    return np.stack([np.bincount(row, minlength=rows) for row in picks]).astype(float)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_of_all_draws_at_once_are_those_of_each_draw(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, bins = 12, 4
+    truth, score = rng.random(rows) < 0.4, np.round(rng.random(rows), 1)
+    kinds, said = rng.integers(0, 3, rows), rng.integers(0, 3, rows)
+    picks = rng.integers(0, rows, (40, rows))
+    counts = counts_of(picks, rows)
+
+    def f1(there: np.ndarray, yes: np.ndarray) -> float:
+        if not there.any():
+            return math.nan
+        hits = sum(bool(a and b) for a, b in zip(there, yes, strict=True))
+        return hits / (hits + 0.5 * sum(bool(a != b) for a, b in zip(there, yes, strict=True)))
+
+    def error(there: np.ndarray, chance: np.ndarray) -> float:
+        total = 0.0
+        for part in range(bins):
+            inside = [n for n in range(len(chance)) if min(int(chance[n] * bins), bins - 1) == part]
+            if inside:
+                total += len(inside) * abs(float(np.mean(chance[inside])) - float(np.mean(there[inside])))
+        return total / len(chance)
+
+    for got, wanted in (
+        (metrics.counted_auroc(counts, truth, score), [metrics.auroc(truth[p], score[p]) for p in picks]),
+        (metrics.counted_balance(counts, kinds, said), [metrics.balanced_accuracy(kinds[p], said[p]) for p in picks]),
+        (metrics.counted_f1(counts, truth, score > 0.5), [f1(truth[p], score[p] > 0.5) for p in picks]),
+        (
+            metrics.counted_calibration_error(counts, truth, score, bins=bins),
+            [error(truth[p], score[p]) for p in picks],
+        ),
+    ):
+        np.testing.assert_allclose(got, wanted, atol=1e-12)

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from voxelstem.card import members, write_weights
+from voxelstem.aligned import Aligned, read_aligned
+from voxelstem.card import check_commercial, members, read_card, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.embed import embed_volume_cached
-from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.embedding import Embedding
+from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Features, Head, Task
 from voxelstem.store import Record, Store
-from voxelstem.store.labels import match, read_labels
-from voxelstem.store.subjects import site_key
-from voxelstem.study import InputSpec
 from voxelstem.table import closest
 from voxelstem.tasks import TASKS
+from voxelstem.truth import Truth, class_names, draw, is_aligned, read_truth
 from voxelstem.weights.hub import fetch, load
 
-_log = logging.getLogger(__name__)
 FeaturesOf = Callable[[str], Features]
 """Gives the frozen features of the volume with this key."""
 
@@ -68,22 +67,6 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Truth:
-    """What experts said about the scans of a store, for one task and one modality."""
-
-    records: tuple[Record, ...]
-    """The labelled scans, in the store's order."""
-    labels: Mapping[str, str]
-    """Subject to label, for scan-level tasks."""
-    classes: tuple[str, ...]
-    """Scan level: every label that occurs. Voxel level: the organs asked for, empty for all that are named."""
-
-    def of(self, split: str) -> tuple[Record, ...]:
-        """The labelled scans of one split."""
-        return tuple(record for record in self.records if record.split == split)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Adapted:
     """A finished run of `adapt`, read back."""
 
@@ -103,7 +86,7 @@ def run(
     *,
     weights: str | Path,
     store: Path,
-    labels: Path,
+    labels: Path | None,
     task: str,
     mode: str,
     out: Path,
@@ -113,7 +96,8 @@ def run(
     """Fit a head for `task` on the store's labelled training subjects and write the run folder `out`.
 
     `weights` is a weights folder, a known name, or the word `scratch` together with the setting `like`.
-    An interrupted run keeps its features and goes on.
+    Prompts need no `labels`; with them, only the classes that they name are asked for. An interrupted run keeps its
+    features and goes on.
 
     Raises:
         ConfigError: unknown task, mode or setting, labels that match nobody, the wrong modality, `out` is taken, or
@@ -129,20 +113,19 @@ def run(
             hint="choose another --out, or remove this folder first",
         )
     opened = Store.open(store)
-    model = _model(weights, config)
-    truth = read_truth(opened, labels, config.head, model.spec)
-    records = draw(truth, config.budget, config.seed, voxels=config.head.voxels)
-    classes = class_names(truth, records, voxels=config.head.voxels)
+    fitting = _aligned_fitting if is_aligned(config.head) else _plain_fitting
     work = out.with_name(f".{out.name}.unfinished")
+    plan = fitting(weights, config, opened, labels)
     try:
         work.mkdir(parents=True, exist_ok=True)
         rest = Path(config.features) if config.features else work / "features"
-        features = embedder(model, opened, rest, tokens=config.head.voxels)
-        with progress("adapt: embed", len(records)) as advance:
-            examples = list(_counted(examples_of(opened, records, truth, features, config.head), advance))
-        head = config.head.fit(examples, classes, mode=config.mode, seed=config.seed)
+        features = plan.features(rest)
+        with progress("adapt: embed", len(plan.records)) as advance:
+            taken = examples_of(opened, plan.records, plan.truth, features, config.head)
+            examples = list(_counted(taken, advance))
+        head, model, records = plan.fit(examples), plan.model, plan.records
         _write(work, config, head, model, records)
-        _keep_weights(work / "weights", weights, model)
+        _keep_weights(work / "weights", weights, model, text=is_aligned(config.head))
         if out.exists():
             out.rmdir()
         work.rename(out)
@@ -154,6 +137,57 @@ def run(
             hint="check the folder's rights and free some space, then run the same command again",
         ) from error
     return out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is to be fitted, before any scan is looked at."""
+
+    model: Model
+    truth: Truth
+    records: tuple[Record, ...]
+    features: Callable[[Path], FeaturesOf]
+    fit: Callable[[Sequence[Example]], Head]
+
+
+def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
+    task: Task = config.head
+    if labels is None:
+        raise ConfigError(f"{config.task} learns from labels", hint="add --labels")
+    model = _model(weights, config)
+    truth = read_truth(store, labels, task, model.spec)
+    records = draw(truth, config.budget, config.seed, voxels=task.voxels)
+    classes = class_names(truth, records, voxels=task.voxels)
+    return _Plan(
+        model=model,
+        truth=truth,
+        records=records,
+        features=lambda folder: embedder(model, store, folder, tokens=task.voxels),
+        fit=lambda examples: task.fit(examples, classes, mode=config.mode, seed=config.seed),
+    )
+
+
+def _aligned_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
+    """Prompts are fitted to nobody; probabilities and thresholds to validation subjects, and to no others."""
+    calibrated = config.mode != config.head.modes[0]
+    if calibrated and labels is None:
+        raise ConfigError(f"mode {config.mode} learns from labels", hint="add --labels, or use --mode prompts")
+    if config.budget is not None and not calibrated:
+        raise ConfigError(f"mode {config.mode} learns from no labels", hint="leave --budget out")
+    config.head.ask()  # a misspelt class is said before gigabytes are read
+    space = open_space(weights, config)
+    truth = Truth(records=(), labels={}, classes=())
+    if labels is not None:
+        truth = read_truth(store, labels, config.head, space.model.spec)
+    records = draw(truth, config.budget, config.seed, voxels=False, split="validation") if calibrated else ()
+    classes = truth.classes or tuple(config.head.ask()[1])
+    return _Plan(
+        model=space.model,
+        truth=truth,
+        records=records,
+        features=lambda folder: projector(space, store, folder),
+        fit=lambda examples: config.head.fit(examples, classes, mode=config.mode, seed=config.seed, space=space),
+    )
 
 
 def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, Any]) -> AdaptConfig:
@@ -176,83 +210,6 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
     return overlay(config, settings)
 
 
-def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth:
-    """Match the label file with the store's scans of the model's modality; a warning counts labels without a scan.
-
-    Raises:
-        ConfigError: the file is not what the task needs, nobody matches, or the modality is missing.
-    """
-    records = [record for record in store if record.modality == spec.modality]
-    if not records:
-        have = ", ".join(sorted({record.modality for record in store})) or "nothing"
-        raise ConfigError(
-            f"these weights were trained on {spec.modality}, the store holds {have}",
-            hint=f"choose weights for {have}, or a store with {spec.modality} scans",
-        )
-    if task.voxels:
-        wanted = _organs(labels)
-        truth = Truth(records=_annotated(records, wanted, labels.name), labels={}, classes=wanted)
-    else:
-        read = match(read_labels(labels, "classify", site_key()), {record.subject for record in records})
-        if read.missing:
-            total = read.missing + len(read.labels)
-            _log.warning(
-                "%d of %d labelled subjects are not in the store (no %s scan)", read.missing, total, spec.modality
-            )
-        by_subject = {subject: str(label) for subject, label in read.labels.items()}
-        records = [record for record in records if record.subject in by_subject]
-        truth = Truth(records=tuple(records), labels=by_subject, classes=tuple(sorted(set(by_subject.values()))))
-    if not truth.of("train"):
-        raise ConfigError(
-            f"no training subject of the store has {'voxel ' if task.voxels else ''}labels for this",
-            hint="ingest more labelled scans: a subject's hash decides which split it is in",
-        )
-    return truth
-
-
-def draw(truth: Truth, budget: int | None, seed: int, *, voxels: bool) -> tuple[Record, ...]:
-    """Draw the labelled training subjects and return their scans. With labels per scan, classes take turns.
-
-    Raises:
-        ConfigError: fewer subjects than the budget, or a budget below the number of classes.
-        AuditError: the training subjects are all of one class.
-    """
-    train = truth.of("train")
-    subjects = sorted({record.subject for record in train})
-    order = [subjects[index] for index in np.random.default_rng([seed, 11]).permutation(len(subjects))]
-    if not voxels:
-        order = _take_turns(order, truth.labels)
-        kinds = len({truth.labels[subject] for subject in order})
-        if kinds < 2:  # noqa: PLR2004
-            raise AuditError(
-                f"all {len(order)} labelled training subjects have the same label: nothing to tell apart",
-                hint="label subjects of another class too",
-            )
-        if budget is not None and budget < kinds:
-            raise ConfigError(f"budget {budget} cannot show each of {kinds} classes once", hint=f"use --budget {kinds}")
-    if budget is not None and budget > len(order):
-        raise ConfigError(
-            f"budget {budget} is more than the {len(order)} labelled training subjects",
-            hint=f"use --budget {len(order)}, or leave it out to use all",
-        )
-    drawn = set(order[:budget])
-    return tuple(record for record in train if record.subject in drawn)
-
-
-def class_names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tuple[str, ...]:
-    """Names of the head's classes; without a wish, the organs that every drawn scan has names for.
-
-    Raises:
-        AuditError: the drawn scans have no organ in common.
-    """
-    if not voxels or truth.classes:
-        return truth.classes
-    shared = set.intersection(*(set(record.classes.values()) for record in records))
-    if not shared:
-        raise AuditError("the labelled scans have no structure in common", hint="name the classes in labels.json")
-    return tuple(sorted(shared))
-
-
 def examples_of(
     store: Store, records: Sequence[Record], truth: Truth, features: FeaturesOf, task: Task
 ) -> Iterator[Example]:
@@ -264,6 +221,7 @@ def examples_of(
             features=features(record.key),
             affine_ras=record.affine_ras,
             label=truth.labels.get(record.subject),
+            findings=truth.findings.get(record.subject),
             labels=store.labels(record.key) if task.voxels else None,
         )
 
@@ -271,6 +229,41 @@ def examples_of(
 def embedder(model: Model, store: Store, folder: Path, *, tokens: bool) -> FeaturesOf:
     """Embed volumes with a model, each one once: the features rest in `folder`."""
     return lambda key: embed_volume_cached(model, store, key, folder, tokens=tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projected:
+    """A scan in the space of texts, as a task sees it."""
+
+    scan: Float[np.ndarray, " out"]
+    """A unit vector."""
+    tokens: None = None
+    tokens_affine_ras: None = None
+
+
+def projector(space: Aligned, store: Store, folder: Path) -> FeaturesOf:
+    """Embed volumes and bring them into the space of texts; the embeddings before that rest in `folder`."""
+    plain = embedder(space.model, store, folder, tokens=False)
+    return lambda key: Projected(scan=space.embed_scan(cast(Embedding, plain(key))))
+
+
+def open_space(weights: str | Path, config: AdaptConfig, *, commercial: bool = False) -> Aligned:
+    """Read aligned weights for a task that compares scans with texts.
+
+    Raises:
+        ConfigError: `scratch`, which has no words; a tower or tokenizer that is not here; or the licence forbids it.
+        CheckpointError: the weights were not aligned with reports, or are damaged.
+    """
+    if str(weights) == "scratch":
+        raise ConfigError(
+            f"an untrained network has no words, so {config.task} cannot use it",
+            hint="give aligned weights; `evaluate` shows the same network untrained beside them",
+        )
+    folder = fetch(weights, text=True)
+    if commercial or config.commercial:
+        check_commercial(read_card(folder))
+    tokenizer = config.head.tokenizer
+    return read_aligned(folder, tokenizer=Path(tokenizer) if tokenizer else None)
 
 
 def read_run(folder: Path) -> Adapted:
@@ -316,49 +309,6 @@ def _model(weights: str | Path, config: AdaptConfig) -> Model:
     return load(config.like, commercial=config.commercial).scratch(seed=config.seed)
 
 
-def _organs(path: Path) -> tuple[str, ...]:
-    """The names in the `classes` of a labels.json, in its order."""
-    try:
-        classes = json.loads(path.read_text(encoding="utf-8")).get("classes", {})
-        return tuple(dict.fromkeys(str(name) for name in classes.values()))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no label file '{path.name}'", hint="check the path after --labels") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{path.name} is not a label file for voxel labels",
-            hint='it is JSON such as {"classes": {"1": "liver"}}',
-        ) from error
-
-
-def _annotated(records: Sequence[Record], wanted: tuple[str, ...], source: str) -> tuple[Record, ...]:
-    """The scans in which every wanted organ was looked for: where one was not, silence does not mean absence."""
-    labelled = [record for record in records if record.has_labels]
-    known = {name for record in labelled for name in record.classes.values()}
-    for name in wanted:
-        if name not in known:
-            raise ConfigError(
-                f"{source} asks for '{name}', which no scan in the store has",
-                hint=closest(name, sorted(known)) if known else "ingest masks with --labels",
-            )
-    whole = tuple(record for record in labelled if set(wanted) <= set(record.classes.values()))
-    if not whole and labelled:
-        lacking = {name: sum(name not in record.classes.values() for record in labelled) for name in wanted}
-        why = ", ".join(f"'{name}' in {count}" for name, count in lacking.items() if count)
-        raise ConfigError(
-            f"{source} asks for {len(wanted)} classes, and all {len(labelled)} labelled scans are left out, because "
-            f"not every class was looked for in them: {why}",
-            hint=f"name in {source} only classes that were looked for in the same scans",
-        )
-    return whole
-
-
-def _take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:
-    """Reorder subjects so that every class comes by in turn: the first n are as balanced as they can be."""
-    queues = {name: [s for s in order if labels[s] == name] for name in sorted({labels[s] for s in order})}
-    longest = max((len(queue) for queue in queues.values()), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
-
-
 def _counted(items: Iterator[Example], advance: Callable[[], None]) -> Iterator[Example]:
     for item in items:
         yield item
@@ -381,13 +331,13 @@ def _write(folder: Path, config: AdaptConfig, head: Head, model: Model, records:
     (folder / "adapt.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _keep_weights(folder: Path, weights: str | Path, model: Model) -> None:
+def _keep_weights(folder: Path, weights: str | Path, model: Model, *, text: bool) -> None:
     """The run is whole by itself: weights are linked into it where the disk can, else copied."""
     shutil.rmtree(folder, ignore_errors=True)
     if str(weights) == "scratch":
         write_weights(folder, model.backbone.state_dict(), model.card)
         return
-    source = fetch(weights)
+    source = fetch(weights, text=text)
     for name in members(source, model.card):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,37 +5,60 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxelstem import baselines, metrics
-from voxelstem.adapt import Adapted, FeaturesOf, Truth, class_names, draw, embedder, examples_of, read_run, read_truth
+from voxelstem import metrics
+from voxelstem.adapt import (
+    Adapted,
+    FeaturesOf,
+    embedder,
+    open_space,
+    projector,
+    read_run,
+)
+from voxelstem.contest import (
+    INITS,
+    Contest,
+    Outcomes,
+    Repeats,
+    counted,
+    intensity_features,
+    once,
+    plain_baselines,
+    remembered,
+    zeroshot_baselines,
+)
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model
-from voxelstem.progress import Advance, progress
-from voxelstem.protocols import Head, Task
+from voxelstem.progress import progress
 from voxelstem.report import page
 from voxelstem.store import Record, Store
 from voxelstem.store.leakage import common
 from voxelstem.study import InputSpec
-from voxelstem.tasks.classify import Guess, majority
-from voxelstem.tasks.segment import compare, numbered
+from voxelstem.truth import Truth, class_names, draw, is_aligned, read_truth
 from voxelstem.weights.hub import load
 
-INITS = 3
-"""How many untrained networks stand for `scratch`."""
+__all__ = [
+    "INITS",
+    "Contest",
+    "Evaluation",
+    "Outcomes",
+    "Repeats",
+    "check_leakage",
+    "few_label_table",
+    "intensity_features",
+    "run",
+    "table_of",
+]
+
 REFERENCES = ("scratch", "intensity")
 RESERVED = (*REFERENCES, "atlas", "majority")
 """Names of baselines, which a run may not carry in the table."""
-
-Outcomes = dict[str, Any]
-"""Subject to outcome, as the task's `combine` gives it."""
-Repeats = dict[str, tuple[Any, ...]]
-"""Subject to the outcomes of several repeats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,75 +70,12 @@ class Evaluation:
     test_scans: int
     checked: tuple[str, ...]
     """Checks that passed, in words."""
+    asked: tuple[Mapping[str, Any], ...] = ()
+    """For each run that answers by prompts: its set with version and SHA-256, and how many were asked about what."""
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain data for JSON; an undefined figure becomes None."""
         return _plain(dataclasses.asdict(self))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contest:
-    """What all contestants share: the same labelled scans, the same held-out scans, the same task."""
-
-    store: Store
-    truth: Truth
-    task: Task
-    mode: str
-    classes: tuple[str, ...]
-    labelled: tuple[Record, ...]
-    tested: tuple[Record, ...]
-    seed: int
-
-    def score(self, head: Head, features: FeaturesOf) -> Outcomes:
-        """Outcomes of a fitted head on the held-out scans."""
-        examples = examples_of(self.store, self.tested, self.truth, features, self.task)
-        return self._join((example.subject, self.task.outcome(head, example)) for example in examples)
-
-    def fit_and_score(self, features: FeaturesOf) -> Outcomes:
-        """Fit the task's head to these features of the labelled scans, then score it."""
-        examples = list(examples_of(self.store, self.labelled, self.truth, features, self.task))
-        head = self.task.fit(examples, self.classes, mode=self.mode, seed=self.seed)
-        return self.score(head, features)
-
-    def majority(self) -> Outcomes:
-        """Say of every scan what most labelled scans are."""
-        shares = majority([self.truth.labels[record.subject] for record in self.labelled], self.classes)
-        return self._join(
-            (record.subject, Guess(truth=self.classes.index(self.truth.labels[record.subject]), scores=shares))
-            for record in self.tested
-        )
-
-    def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:
-        """Carry the labels of the labelled scan with the most similar body over each held-out scan."""
-
-        def look(record: Record) -> tuple[Any, baselines.Body]:
-            if advance is not None:
-                advance(1, note="atlas")
-            return self._body(record, spec)
-
-        known = [look(record) for record in self.labelled]
-
-        def outcome(record: Record) -> tuple[str, Any]:
-            scan, body = look(record)
-            nearest = baselines.nearest(scan, [other for other, _ in known])
-            labels = self.store.labels(self.labelled[nearest].key)
-            truth = self.store.labels(record.key)
-            assert labels is not None
-            assert truth is not None
-            carried = baselines.carry(labels, known[nearest][1], body, record.shape_ijk)
-            return record.subject, compare(numbered(carried, self.classes), truth, self.classes)
-
-        return self._join(map(outcome, self.tested))
-
-    def _body(self, record: Record, spec: InputSpec) -> tuple[Any, baselines.Body]:
-        volume = self.store.volume(record.key)
-        return baselines.intensity(volume, spec, token_mm=None).scan, baselines.find_body(volume)
-
-    def _join(self, scored: Iterable[tuple[str, Any]]) -> Outcomes:
-        by_subject: dict[str, list[Any]] = {}
-        for subject, outcome in scored:
-            by_subject.setdefault(subject, []).append(outcome)
-        return {subject: self.task.combine(outcomes) for subject, outcomes in by_subject.items()}
 
 
 def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercial: bool = False) -> Evaluation:
@@ -137,20 +97,20 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
     scores: list[Score] = []
     known: dict[str, dict[str, Repeats]] = {}
     contests: list[Contest] = []
+    asked: list[Mapping[str, Any]] = []
     for adapted in finished:
-        model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
-        contest = _contest(adapted, opened, read_truth(opened, labels, adapted.task, model.spec))
-        contests.append(contest)
-        mark = _mark(adapted, model)
         name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
+        entry = _enter(adapted, opened, labels, out / "features", commercial=commercial)
+        contest = entry.contest
+        contests.append(contest)
         with progress(f"evaluate: {adapted.name}", len(contest.tested)) as advance:
-            features = _counted(_features(contest, model, out), advance)
-            mine = {name: _once(contest.score(adapted.head, features))}
-        fresh = mark not in known
+            mine = {name: once(contest.score(adapted.head, counted(entry.features, advance)))}
+        fresh = entry.mark not in known
         if fresh:
-            known[mark] = _baselines(contest, model, out)
-        table = table_of(contest, mine | known[mark], task=adapted.config.task, budget=adapted.config.budget)
+            known[entry.mark] = entry.baselines()
+        table = table_of(contest, mine | known[entry.mark], task=adapted.config.task, budget=adapted.config.budget)
         scores += [score for score in table if fresh or score.name == name]
+        asked += [_question(adapted, contest, name)] if is_aligned(adapted.task) else []
     tested = {record.key: record.subject for contest in contests for record in contest.tested}
     evaluation = Evaluation(
         scores=tuple(scores),
@@ -161,6 +121,7 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
             "what the weights saw elsewhere is not checked",
             "baselines fitted to the same labelled scans as each run",
         ),
+        asked=tuple(asked),
     )
     _write(out, evaluation)
     return evaluation
@@ -204,7 +165,7 @@ def few_label_table(
     turns = [(name, maker) for name, makers in contestants.items() for maker in makers]
     with progress("few labels", len(rounds) * (len(turns) + (atlas is not None))) as advance:
         for name, maker in turns:
-            features = _remembered(maker())
+            features = remembered(maker())
             for (budget, _), drawn in rounds.items():
                 repeats[budget].setdefault(name, []).append(drawn.fit_and_score(features))
                 advance(1, note=f"{name}, {budget} labelled")
@@ -224,7 +185,7 @@ def few_label_table(
 def table_of(contest: Contest, repeats: Mapping[str, Repeats], *, task: str, budget: int | None) -> list[Score]:
     """Turn outcomes into scores with subject-level intervals and paired differences to the references."""
     scores: list[Score] = []
-    organs = contest.classes if contest.task.voxels else ()
+    parts = contest.classes if contest.task.voxels or contest.truth.findings else ()
     for metric in contest.task.metrics:
         statistic = metrics.averaged(contest.task.statistic(metric))
         for name, own in repeats.items():
@@ -247,25 +208,68 @@ def table_of(contest: Contest, repeats: Mapping[str, Repeats], *, task: str, bud
                     value=value,
                     over_scratch=over.get("scratch"),
                     over_intensity=over.get("intensity"),
-                    parts=_parts(contest, metric, organs, own),
+                    parts=_parts(contest, metric, parts, own),
                     each=tuple(statistic([own[subject]]) for subject in sorted(own)) if few else (),
                 )
             )
     return scores
 
 
-def intensity_features(store: Store, spec: InputSpec, patch_ijk: tuple[int, int, int] | None) -> FeaturesOf:
-    """Features of the intensity baseline, each volume once; its tokens are as large as patches of `patch_ijk` voxels.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """A run that takes part."""
 
-    Without `patch_ijk` there are no tokens.
-    """
+    contest: Contest
+    features: FeaturesOf
+    baselines: Callable[[], dict[str, Repeats]]
+    mark: str
 
-    def look(key: str) -> Any:
-        volume = store.volume(key)
-        edges = baselines.token_mm(volume, spec, patch_ijk) if patch_ijk else None
-        return baselines.intensity(volume, spec, token_mm=edges)
 
-    return _remembered(look)
+def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commercial: bool) -> _Entry:
+    """Load a run's weights and put its contest together; embeddings rest in `folder`."""
+    if is_aligned(adapted.task):
+        space = open_space(adapted.weights, adapted.config, commercial=commercial)
+        contest = _contest(adapted, store, read_truth(store, labels, adapted.task, space.model.spec))
+        return _Entry(
+            contest=contest,
+            features=projector(space, store, folder),
+            baselines=lambda: zeroshot_baselines(contest, adapted.head, space, folder),
+            # Untrained networks are heard through the heads that were trained: other weights, other baselines.
+            mark=_mark(adapted, space.model) + space.sha256,
+        )
+    model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
+    contest = _contest(adapted, store, read_truth(store, labels, adapted.task, model.spec))
+    return _Entry(
+        contest=contest,
+        features=embedder(model, store, folder, tokens=adapted.task.voxels),
+        baselines=lambda: plain_baselines(contest, model, folder),
+        mark=_mark(adapted, model),
+    )
+
+
+def _question(adapted: Adapted, contest: Contest, name: str) -> dict[str, Any]:
+    """What a run was asked in words, and of how many."""
+    facts = adapted.head.facts
+    truth = contest.truth
+    if truth.labels:
+        counts = {word: sum(truth.labels[subject] == word for subject in contest.subjects) for word in contest.classes}
+    else:
+        told = [truth.findings[subject] for subject in contest.subjects]
+        counts = {word: sum(word in one for one in told) for word in contest.classes}
+    return {
+        "run": name,
+        "prompts": facts["prompts"],
+        "version": int(facts["prompts_version"]),
+        "sha256": facts["prompts_sha256"],
+        "prompts_said": int(facts["prompts_said"]),
+        "answers": adapted.config.head.answers,
+        "mode": adapted.config.mode,
+        "calibrated_on": len(adapted.subjects),
+        "pool": len(contest.tested),
+        "subjects": len(contest.subjects),
+        "classes": counts,
+        "counted": "test subjects of which this is true" if truth.labels else "test subjects of whom this is known",
+    }
 
 
 def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
@@ -279,7 +283,7 @@ def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
         )
     classes = adapted.head.classes
     tested = [
-        record for record in truth.of("test") if not adapted.task.voxels or set(classes) <= set(record.classes.values())
+        record for record in truth.of("test") if _can_be_scored(record, truth, classes, voxels=adapted.task.voxels)
     ]
     if not tested:
         raise AuditError("no held-out test subject has labels", hint="ingest and label more subjects")
@@ -300,36 +304,20 @@ def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
     )
 
 
+def _can_be_scored(record: Record, truth: Truth, classes: tuple[str, ...], *, voxels: bool) -> bool:
+    if voxels:
+        return set(classes) <= set(record.classes.values())
+    return not truth.findings or bool(set(classes) & set(truth.findings[record.subject]))
+
+
 def _with_draw(contest: Contest, budget: int, index: int) -> Contest:
     labelled = draw(contest.truth, budget, index, voxels=contest.task.voxels)
     classes = contest.classes or class_names(contest.truth, labelled, voxels=contest.task.voxels)
     return dataclasses.replace(contest, labelled=labelled, classes=classes, seed=index)
 
 
-def _features(contest: Contest, model: Model, out: Path) -> FeaturesOf:
-    return embedder(model, contest.store, out / "features", tokens=contest.task.voxels)
-
-
-def _baselines(contest: Contest, model: Model, out: Path) -> dict[str, Repeats]:
-    """Outcomes of everything that a model must beat, fitted to the same labels."""
-    voxels = contest.task.voxels
-    scans = len(contest.labelled) + len(contest.tested)
-    with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
-        untrained: list[Outcomes] = []
-        for seed in range(INITS):
-            fresh = _features(contest, model.scratch(seed=seed), out)
-            untrained.append(contest.fit_and_score(_counted(fresh, advance, note="scratch")))
-        bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
-        bright = contest.fit_and_score(_counted(bright, advance, note="intensity"))
-        floor = _once(contest.atlas(model.spec, advance) if voxels else contest.majority())
-        if not voxels:
-            advance(scans, note="majority")
-    scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
-    return {"scratch": scratch, "intensity": _once(bright), "atlas" if voxels else "majority": floor}
-
-
 def _parts(contest: Contest, metric: str, organs: tuple[str, ...], own: Repeats) -> dict[str, metrics.Interval]:
-    """The figure of each organ, over the subjects whose truth holds it."""
+    """The figure of each organ, or of each class that is there or not, over the subjects whose truth holds it."""
     parts: dict[str, metrics.Interval] = {}
     for organ in organs:
         having = {subject: outcomes for subject, outcomes in own.items() if organ in outcomes[0]}
@@ -337,32 +325,6 @@ def _parts(contest: Contest, metric: str, organs: tuple[str, ...], own: Repeats)
             statistic = metrics.averaged(contest.task.statistic(f"{metric}:{organ}"))
             parts[organ] = metrics.bootstrap_interval(having, statistic)
     return parts
-
-
-def _once(outcomes: Outcomes) -> Repeats:
-    return {subject: (outcome,) for subject, outcome in outcomes.items()}
-
-
-def _counted(features: FeaturesOf, advance: Advance, note: str = "") -> FeaturesOf:
-    """The same features; each scan moves the bar on."""
-
-    def count(key: str) -> Any:
-        found = features(key)
-        advance(1, note=note)
-        return found
-
-    return count
-
-
-def _remembered(features: FeaturesOf) -> FeaturesOf:
-    kept: dict[str, Any] = {}
-
-    def recall(key: str) -> Any:
-        if key not in kept:
-            kept[key] = features(key)
-        return kept[key]
-
-    return recall
 
 
 def _mark(adapted: Adapted, model: Model) -> str:
@@ -382,6 +344,7 @@ def _plain(value: Any) -> Any:
 def _write(out: Path, evaluation: Evaluation) -> None:
     sections = [
         page.scores_section(evaluation.scores),
+        *([page.asked_section(evaluation.asked)] if evaluation.asked else []),
         page.section("What was checked", page.bullets(evaluation.checked)),
         page.limits_section(evaluation.test_subjects),
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -88,7 +89,22 @@ class MeanOf:
     def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
         """Compute the statistic of each row of picked subjects."""
         rows = [[self.each(value) for value in (held if self.repeated else (held,))] for held in sample]
-        return _defined_mean(_defined_mean(np.array(rows, dtype=np.float64)[picks], 1), 1)
+        return defined_mean(defined_mean(np.array(rows, dtype=np.float64)[picks], 1), 1)
+
+
+@runtime_checkable
+class Resampled(Protocol):
+    """A statistic that is computed for all draws at once. A dataclass, like `MeanOf`."""
+
+    repeated: bool
+
+    def __call__(self, sample: Sequence[Any]) -> float:
+        """Compute the statistic."""
+        ...
+
+    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
+        """Compute the statistic of each row of picked subjects."""
+        ...
 
 
 MEAN = MeanOf(float)
@@ -136,14 +152,58 @@ def macro_auroc(truth: Int[np.ndarray, "row"], scores: Float[np.ndarray, "row cl
     return mean([auroc(truth == label, scores[:, label]) for label in range(scores.shape[1])])
 
 
+def counted_auroc(
+    counts: Float[np.ndarray, "draw row"], truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]
+) -> Float[np.ndarray, "draw"]:
+    """`auroc` of each draw in which a row stands `counts` times."""
+    wins = np.subtract.outer(score[truth], score[~truth])
+    wins = (wins > 0) + 0.5 * (wins == 0)
+    there, gone = counts[:, truth], counts[:, ~truth]
+    return _share(((there @ wins) * gone).sum(axis=1), there.sum(axis=1) * gone.sum(axis=1))
+
+
+def counted_balance(
+    counts: Float[np.ndarray, "draw row"], truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "row"]
+) -> Float[np.ndarray, "draw"]:
+    """`balanced_accuracy` of each draw in which a row stands `counts` times."""
+    kinds = [truth == kind for kind in np.unique(truth)]
+    recalls = [_share(counts @ (of & (predicted == truth)), counts @ of) for of in kinds]
+    recalls = np.stack(recalls, axis=1) if kinds else np.full((len(counts), 1), math.nan)
+    return np.where((~np.isnan(recalls)).sum(axis=1) > 1, defined_mean(recalls, 1), math.nan)
+
+
+def counted_f1(
+    counts: Float[np.ndarray, "draw row"], truth: Bool[np.ndarray, "row"], predicted: Bool[np.ndarray, "row"]
+) -> Float[np.ndarray, "draw"]:
+    """Harmonic mean of precision and recall of what is true, in each draw; NaN if nothing is (van Rijsbergen 1979)."""
+    there, said = counts @ truth, counts @ predicted
+    return np.where(there > 0, _share(2.0 * (counts @ (truth & predicted)), there + said), math.nan)
+
+
+def counted_calibration_error(
+    counts: Float[np.ndarray, "draw row"],
+    truth: Bool[np.ndarray, "row"],
+    chance: Float[np.ndarray, "row"],
+    *,
+    bins: int,
+) -> Float[np.ndarray, "draw"]:
+    """How far a stated chance is from how often it comes true, in each draw (Guo et al. 2017, section 2).
+
+    Rows fall into `bins` equal parts of [0, 1]; each part's gap counts by its share of the rows. NaN without rows.
+    """
+    parts = np.eye(bins)[np.minimum((chance * bins).astype(np.int64), bins - 1)]
+    gaps = counts @ (parts * (truth - chance)[:, None])
+    return _share(np.abs(gaps).sum(axis=1), counts.sum(axis=1))
+
+
 def averaged(statistic: Statistic[Any]) -> Statistic[Any]:
     """Turn a statistic of one value per subject into one of several repeats per subject.
 
     Each subject then holds a sequence of values, one for each repeat (another seed, another draw of
     labels); the statistic is computed within every repeat and averaged over them.
     """
-    if isinstance(statistic, MeanOf):
-        return MeanOf(statistic.each, repeated=True)
+    if isinstance(statistic, Resampled):
+        return dataclasses.replace(cast(Any, statistic), repeated=True)
 
     def over_repeats(sample: Sequence[Sequence[Any]]) -> float:
         repeats = len(sample[0]) if sample else 0
@@ -215,12 +275,17 @@ def effective_rank(rows: Float[np.ndarray, "row dim"]) -> float:
 def _resampled(
     statistic: Statistic[Any], sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]
 ) -> Float[np.ndarray, "draw"]:
-    if isinstance(statistic, MeanOf):
+    if isinstance(statistic, Resampled):
         return statistic.resampled(sample, picks)
     return np.array([statistic([sample[index] for index in row]) for row in picks.tolist()])
 
 
-def _defined_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
+def _share(part: Float[np.ndarray, "draw"], whole: Float[np.ndarray, "draw"]) -> Float[np.ndarray, "draw"]:
+    """`part` / `whole`; NaN where there is nothing."""
+    return np.where(whole > 0, part / np.maximum(whole, 1e-300), math.nan)
+
+
+def defined_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
     """Mean along an axis over what is not NaN; NaN where nothing is."""
     defined = ~np.isnan(values)
     count = defined.sum(axis=axis)

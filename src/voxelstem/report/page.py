@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from voxelstem.metrics import Interval, Score
 from voxelstem.report.figures import Picture, comparison
@@ -41,6 +42,11 @@ dd { margin:0; overflow-wrap:anywhere }
 @media (max-width:34rem) { dl { grid-template-columns:1fr } dd { margin-bottom:.5rem } h1 { font-size:1.5rem } }
 ul { padding-left:1.2rem; max-width:44rem } li { margin:.35rem 0 }
 .note { background:var(--warntint); border-left:4px solid var(--warn); padding:.75rem 1rem; border-radius:0 6px 6px 0 }
+.found { display:grid; grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr)); gap:1rem; margin:.5rem 0 1.5rem }
+.found figure { margin:0 } .found p { margin:.25rem 0 0 } .found code { font-size:.75rem }
+.scan { position:relative } .found .scan img { width:100%; background:#000 }
+.scan span { position:absolute; top:50%; left:.4rem; color:#ffd84d; font-weight:700; font-size:.8rem;
+  text-shadow:0 0 3px #000,0 0 3px #000 } .scan span + span { left:auto; right:.4rem }
 .note ul { margin:.25rem 0 } @media print { nav { display:none } section { break-inside:avoid } }
 """.strip()
 
@@ -50,6 +56,7 @@ MEANING = {
     "atlas": "labels of the most similar labelled scan, laid over so that the bodies' boxes match",
     "majority": "the shares of the classes among the labelled scans, without looking at the scan",
 }
+LESS_IS_BETTER = ("ece",)
 NOT_A_DEVICE = "Not a medical device. Nothing here is validated for any diagnosis or treatment."
 
 
@@ -156,7 +163,7 @@ def scores_section(scores: Sequence[Score], title: str = "Pretrained, scratch, i
     parts: list[str] = []
     for task, mode, metric in dict.fromkeys((score.task, score.mode, score.metric) for score in scores):
         chosen = [s for s in scores if (s.task, s.mode, s.metric) == (task, mode, metric)]
-        spoken = metric.replace("_", " ")
+        spoken = metric.replace("_", " ") + (" (less is better)" if metric in LESS_IS_BETTER else "")
         parts.append(f"<h3>{escape(f'{task} · {mode} · {spoken}')}</h3>")
         parts.append(picture(comparison(chosen, metric)))
         head = ["contestant", "labelled", "repeats", "n", spoken, "minus scratch", "minus intensity"]
@@ -167,8 +174,8 @@ def scores_section(scores: Sequence[Score], title: str = "Pretrained, scratch, i
                 str(score.repeats),
                 str(score.value.subjects),
                 _say(score.value),
-                _difference(score.over_scratch),
-                _difference(score.over_intensity),
+                _difference(score.over_scratch, less_is_better=metric in LESS_IS_BETTER),
+                _difference(score.over_intensity, less_is_better=metric in LESS_IS_BETTER),
             ]
             for score in chosen
         ]
@@ -179,6 +186,30 @@ def scores_section(scores: Sequence[Score], title: str = "Pretrained, scratch, i
     names = dict.fromkeys(score.name for score in scores)
     parts.append(facts({name: MEANING[name] for name in names if name in MEANING}))
     return section(title, *parts)
+
+
+def asked_section(asked: Sequence[Mapping[str, Any]]) -> Section:
+    """In which words runs were asked, by a set of prompts that can be looked up, and of how many."""
+    parts: list[str] = []
+    for one in asked:
+        how = "each is there or not" if one["answers"] == "each" else "one of them is true"
+        labels = f"{one['calibrated_on']} validation subjects" if one["calibrated_on"] else "none"
+        parts.append(f"<h3>{escape(str(one['run']))}</h3>")
+        parts.append(
+            facts(
+                {
+                    "Prompt set": f"{one['prompts']}, version {one['version']}",
+                    "SHA-256": one["sha256"],
+                    "Prompts": one["prompts_said"],
+                    "Classes": f"{len(one['classes'])}, {how}",
+                    "Labels learned from": labels,
+                    "Pool": f"{one['pool']} test scans of {one['subjects']} subjects",
+                }
+            )
+        )
+        rows = [[name, str(count)] for name, count in one["classes"].items()]
+        parts.append(table(["class", "n"], rows, caption=one["counted"]))
+    return section("Asked in words", *parts)
 
 
 def limits_section(test_subjects: int, *, phantoms: bool = False, remarks: Sequence[str] = ()) -> Section:
@@ -211,13 +242,14 @@ def _say(value: Interval) -> str:
     return _together(str(value)) + (f" ({value.note})" if value.note else "")
 
 
-def _difference(value: Interval | None) -> str:
+def _difference(value: Interval | None, *, less_is_better: bool = False) -> str:
     """A signed difference and, in a word, whether its interval leaves zero out."""
     if value is None:
         return "–"
     if value.low is None or value.high is None:
         return f"{value.estimate:+.3f} ({value.note})"
-    word = "better" if value.low > 0 else "worse" if value.high < 0 else "unclear"
+    more, less = ("worse", "better") if less_is_better else ("better", "worse")
+    word = more if value.low > 0 else less if value.high < 0 else "unclear"
     return _together(f"{value.estimate:+.3f} [{value.low:+.3f}, {value.high:+.3f}]") + f" {word}"
 
 
@@ -237,7 +269,9 @@ def _organs(scores: Sequence[Score], spoken: str) -> str:
         ]
         for score in scores
     ]
-    return table(["contestant", *organs], rows, caption=f"{spoken} of each organ, mean over the subjects that have it")
+    asked = any(score.task == "zeroshot" for score in scores)
+    what = "class, where it is known" if asked else "organ, mean over the subjects that have it"
+    return table(["contestant", *organs], rows, caption=f"{spoken} of each {what}")
 
 
 def _each(scores: Sequence[Score], spoken: str) -> str:

@@ -9,5 +9,6 @@ TASKS = Table(
     {
         "classify": "voxelstem.tasks.classify:Classify",
         "segment": "voxelstem.tasks.segment:Segment",
+        "zeroshot": "voxelstem.tasks.zeroshot:Zeroshot",
     },
 )

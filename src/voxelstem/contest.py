@@ -1,0 +1,256 @@
+"""Contest: the same labelled scans, the same held-out scans and the same task for a run and for what it must beat."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Float
+
+from voxelstem import baselines
+from voxelstem.adapt import FeaturesOf, embedder, examples_of, projector
+from voxelstem.aligned import Aligned
+from voxelstem.model import Model
+from voxelstem.progress import Advance, progress
+from voxelstem.protocols import Example, Head, Task
+from voxelstem.store import Record, Store
+from voxelstem.study import InputSpec
+from voxelstem.tasks.classify import Classify, Guess, majority
+from voxelstem.tasks.segment import compare, numbered
+from voxelstem.tasks.zeroshot import HALF, Answer, Zeroshot, shares, truth_of
+from voxelstem.truth import Truth
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blind:
+    """Features of a scan that nobody looked at."""
+
+    scan: Float[np.ndarray, "0"] = field(default_factory=lambda: np.zeros(0))
+    tokens: None = None
+    tokens_affine_ras: None = None
+
+
+INITS = 3
+"""How many untrained networks stand for `scratch`."""
+Outcomes = dict[str, Any]
+"""Subject to outcome, as the task's `combine` gives it."""
+Repeats = dict[str, tuple[Any, ...]]
+"""Subject to the outcomes of several repeats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contest:
+    """What all contestants share: the same labelled scans, the same held-out scans, the same task."""
+
+    store: Store
+    truth: Truth
+    task: Task
+    mode: str
+    classes: tuple[str, ...]
+    labelled: tuple[Record, ...]
+    tested: tuple[Record, ...]
+    seed: int
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Who is tested."""
+        return tuple(sorted({record.subject for record in self.tested}))
+
+    def score(self, head: Head, features: FeaturesOf) -> Outcomes:
+        """Outcomes of a fitted head on the held-out scans."""
+        examples = examples_of(self.store, self.tested, self.truth, features, self.task)
+        return self._join((example.subject, self.task.outcome(head, example)) for example in examples)
+
+    def fit_and_score(self, features: FeaturesOf) -> Outcomes:
+        """Fit the task's head to these features of the labelled scans, then score it."""
+        examples = list(examples_of(self.store, self.labelled, self.truth, features, self.task))
+        head = self.task.fit(examples, self.classes, mode=self.mode, seed=self.seed)
+        return self.score(head, features)
+
+    def calibrated(self, head: Head, features: FeaturesOf) -> Head:
+        """A head of prompts, set by these features of the labelled scans; as it is where none are labelled."""
+        if not self.labelled:
+            return head
+        examples = list(examples_of(self.store, self.labelled, self.truth, features, self.task))
+        return cast(Zeroshot, self.task).calibrate(head, examples)
+
+    def answers(self, scored: Sequence[tuple[Example, tuple[float, ...]]]) -> Outcomes:
+        """Outcomes of probabilities that came from somewhere else than prompts."""
+        half = (HALF,) * len(self.classes)
+        return self._join(
+            (
+                example.subject,
+                Answer(classes=self.classes, truth=truth_of(self.classes, example), scores=scores, thresholds=half),
+            )
+            for example, scores in scored
+        )
+
+    def majority(self) -> Outcomes:
+        """Say of every scan what most labelled scans are."""
+        shares = majority([self.truth.labels[record.subject] for record in self.labelled], self.classes)
+        return self._join(
+            (record.subject, Guess(truth=self.classes.index(self.truth.labels[record.subject]), scores=shares))
+            for record in self.tested
+        )
+
+    def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:
+        """Carry the labels of the labelled scan with the most similar body over each held-out scan."""
+
+        def look(record: Record) -> tuple[Any, baselines.Body]:
+            if advance is not None:
+                advance(1, note="atlas")
+            return self._body(record, spec)
+
+        known = [look(record) for record in self.labelled]
+
+        def outcome(record: Record) -> tuple[str, Any]:
+            scan, body = look(record)
+            nearest = baselines.nearest(scan, [other for other, _ in known])
+            labels = self.store.labels(self.labelled[nearest].key)
+            truth = self.store.labels(record.key)
+            assert labels is not None
+            assert truth is not None
+            carried = baselines.carry(labels, known[nearest][1], body, record.shape_ijk)
+            return record.subject, compare(numbered(carried, self.classes), truth, self.classes)
+
+        return self._join(map(outcome, self.tested))
+
+    def _body(self, record: Record, spec: InputSpec) -> tuple[Any, baselines.Body]:
+        volume = self.store.volume(record.key)
+        return baselines.intensity(volume, spec, token_mm=None).scan, baselines.find_body(volume)
+
+    def _join(self, scored: Iterable[tuple[str, Any]]) -> Outcomes:
+        by_subject: dict[str, list[Any]] = {}
+        for subject, outcome in scored:
+            by_subject.setdefault(subject, []).append(outcome)
+        return {subject: self.task.combine(outcomes) for subject, outcomes in by_subject.items()}
+
+
+def plain_baselines(contest: Contest, model: Model, folder: Path) -> dict[str, Repeats]:
+    """Outcomes of everything that a model must beat, fitted to the same labels; embeddings rest in `folder`."""
+    voxels = contest.task.voxels
+    scans = len(contest.labelled) + len(contest.tested)
+    with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
+        untrained: list[Outcomes] = []
+        for seed in range(INITS):
+            fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=voxels)
+            untrained.append(contest.fit_and_score(counted(fresh, advance, note="scratch")))
+        bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
+        bright = contest.fit_and_score(counted(bright, advance, note="intensity"))
+        floor = once(contest.atlas(model.spec, advance) if voxels else contest.majority())
+        if not voxels:
+            advance(scans, note="majority")
+    scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
+    return {"scratch": scratch, "intensity": once(bright), "atlas" if voxels else "majority": floor}
+
+
+def zeroshot_baselines(contest: Contest, head: Head, space: Aligned, folder: Path) -> dict[str, Repeats]:
+    """What answers by prompts must beat: the same prompts before networks that learned nothing.
+
+    Where labels were used for calibration, the untrained networks get the same, and two that do without words join:
+    a probe on intensities fitted to those labels, and the shares of the classes among them.
+    """
+    calibrated = bool(contest.labelled)
+    scans = len(contest.labelled) + len(contest.tested)
+    with progress("evaluate: baselines", (INITS + calibrated) * scans) as advance:
+        untrained: list[Outcomes] = []
+        for seed in range(INITS):
+            drawn = dataclasses.replace(space, model=space.model.scratch(seed=seed))
+            features = counted(projector(drawn, contest.store, folder), advance, note="scratch")
+            untrained.append(contest.score(contest.calibrated(head, features), features))
+        found = {
+            "scratch": {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]},
+        }
+        if calibrated:
+            bright = intensity_features(contest.store, space.model.spec, None)
+            found["intensity"] = once(_probed(contest, counted(bright, advance, note="intensity")))
+            found["majority"] = once(_shared(contest))
+    return found
+
+
+def intensity_features(store: Store, spec: InputSpec, patch_ijk: tuple[int, int, int] | None) -> FeaturesOf:
+    """Features of the intensity baseline, each volume once; its tokens are as large as patches of `patch_ijk` voxels.
+
+    Without `patch_ijk` there are no tokens.
+    """
+
+    def look(key: str) -> Any:
+        volume = store.volume(key)
+        edges = baselines.token_mm(volume, spec, patch_ijk) if patch_ijk else None
+        return baselines.intensity(volume, spec, token_mm=edges)
+
+    return remembered(look)
+
+
+def once(outcomes: Outcomes) -> Repeats:
+    """The outcomes of a single repeat."""
+    return {subject: (outcome,) for subject, outcome in outcomes.items()}
+
+
+def counted(features: FeaturesOf, advance: Advance, note: str = "") -> FeaturesOf:
+    """The same features; each scan moves the bar on."""
+
+    def count(key: str) -> Any:
+        found = features(key)
+        advance(1, note=note)
+        return found
+
+    return count
+
+
+def remembered(features: FeaturesOf) -> FeaturesOf:
+    """The same features, each scan's computed once and kept in memory."""
+    kept: dict[str, Any] = {}
+
+    def recall(key: str) -> Any:
+        if key not in kept:
+            kept[key] = features(key)
+        return kept[key]
+
+    return recall
+
+
+def _probed(contest: Contest, features: FeaturesOf) -> Outcomes:
+    """Answers of probes fitted to the labels of the calibration: one for all classes, or one for each."""
+    labelled = list(examples_of(contest.store, contest.labelled, contest.truth, features, contest.task))
+    tested = list(examples_of(contest.store, contest.tested, contest.truth, features, contest.task))
+    if contest.truth.labels:
+        scores = _probe(labelled, tested, contest.classes)
+    else:
+        columns = [_probe(_about(labelled, name), tested, ("no", "yes"))[:, 1] for name in contest.classes]
+        scores = np.stack(columns, axis=1)
+    return contest.answers([(example, tuple(row)) for example, row in zip(tested, scores.tolist(), strict=True)])
+
+
+def _probe(
+    labelled: Sequence[Example], tested: Sequence[Example], classes: tuple[str, ...]
+) -> Float[np.ndarray, "scan classes"]:
+    """Probabilities of a probe's classes; with fewer than two kinds to learn from, all classes alike."""
+    if len({example.label for example in labelled}) < 2:  # noqa: PLR2004
+        return np.full((len(tested), len(classes)), 1 / len(classes))
+    probe = Classify()
+    head = probe.fit(labelled, classes, mode="probe", seed=0)
+    return np.stack([probe.predict(head, example.features.scan) for example in tested])
+
+
+def _about(examples: Sequence[Example], name: str) -> list[Example]:
+    """The examples of which this class is known, labelled by it."""
+    told = [(example, (example.findings or {}).get(name)) for example in examples]
+    return [
+        dataclasses.replace(example, label="yes" if there else "no") for example, there in told if there is not None
+    ]
+
+
+def _shared(contest: Contest) -> Outcomes:
+    """Say of every scan how often each class is there among the labelled subjects."""
+    if contest.truth.labels:
+        chances = majority([contest.truth.labels[record.subject] for record in contest.labelled], contest.classes)
+    else:
+        subjects = sorted({record.subject for record in contest.labelled})
+        chances = shares([contest.truth.findings[subject] for subject in subjects], contest.classes)
+    blind = examples_of(contest.store, contest.tested, contest.truth, lambda _: Blind(), contest.task)
+    return contest.answers([(example, chances) for example in blind])

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxelstem.errors import AuditError, ConfigError
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Fractions, Store, write
+from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.study import InputSpec, LabelMap, Study
+from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.segment import Segment
+from voxelstem.tasks.zeroshot import Zeroshot
+from voxelstem.truth import _take_turns, class_names, draw, is_aligned, read_truth
+
+SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), block_ijk=(16, 16, 16))
+FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
+ASKED = Zeroshot(prompts="phantom")
+
+
+@pytest.fixture(autouse=True)
+def one_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests here share one site key, because they share one store."""
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of coarse phantoms, the table of who has contrast, and a labels.json."""
+    folder = tmp_path_factory.mktemp("truth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+        store = Store.create(folder / "store", fractions=FRACTIONS)
+        rows = [("subject", "label")]
+        for seed in range(12):
+            study = phantom(
+                PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0), phase="portal" if seed % 2 else "none")
+            )
+            write(store, replace(study, subject=pseudonym(study.subject, site_key())))
+            rows.append((study.subject, study.labels["contrast"]))
+    with (folder / "contrast.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (folder / "labels.json").write_text(json.dumps({"classes": {"1": "lung_left", "2": "lung_right", "3": "liver"}}))
+    return folder
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder / "findings.csv"
+    path.write_text(text)
+    return path
+
+
+def test_tasks_say_whether_they_compare_with_texts() -> None:
+    assert [is_aligned(task) for task in (Classify(), Segment(), Zeroshot())] == [False, False, True]
+
+
+def test_a_column_for_each_class_says_yes_no_or_nothing(place: Path, tmp_path: Path) -> None:
+    """Merlin's label files say -1 where nobody knows; pandas writes 1.0."""
+    path = table(
+        tmp_path,
+        "subject,Spleen enlarged,contrast\nphantom-0000,1,no\nphantom-0001,0.0,-1\nphantom-0002,,yes\nphantom-0003,,\n",
+    )
+    truth = read_truth(Store.open(place / "store"), path, ASKED, SPEC)
+    named = {pseudonym(f"phantom-{n:04d}", site_key()): n for n in range(4)}
+    assert {named[subject]: told for subject, told in truth.findings.items()} == {
+        0: {"spleen_enlarged": True, "contrast": False},
+        1: {"spleen_enlarged": False},
+        2: {"contrast": True},
+    }
+    assert truth.classes == ("spleen_enlarged", "contrast")
+    assert len(truth.records) == 3
+
+
+def test_a_column_called_label_is_about_the_one_class_asked_for(place: Path, tmp_path: Path) -> None:
+    store = Store.open(place / "store")
+    truth = read_truth(store, place / "contrast.csv", Zeroshot(prompts="phantom", classes=("contrast",)), SPEC)
+    assert sorted(told["contrast"] for told in truth.findings.values()) == [False] * 6 + [True] * 6
+    path = table(
+        tmp_path, "subject,label\nphantom-0000,enlarged\nphantom-0001,normal\nphantom-0002,\n".replace(",\n", ",-1\n")
+    )
+    spleen = Zeroshot(prompts="phantom", classes=("spleen_enlarged",), present=("enlarged",))
+    said = read_truth(store, path, spleen, SPEC).findings.values()
+    assert sorted(told["spleen_enlarged"] for told in said) == [False, True]
+
+
+def test_one_of_several_is_read_by_name(place: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, "subject,label\nphantom-0000,Effusion left\nphantom-0001,effusion_right\n")
+    truth = read_truth(Store.open(place / "store"), path, replace(ASKED, answers="one"), SPEC)
+    assert truth.classes == ("effusion_left", "effusion_right")
+    assert sorted(truth.labels.values()) == ["effusion_left", "effusion_right"]
+    some = Zeroshot(prompts="phantom", answers="one", classes=("contrast", "effusion_left"))
+    with pytest.raises(ConfigError, match="'effusion_right' is not among the wished"):
+        read_truth(Store.open(place / "store"), path, some, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("subject,label\nphantom-0000,yes\n", {}, "which class its labels are about"),
+        ("subject,contrst\nphantom-0000,1\n", {}, "did you mean 'contrast'"),
+        ("subject,label\nphantom-0000,lung\n", {"answers": "one"}, "'lung' is no class"),
+        ("subject,contrast\nphantom-0000,perhaps\n", {}, "row 2: 'perhaps' is neither 1 nor 0"),
+        ("subject,contrast,Contrast\nphantom-0000,1,1\n", {}, "two columns are about the same class"),
+        ("subject,contrast\nphantom-0000,1\nphantom-0000,0\n", {}, "row 3 says otherwise"),
+        ("subject,contrast\nphantom-0000,\n", {}, "says nothing of any class"),
+        ("subject,contrast\nmueller,1\n", {}, "none of the 1 labelled subjects"),
+        ("subject,contrast\nphantom-0000,1\n", {"classes": ("spleen_enlarged",)}, "no column for a wished class"),
+    ],
+)
+def test_wrong_label_files_are_one_clear_sentence(
+    place: Path, tmp_path: Path, text: str, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_truth(Store.open(place / "store"), table(tmp_path, text), replace(ASKED, **changes), SPEC)  # pyright: ignore
+    assert "mueller" not in str(caught.value)
+    assert "phantom-0" not in str(caught.value)
+
+
+def test_labels_without_a_scan_are_counted_for_findings_too(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = table(tmp_path, "subject,contrast\nphantom-0000,1\nphantom-0001,0\nmueller,1\n")
+    read_truth(Store.open(place / "store"), path, ASKED, SPEC)
+    assert caplog.messages == ["1 of 3 labelled subjects are not in the store (no CT scan)"]
+
+
+def test_a_draw_is_of_the_split_that_is_asked_for(place: Path) -> None:
+    truth = read_truth(
+        Store.open(place / "store"), place / "contrast.csv", Zeroshot(prompts="phantom", classes=("contrast",)), SPEC
+    )
+    drawn = draw(truth, 3, 0, voxels=False, split="train")
+    assert len(drawn) == 3
+    assert {record.split for record in drawn} == {"train"}
+    with pytest.raises(ConfigError, match="no validation subject"):
+        draw(truth, None, 0, voxels=False, split="validation")
+
+
+def test_findings_that_are_the_same_of_all_are_refused(place: Path, tmp_path: Path) -> None:
+    rows = "".join(f"phantom-{n:04d},1\n" for n in range(12))
+    truth = read_truth(Store.open(place / "store"), table(tmp_path, "subject,contrast\n" + rows), ASKED, SPEC)
+    with pytest.raises(AuditError, match="say the same"):
+        draw(truth, None, 0, voxels=False)
+
+
+def test_classes_take_turns_even_when_one_runs_out() -> None:
+    labels = {"a": "x", "b": "x", "c": "x", "d": "y"}
+    assert _take_turns(["a", "b", "c", "d"], labels) == ["a", "d", "b", "c"]
+
+
+def test_the_draw_is_by_subject_nested_in_budget_and_balanced(place: Path) -> None:
+    store = Store.open(place / "store")
+    truth = read_truth(store, place / "contrast.csv", Classify(), SPEC)
+    two, four = (draw(truth, budget, 5, voxels=False) for budget in (2, 4))
+    assert {record.key for record in two} < {record.key for record in four}
+    assert sorted(truth.labels[record.subject] for record in four) == ["no", "no", "yes", "yes"]
+    assert all(record.split == "train" for record in four)
+    others = [{r.key for r in draw(truth, 2, seed, voxels=False)} for seed in range(8)]
+    assert len({frozenset(keys) for keys in others}) > 1
+
+
+def test_without_a_wish_the_organs_are_those_that_all_labelled_scans_name(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text("{}")
+    truth = read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
+    names = class_names(truth, truth.of("train"), voxels=True)
+    assert "liver" in names
+    assert names == tuple(sorted(names))
+    wished = read_truth(Store.open(place / "store"), place / "labels.json", Segment(), SPEC)
+    assert class_names(wished, wished.of("train"), voxels=True) == ("lung_left", "lung_right", "liver")
+
+
+@pytest.fixture
+def partly(tmp_path: Path) -> Store:
+    """Eight subjects with organs and no lesion, eight with lesions only."""
+    store = Store.create(tmp_path / "partly", fractions=FRACTIONS)
+    for seed in range(16):
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0)))
+        volume = study.volumes[0]
+        assert volume.labels is not None
+        looked = {n: name for n, name in volume.labels.classes.items() if (name == "lesion") == (seed % 2 == 1)}
+        array = np.where(np.isin(volume.labels.array, list(looked)), volume.labels.array, 0).astype(np.int16)
+        volume = replace(volume, labels=LabelMap(array=array, classes=looked))
+        write(store, Study(subject=pseudonym(study.subject, site_key()), volumes=(volume,)))
+    return store
+
+
+def asking(tmp_path: Path, *names: str) -> Path:
+    path = tmp_path / "wanted.json"
+    path.write_text(json.dumps({"classes": {str(n): name for n, name in enumerate(names, start=1)}}))
+    return path
+
+
+@pytest.mark.parametrize("names", [("lesion",), ("liver", "spleen")])
+def test_only_scans_in_which_every_wanted_class_was_looked_for_count(
+    partly: Store, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    truth = read_truth(partly, asking(tmp_path, *names), Segment(), SPEC)
+    assert len(truth.records) == 8
+    assert all(set(names) <= set(record.classes.values()) for record in truth.records)
+
+
+def test_classes_that_were_never_looked_for_together_are_refused_with_counts(partly: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="all 16 labelled scans are left out") as caught:
+        read_truth(partly, asking(tmp_path, "liver", "lesion"), Segment(), SPEC)
+    assert "'liver' in 8, 'lesion' in 8" in caught.value.problem
+    assert "wanted.json only classes" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"classes": {"1": "livr"}}', "did you mean 'liver'"), ("[1]", "not a label file"), ("{", "not a label file")],
+)
+def test_a_wrong_labels_json_is_refused(place: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
+    with pytest.raises(ConfigError, match="no label file"):
+        read_truth(Store.open(place / "store"), tmp_path / "absent.json", Segment(), SPEC)
