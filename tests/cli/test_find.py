@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tests.spaces import PLANTED, aligned_weights, reported_store
 
-from voxelstem.terminal import DONE, SOME_REFUSED
+from voxelstem.terminal import DONE, SOME_REFUSED, WRONG
 
 FLAGS = [
-    *("--index", "--add", "--top", "--among", "--exclude-same-patient", "--protocol", "--store", "--split", "--seed"),
+    *("--index", "--add", "--top", "--among", "--exclude-same-patient", "--page", "--protocol", "--store", "--split", "--seed"),
     *("--weights", "--tokenizer", "--commercial", "--json"),
 ]
 
@@ -81,3 +81,25 @@ def test_a_protocol_needs_a_store(say, refusal, home: Path):
     assert "reads the reports from a store" in refusal(
         "search", "--index", home / "index", "--protocol", "merlin-findings"
     )
+
+
+def test_several_questions_make_a_page_with_a_picture_for_every_scan(say, home: Path):
+    index, page = home / "index", home / "out" / "found.html"
+    assert say("search", "--index", index, "--add", home / "store", "--weights", home / "weights")[0] == DONE
+    words = ("search", "--index", index, "calcified <nodule>", "no spleen", "--top", "2", "--page", page)
+    code, _, err = say(*words)
+    assert code == WRONG
+    assert "--store" in err
+    code, out, _ = say(*words, "--store", home / "store")
+    assert (code, out.strip()) == (DONE, str(page))
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 4
+    assert "calcified &lt;nodule&gt;" in text
+    assert "ot a medical device" in text
+
+
+def test_without_a_page_there_is_one_question(say, home: Path):
+    assert say("search", "--index", home / "index", "--add", home / "store", "--weights", home / "weights")[0] == DONE
+    code, _, err = say("search", "--index", home / "index", "one", "two")
+    assert code == WRONG
+    assert "one question at a time, got 2" in err

@@ -409,6 +409,7 @@ def test_two_processes_give_the_image_and_text_gradients_of_one(tmp_path: Path) 
     hold_against_one_process(run_together(train_together, 2, tmp_path, (FAST,)), FAST)
 
 
+@pytest.mark.slow
 def test_four_processes_give_the_image_and_text_gradients_of_one(tmp_path: Path) -> None:
     hold_against_one_process(run_together(train_together, 4, tmp_path, (FAST[:2],)), FAST[:2])
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from voxelstem.errors import ConfigError
 from voxelstem.terminal import DONE, answer, listed, refused, verdict
+
+if TYPE_CHECKING:
+    from voxelstem.search import Found, Search
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +25,8 @@ class Asking:
     """What is compared with the question: indexed scans, or their reports."""
     exclude_same_patient: bool = False
     """Leave out other scans of the patient whose scan is asked with."""
+    page: Path | None = None
+    """Write the best scans of each question, with pictures out of --store, to this HTML page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +36,7 @@ class Measuring:
     protocol: str | None = None
     """Measure instead of asking: ct-rate-full-report, merlin-findings, merlin-impressions or merlin-full-report."""
     store: Path | None = None
-    """With --protocol, the store that holds the indexed scans and their reports."""
+    """With --protocol and --page, the store that holds the indexed scans and their reports."""
     split: Literal["any", "train", "validation", "test"] = "any"
     """With --protocol, measure on this part of the store."""
     seed: int = 0
@@ -51,9 +56,7 @@ class Aligning:
 
 
 def search(
-    question: str | None = None,
-    /,
-    *,
+    *questions: str,
     index: Path,
     add: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
     asking: Annotated[Asking, Parameter(name="*")] = Asking(),
@@ -71,8 +74,11 @@ def search(
 
         voxelstem search --index index scan.nii.gz --exclude-same-patient
 
+        voxelstem search --index index "calcified nodule" "no spleen" --top 5 --page found.html --store store
+
     Args:
-        question: A text, a .txt file with one, a scan's path, or the first letters of an indexed scan's key.
+        questions: A text, a .txt file with one, a scan's path, or the first letters of an indexed scan's key; several
+            with --page.
         index: Folder of the index.
         add: Add the scans and reports of stores, or what `voxelstem embed` made; run again, it goes on.
         asking: How the index is asked.
@@ -80,11 +86,14 @@ def search(
         aligning: What brings scans and words into one space.
         json: Answer in JSON.
     """
+    question = next(iter(questions), None)
     wanted = [question is not None, add is not None, measuring.protocol is not None]
     if sum(wanted) != 1:
         raise ConfigError(
             "say one of: a question, --add or --protocol", hint="`voxelstem search --help` shows an example of each"
         )
+    if len(questions) > 1 and asking.page is None:
+        raise ConfigError(f"one question at a time, got {len(questions)}", hint="or write them all to a --page")
     if add is not None:
         return _add(index, add, aligning, as_json=json)
     from voxelstem.search import Search
@@ -92,12 +101,45 @@ def search(
     asked = Search(index, weights=aligning.weights, tokenizer=aligning.tokenizer)
     if measuring.protocol is not None:
         return _measure(asked, measuring.protocol, measuring, as_json=json)
+    if asking.page is not None:
+        return _draw(asked, questions, asking.page, asking, store=measuring.store, as_json=json)
     assert question is not None
-    found = asked.find(question, top=asking.top, among=asking.among, exclude_same_patient=asking.exclude_same_patient)
+    found = _ask(asked, question, asking)
     # The question is not said again: it may be a report.
     lines = [f"{place:>4}  {hit.score:+.4f}  {hit.key}" for place, hit in enumerate(found.hits, start=1)]
     facts = {"asked": found.asked, "among": found.among, "pool": found.pool, "hits": list(map(asdict, found.hits))}
     answer(facts, "\n".join([*lines, f"the best {len(found.hits)} of {found.pool} {found.among}"]), as_json=json)
+    return DONE
+
+
+def _ask(asked: Search, question: str, asking: Asking) -> Found:
+    return asked.find(question, top=asking.top, among=asking.among, exclude_same_patient=asking.exclude_same_patient)
+
+
+def _draw(
+    asked: Search, questions: tuple[str, ...], page: Path, asking: Asking, *, store: Path | None, as_json: bool
+) -> int:
+    """Write the page of what was found."""
+    from voxelstem.manifest import write_whole
+    from voxelstem.report.retrieval import asked_of, retrieval_page
+    from voxelstem.store import Store
+
+    if store is None:
+        raise ConfigError("--page takes its pictures from a store", hint="add --store with the indexed scans")
+    opened = Store.open(store)
+    found = [_ask(asked, question, asking) for question in questions]
+    panels = [
+        asked_of(opened, question, one.pool, [(hit.key, hit.score) for hit in one.hits])
+        for question, one in zip(questions, found, strict=True)
+    ]
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(page, retrieval_page(panels, about={"Weights": asked.aligned.sha256[:16]}).encode())
+    except OSError as error:
+        raise ConfigError(
+            f"'{page.name}' cannot be written: {error.strerror}", hint="choose another place for --page"
+        ) from error
+    answer({"page": str(page)}, str(page), as_json=as_json)
     return DONE
 
 
@@ -118,7 +160,7 @@ def _add(index: Path, sources: list[Path], aligning: Aligning, *, as_json: bool)
     return verdict(built.added + built.there, len(built.refusals), "give a store of the weights' modality")
 
 
-def _measure(asked: Any, name: str, measuring: Measuring, *, as_json: bool) -> int:
+def _measure(asked: Search, name: str, measuring: Measuring, *, as_json: bool) -> int:
     from voxelstem.store import Store
 
     if measuring.store is None:
