@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelstem.config import flatten, overlay, parse_assignments, read_toml, to_toml
+from voxelstem.config import flatten, overlay, parse_assignments, read_toml, to_toml, without_places
 from voxelstem.errors import ConfigError
 
 
@@ -181,3 +181,8 @@ def test_a_setting_that_toml_cannot_hold_is_refused():
 
     with pytest.raises(ConfigError, match="cannot be written"):
         to_toml(Odd(place=object()))
+
+
+def test_settings_for_others_name_a_folder_and_not_where_it_lies():
+    settings = {"objective.text.source": "/home/someone/qwen", "loader.source": "blosc2", "source.seed": 3, "lr": 0.1}
+    assert without_places(settings) == settings | {"objective.text.source": "qwen"}

@@ -150,6 +150,28 @@ def test_prompts_alone_stand_beside_untrained_networks_only(place: Path, tmp_pat
     assert {score.labelled for score in found.scores} == {0}
 
 
+def test_a_file_of_prompts_that_was_changed_between_two_runs_has_other_baselines(place: Path, tmp_path: Path) -> None:
+    runs, alone, mine = [], [], tmp_path / "mine.toml"
+    for number, (there, gone) in enumerate([("Contrast was given.", "No contrast."), ("A cat.", "A tree in May.")]):
+        mine.write_text(
+            f'name = "mine"\nversion = {number + 1}\nlanguage = "en"\nabout = "-"\n'
+            f'[contrast]\npositive = ["{there}"]\nnegative = ["{gone}"]\n'
+        )
+        labels = tmp_path / "contrast.csv"
+        rows = (place / "findings.csv").read_text().splitlines()
+        labels.write_text("\n".join(row.rpartition(",")[0] for row in rows) + "\n")
+        usual = {"labels": labels, "settings": {"head.prompts": str(mine)}}
+        runs.append(asked(place, tmp_path / f"run{number}", **usual))
+        alone.append(_eces(place, labels, runs[-1:], tmp_path / f"alone{number}"))
+    assert alone[0] != alone[1]
+    assert _eces(place, labels, runs, tmp_path / "both") == alone[0] + alone[1]
+
+
+def _eces(place: Path, labels: Path, runs: list[Path], out: Path) -> list[float]:
+    found = evaluate.run(runs, store=place / "store", labels=labels, out=out)
+    return [score.value.estimate for score in found.scores if (score.name, score.metric) == ("scratch", "ece")]
+
+
 def test_one_of_several_is_answered_and_judged(place: Path, tmp_path: Path) -> None:
     settings = {"head.prompts": "phantom", "head.answers": "one"}
     run = asked(place, tmp_path, labels=place / "one.csv", mode="calibrated", settings=settings)

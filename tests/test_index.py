@@ -148,7 +148,14 @@ def test_an_index_of_other_weights_is_refused(index: Index):
 def test_damage_is_said(index: Index, tmp_path: Path):
     facts = index.path / "index.json"
     whole = facts.read_text()
-    for text in ("{", "[]", json.dumps({"space": SPACE}), whole.replace('"scans": 10', '"scans": -1')):
+    for text in (
+        "{",
+        "[]",
+        json.dumps({"space": SPACE}),
+        *(whole.replace('"scans": 10', f'"scans": {x}') for x in ("-1", "true")),
+        whole.replace('"out": 8', '"out": 0'),
+        "[" * 99999,
+    ):
         facts.write_text(text)
         with pytest.raises(StoreError, match="damaged"):
             Index.open(index.path)
@@ -178,3 +185,34 @@ def test_an_empty_index_finds_nothing(tmp_path: Path):
     index = Index.create(tmp_path / "i", space=SPACE, out=OUT)
     assert index.best(unit(0), 3) == []
     assert index.best(unit(0), 3, among="reports") == []
+
+
+def test_an_index_whose_making_was_killed_is_made_again(tmp_path: Path):
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / "vectors.f16").touch()
+    (tmp_path / "i" / ".index.json.unfinished").write_text("{")
+    assert len(Index.create(tmp_path / "i", space=SPACE, out=OUT).add([entry(1)])) == 1
+    assert len(Index.create(tmp_path / "i", space=SPACE, out=OUT)) == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "vectors.f16").write_bytes(b"somebody's")
+    with pytest.raises(StoreError, match="holds other files"):
+        Index.create(tmp_path / "full", space=SPACE, out=OUT)
+
+
+def test_reports_of_scans_that_are_not_there_and_vectors_that_are_no_numbers_are_damage(index: Index):
+    whole = (index.path / "texts.rows").read_bytes()
+    for rows in ([7, 10, 4], [7, -1, 4]):
+        (index.path / "texts.rows").write_bytes(np.array(rows, np.int32).tobytes())
+        with pytest.raises(StoreError, match=r"texts\.rows .* damaged"):
+            Index.open(index.path)
+    (index.path / "texts.rows").write_bytes(whole)
+    stored = np.fromfile(index.path / "vectors.f16", np.float16).reshape(10, OUT)
+    stored[3, 0] = np.nan
+    (index.path / "vectors.f16").write_bytes(stored.tobytes())
+    with pytest.raises(StoreError, match="vectors of 'index' are damaged"):
+        Index.open(index.path).best(unit(0), 2)
+
+
+def test_a_question_without_numbers_is_refused(index: Index):
+    with pytest.raises(ConfigError, match="no finite numbers"):
+        index.best(np.full(OUT, np.nan, np.float32), 1)

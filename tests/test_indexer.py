@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from voxelstem.index import Index
 from voxelstem.indexer import build, weights_of
 from voxelstem.store import Store, write
 from voxelstem.streaming import of_store
-from voxelstem.study import Study, Volume
+from voxelstem.study import Report, Study, Volume
 from voxelstem.tasks.retrieve import text_of
 
 
@@ -80,6 +82,14 @@ def test_embeddings_made_in_another_way_are_refused(tmp_path: Path, weights: Pat
     embed.run([store.path], weights=weights, out=tmp_path / "embeddings", how=how)
     with pytest.raises(ConfigError, match="with other settings: pool, spacing_mm"):
         build(tmp_path / "index", [tmp_path / "embeddings"], weights=weights)
+    # The same tensors, fed with another window.
+    shutil.copytree(weights, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["spec"]["high_hu"] = 900.0
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    embed.run([store.path], weights=tmp_path / "other", out=tmp_path / "window")
+    with pytest.raises(ConfigError, match="with other settings: window_hu"):
+        build(tmp_path / "index", [tmp_path / "window"], weights=weights)
     assert len(Index.open(tmp_path / "index")) == 0
 
 
@@ -133,3 +143,42 @@ def test_weights_without_heads_make_no_index(tmp_path: Path, weights: Path):
     assert OUT == read_aligned(weights).out
     assert Store.create(tmp_path / "empty").path.is_dir()
     assert build(tmp_path / "index", [tmp_path / "empty"], weights=weights).scans == 0
+
+
+def test_reports_that_say_nothing_are_counted_and_the_others_get_in(tmp_path: Path, weights: Path):
+    source, store = reported_store(tmp_path / "source", scans=3), Store.create(tmp_path / "store")
+    said = (
+        Report(findings_text="Half \ud800 a letter."),
+        Report(technique_text="Native."),
+        Report(findings_text="Clear."),
+    )
+    for record, report in zip(source, said, strict=True):
+        volume = replace(source.volume(record.key), acquisition=record.acquisition)
+        write(store, Study(subject=record.subject, volumes=(volume,), report=report))
+    store.refresh()
+    built = build(tmp_path / "index", [store.path], weights=weights)
+    assert (built.added, built.reports, built.silent) == (3, 1, 2)
+
+
+def test_a_wrong_source_is_said_before_anything_is_made(tmp_path: Path, weights: Path):
+    store = reported_store(tmp_path / "store", scans=1)
+    with pytest.raises(ConfigError, match="neither a store nor"):
+        build(tmp_path / "index", [store.path, tmp_path / "nothing"], weights=weights)
+    assert not (tmp_path / "index").exists()
+
+
+def test_weights_that_are_links_are_kept_as_what_they_lead_to(tmp_path: Path, weights: Path):
+    # As a cache of downloads keeps them: relative links into a folder of files named by their digest.
+    linked = tmp_path / "cache" / "weights"
+    for path in [path for path in weights.rglob("*") if path.is_file()]:
+        (tmp_path / "cache" / "blobs").mkdir(parents=True, exist_ok=True)
+        blob = tmp_path / "cache" / "blobs" / path.name
+        shutil.copy(path, blob)
+        link = linked / path.relative_to(weights)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(os.path.relpath(blob, link.parent)))
+    build(tmp_path / "index", [], weights=linked)
+    kept = [path for path in (tmp_path / "index" / "weights").rglob("*") if not path.is_dir()]
+    assert len(kept) == len([path for path in linked.rglob("*") if path.is_file()])
+    assert not any(path.is_symlink() for path in kept)
+    assert read_aligned(tmp_path / "index" / "weights").sha256 == read_aligned(weights).sha256

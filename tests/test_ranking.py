@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,24 @@ def test_where_all_are_hidden_nothing_is_found():
     stored = torch.ones(3, 4, dtype=torch.float16)
     rows, exact = best_rows(stored, np.zeros((3, 32), np.uint8), np.ones(4), torch.ones(3), 2, np.ones(3, bool))
     assert (len(rows), len(exact)) == (0, 0)
+
+
+def test_questions_of_several_threads_leave_the_number_of_threads_as_it_was():
+    stored, asked = torch.from_numpy(units(4 * CHUNK, 24, 0).astype(np.float16)), torch.from_numpy(units(1, 24, 1))
+    before, after = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+
+    def ask() -> None:
+        for _ in range(10):
+            scores_of(stored, asked)
+        after.append(torch.get_num_threads())
+
+    try:
+        askers = [threading.Thread(target=ask) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+        assert [*after, torch.get_num_threads()] == [2] * 4
+    finally:
+        torch.set_num_threads(before)

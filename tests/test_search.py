@@ -85,6 +85,9 @@ def test_a_scan_s_file_asks_like_the_scan_of_the_store(search: Search, store: St
     by_file = search.find(tmp_path / "scan.nii.gz")
     by_study = search.find(Study(subject=record.subject, volumes=(volume,)))
     by_key = search.find(record.key)
+    # The file says nothing of a patient; its voxels are known.
+    others = {hit.key for hit in search.find(tmp_path / "scan.nii.gz", exclude_same_patient=True).hits}
+    assert others == {other.key for other in store if other.subject != record.subject}
     for found in (by_file, by_study):
         assert [hit.key for hit in found.hits] == [hit.key for hit in by_key.hits]
         np.testing.assert_allclose([hit.score for hit in found.hits], [hit.score for hit in by_key.hits], atol=2e-3)
@@ -94,6 +97,7 @@ def test_wrong_questions_are_refused_and_their_words_not_repeated(search: Search
     (tmp_path / f"{PLANTED}.txt").write_bytes(b"\xff\xfe\xfa")
     for question, told in (
         ("  ", "empty"),
+        ("", "empty"),
         (f"scans/{PLANTED}.nii.gz", "no scan at that path"),
         (Path(PLANTED), "no scan at that path"),
         (tmp_path / f"{PLANTED}.txt", "as UTF-8"),

@@ -81,7 +81,7 @@ def test_a_column_called_label_is_about_the_one_class_asked_for(place: Path, tmp
     truth = read_truth(store, place / "contrast.csv", Zeroshot(prompts="phantom", classes=("contrast",)), SPEC)
     assert sorted(told["contrast"] for told in truth.findings.values()) == [False] * 6 + [True] * 6
     path = table(
-        tmp_path, "subject,label\nphantom-0000,enlarged\nphantom-0001,normal\nphantom-0002,\n".replace(",\n", ",-1\n")
+        tmp_path, "subject,label\nphantom-0000,enlarged\nphantom-0001,normal\nphantom-0002,-1\nphantom-0003,-1.0\n"
     )
     spleen = Zeroshot(prompts="phantom", classes=("spleen_enlarged",), present=("enlarged",))
     said = read_truth(store, path, spleen, SPEC).findings.values()

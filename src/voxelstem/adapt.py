@@ -342,6 +342,6 @@ def _keep_weights(folder: Path, weights: str | Path, model: Model, *, text: bool
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(source / name, target)
+            os.link((source / name).resolve(), target)  # a link to a link may lead nowhere from here
         except OSError:
             shutil.copy2(source / name, target)

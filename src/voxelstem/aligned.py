@@ -37,6 +37,7 @@ HEADS = "heads.safetensors"
 """The file of both alignment heads inside the weights folder: names start with `image.`, `text.` and `logit.`."""
 TOWER, CHANGES = "text/tower.json", "text/changes.safetensors"
 """Which text tower it is, and what training changed of it."""
+CPU = torch.device("cpu")
 _BELONG = "copy the whole weights folder again: heads, backbone and text tower belong together"
 
 
@@ -92,7 +93,7 @@ class Aligned:
         """
         check_texts(texts)
         # One by one: a text's vector then has the same bits whatever stood beside it.
-        rows = [project(self.tower, self.text_head, [text])[0] for text in texts]
+        rows = [project(self.tower, self.text_head, [text], device=CPU)[0] for text in texts]
         return F.normalize(torch.stack(rows), dim=-1).numpy() if rows else np.zeros((0, self.out), np.float32)
 
     def probability(

@@ -170,6 +170,11 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings for others to read: of a folder that a user keeps somewhere (`….source`), its name alone."""
+    return {name: Path(value).name if name.endswith(".source") else value for name, value in settings.items()}
+
+
 def to_toml(config: Any) -> str:
     """Write every setting, one a line, spelt as on the command line; `read_toml` and `overlay` replay it exactly."""
     return "".join(f"{name} = {_write_value(value)}\n" for name, value in flatten(config).items())

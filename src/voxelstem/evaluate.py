@@ -235,7 +235,8 @@ def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commer
             features=projector(space, store, folder),
             baselines=lambda: zeroshot_baselines(contest, adapted.head, space, folder),
             # Untrained networks are heard through the heads that were trained: other weights, other baselines.
-            mark=_mark(adapted, space.model) + space.sha256,
+            # A file of prompts may have been changed between two runs.
+            mark=_mark(adapted, space.model) + space.sha256 + str(adapted.head.facts["prompts_sha256"]),
         )
     model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
     contest = _contest(adapted, store, read_truth(store, labels, adapted.task, model.spec))

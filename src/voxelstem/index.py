@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 
 from voxelstem.errors import ConfigError, StoreError
 from voxelstem.ranking import best_rows, scores_of
@@ -84,6 +84,8 @@ class Index:
         self._subjects = _mapped(path / _NAMED["subjects"], np.uint8, facts.scans, SUBJECT_BYTES)
         self._texts = torch.from_numpy(_mapped(path / _TEXTS["texts"], np.float16, facts.texts, facts.out))
         self._text_rows = _mapped(path / _TEXTS["rows"], np.int32, facts.texts, 1)[:, 0]
+        if facts.texts and not 0 <= self._text_rows.min() <= self._text_rows.max() < facts.scans:
+            raise StoreError(f"{_TEXTS['rows']} in '{path.name}' is damaged", hint=_DAMAGED)
 
     @classmethod
     def open(cls, path: Path | str) -> Index:
@@ -106,11 +108,13 @@ class Index:
         if not (path / FACTS).is_file():
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                if any(path.iterdir()):
+                if any(map(_is_strange, path.iterdir())):
                     raise StoreError(f"'{path.name}' holds other files already", hint="choose an empty folder")
                 for name in (*_NAMED.values(), *_TEXTS.values()):
                     (path / name).touch()
-                _commit(path, Facts(space=space, out=out))
+                with _alone(path):
+                    if not (path / FACTS).is_file():  # another process may have been faster
+                        _commit(path, Facts(space=space, out=out))
             except OSError as error:
                 raise StoreError(f"no index can be made in '{path.name}': {error.strerror}") from error
         index = cls(path)
@@ -136,12 +140,11 @@ class Index:
 
     def keys(self) -> Iterator[str]:
         """Keys of all scans, in the order in which they came."""
-        for row in self._keys:
-            yield row.tobytes().hex()
+        return (key.hex() for key in _cut(self._keys))
 
     def reported(self) -> set[str]:
         """Keys of the scans whose report has a vector."""
-        return {self._keys[row].tobytes().hex() for row in self._text_rows}
+        return {key.hex() for key in _cut(self._keys[self._text_rows])}
 
     def row(self, beginning: str) -> int | None:
         """Place of the scan whose key begins so; None where none does.
@@ -210,6 +213,8 @@ class Index:
 
         Raises:
             ValueError: queries of another length, or `top` below 1.
+            ConfigError: a query holds numbers that are not finite.
+            StoreError: the index does.
         """
         if queries.ndim != 2 or queries.shape[1] != self.facts.out or top < 1:  # noqa: PLR2004
             raise ValueError(f"queries are (query, {self.facts.out}) and top >= 1, got {queries.shape} and {top}")
@@ -218,10 +223,15 @@ class Index:
             stored, keys = self._texts, self._keys[self._text_rows]
             hidden = None if hidden is None else hidden[self._text_rows]
         wanted = np.ascontiguousarray(queries, np.float32)
+        if not bool(np.isfinite(wanted).all()):
+            raise ConfigError("the network gives no finite numbers for the question", hint="ask with something else")
         found: list[list[Hit]] = []
         for at in range(0, len(wanted), QUERIES):
             part = wanted[at : at + QUERIES]
-            for query, scores in zip(part, scores_of(stored, torch.from_numpy(part)), strict=True):
+            products = scores_of(stored, torch.from_numpy(part))
+            if not bool(torch.isfinite(products).all()):
+                raise StoreError(f"the vectors of '{self.path.name}' are damaged", hint=_DAMAGED)
+            for query, scores in zip(part, products, strict=True):
                 rows, exact = best_rows(stored, keys, query, scores, top, hidden)
                 found.append(
                     [
@@ -243,8 +253,7 @@ class Index:
         rows = np.stack([entry.vector for entry in entries]).astype(np.float16)
         _check_unit(rows, self.facts.out)
         keys = [bytes.fromhex(entry.key) for entry in entries]
-        there = {row.tobytes() for row in self._keys}
-        if len({*keys}) < len(keys) or there & {*keys} or any(len(key) != KEY_BYTES for key in keys):
+        if len({*keys}) < len(keys) or {*keys} & {*_cut(self._keys)} or any(len(key) != KEY_BYTES for key in keys):
             raise ConfigError("a scan is in the index already, or has no key of 64 letters", hint="add each once")
         written = {
             "vectors": rows.tobytes(),
@@ -260,6 +269,8 @@ class Index:
             ConfigError: a vector that is not of unit length, or a scan that is not there.
             StoreError: as `add`.
         """
+        if not vectors:
+            return self
         place = {key: row for row, key in enumerate(self.keys())}
         if missing := [key for key in vectors if key not in place]:
             raise ConfigError(
@@ -306,11 +317,11 @@ def _read_facts(path: Path) -> Facts:
         said: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
         facts = Facts(**said)
         numbers = (facts.out, facts.scans, facts.texts, facts.format)
-        if not all(isinstance(number, int) and number >= 0 for number in numbers) or not re.fullmatch(
+        if not all(type(number) is int and number >= 0 for number in (*numbers, facts.out - 1)) or not re.fullmatch(
             "[0-9a-f]{64}", facts.space
         ):
             raise ValueError("a number or a digest of another kind")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise StoreError(f"{FACTS} in '{path.name}' is damaged", hint=_DAMAGED) from error
     if facts.format > FORMAT:
         raise StoreError(f"a newer version of voxelstem made '{path.name}'", hint="update voxelstem")
@@ -342,12 +353,27 @@ def _mapped(path: Path, kind: type, rows: int, columns: int) -> np.ndarray:
 
 def _commit(path: Path, facts: Facts) -> None:
     """Replace what the index says of itself, after everything that it says is on the disk."""
-    draft = path / f".{FACTS}.{os.getpid()}"
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(asdict(facts), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path / FACTS)
+    draft = path / f".{FACTS}.unfinished"  # one process at a time comes here
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(asdict(facts), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path / FACTS)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _is_strange(path: Path) -> bool:
+    """Whether a file is none that a process leaves behind which is killed while it makes an index."""
+    empty = path.name in (*_NAMED.values(), *_TEXTS.values()) and path.stat().st_size == 0
+    return not empty and not path.name.startswith(f".{FACTS}.")
+
+
+def _cut(keys: UInt8[np.ndarray, "row byte"]) -> list[bytes]:
+    """Keys one by one; a row of an array at a time would take ten times as long."""
+    whole = keys.tobytes()
+    return [whole[at : at + KEY_BYTES] for at in range(0, len(whole), KEY_BYTES)]
 
 
 @contextlib.contextmanager

@@ -58,6 +58,8 @@ class Built:
     """Reports that were added."""
     cut: int
     """Reports that are longer than the text tower reads, so that their end counts for nothing."""
+    silent: int
+    """Reports that have no vector: nothing in findings and impression, or halves of characters."""
     refusals: tuple[Refused, ...]
     scans: int
     """How many the index holds now."""
@@ -84,10 +86,12 @@ def build(
         show: How progress is said.
 
     Raises:
-        ConfigError: a source that is neither, embeddings by other weights, or an index of other weights.
+        ConfigError: a source that is neither (said before anything is made), embeddings by other weights, or an index
+            of other weights.
         CheckpointError: weights that were not aligned with reports, or damaged ones.
         StoreError: a store or the index cannot be read or written.
     """
+    kinds = [(source, _is_store(source)) for source in map(Path, sources)]
     folder = weights_of(index, weights)
     if commercial:
         check_commercial(read_card(folder))
@@ -96,21 +100,17 @@ def build(
     grown = Index.create(index, space=aligned.sha256, out=aligned.out)
     _keep(index, folder, tokenizer)
     basket = _Basket(grown, aligned)
-    for source in map(Path, sources):
-        if is_store(source):
+    for source, stored in kinds:
+        if stored:
             basket.take_store(Store.open(source), show)
-        elif (source / MARK).is_file():
-            basket.take_embeddings(source, show)
         else:
-            raise ConfigError(
-                f"'{source.name}' is neither a store nor a folder of embeddings",
-                hint="`voxelstem ingest` makes a store",
-            )
+            basket.take_embeddings(source, show)
     return Built(
         added=basket.added,
         there=basket.there,
         reports=basket.reported,
         cut=aligned.tower.truncated,
+        silent=basket.silent,
         refusals=tuple(basket.refusals),
         scans=len(basket.index),
     )
@@ -122,7 +122,7 @@ class _Basket:
     def __init__(self, index: Index, aligned: Aligned) -> None:
         self.index, self.aligned = index, aligned
         self.known, self.spoken = set(index.keys()), index.reported()
-        self.added = self.there = self.reported = 0
+        self.added = self.there = self.reported = self.silent = 0
         self.refusals: list[Refused] = []
         self._entries: list[Entry] = []
         self._texts: dict[str, str] = {}
@@ -180,11 +180,16 @@ class _Basket:
 
     def _take_report(self, store: Store, key: str) -> None:
         report = None if key in self.spoken else store.record(key).report
-        if report is not None and (text := text_of(report, "full")):
-            self.spoken.add(key)
-            self._texts[key] = text
-            if len(self._texts) >= AT_ONCE:
-                self.commit()
+        if report is None:
+            return
+        text = text_of(report, "full")
+        if not text:
+            self.silent += 1
+            return
+        self.spoken.add(key)
+        self._texts[key] = text
+        if len(self._texts) >= AT_ONCE:
+            self.commit()
 
     def _projected(self, folder: Path, key: str) -> Float[np.ndarray, " out"]:
         found = embedding.read(folder / f"{key}.npz")
@@ -194,13 +199,19 @@ class _Basket:
 
     def _check_embeddings(self, folder: Path) -> None:
         """Refuse what was not embedded as `Aligned.embed_scan` does."""
-        spec = self.aligned.model.spec
+        model, spec = self.aligned.model, self.aligned.model.spec
+        # The same tensors say other things under another config.json.
         wanted = {
-            "weights": self.aligned.model.card.sha256,
+            "weights": model.card.sha256,
+            "architecture": model.card.architecture,
+            "scan_level": model.use_scan_level,
+            "window_hu": (spec.low_hu, spec.high_hu),
+            "block_ijk": spec.block_ijk,
             "pool": "cls-mean",
             "like_spectre": False,
-            "spacing_mm": list(spec.spacing_mm) if spec.resampling == "spacing" else spec.resampling,
+            "spacing_mm": spec.spacing_mm if spec.resampling == "spacing" else spec.resampling,
         }
+        wanted = json.loads(json.dumps(wanted))  # as the file gives them back: a tuple becomes a list
         try:
             said = json.loads((folder / MARK).read_text(encoding="utf-8"))
             others = [name for name, value in wanted.items() if said[name] != value]
@@ -216,6 +227,16 @@ class _Basket:
 
     def _refuse(self, key: str, code: str, reason: str) -> None:
         self.refusals.append(Refused(relative=f"volume {key[:16]}", code=code, reason=reason))
+
+
+def _is_store(source: Path) -> bool:
+    """Whether it is a store, and not a folder of embeddings."""
+    stored = is_store(source)
+    if not stored and not (source / MARK).is_file():
+        raise ConfigError(
+            f"'{source.name}' is neither a store nor a folder of embeddings", hint="`voxelstem ingest` makes a store"
+        )
+    return stored
 
 
 def weights_of(index: Path, weights: str | Path | None) -> Path:
@@ -261,7 +282,7 @@ def _link(source: Path, names: Iterable[str], folder: Path) -> None:
             target = unfinished / name
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(source / name, target)
+                os.link((source / name).resolve(), target)  # a link to a link may lead nowhere from here
             except OSError:
                 shutil.copy2(source / name, target)
         unfinished.rename(folder)

@@ -316,8 +316,8 @@ def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Chos
 
     What grew from other weights keeps their licence, their data and their origin.
     """
-    scans = chosen.scans
-    formats = Counter(store.record(key).provenance.source_format for key in scans.key)
+    scans, keys = chosen.scans, set(chosen.scans.key)
+    formats = Counter(record.provenance.source_format for record in store if record.key in keys)
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
     counts.append(f"of {scans.acquisitions()} acquisitions and {scans.subjects()} subjects")
     counts += ["with their reports"] if config.views.report else []

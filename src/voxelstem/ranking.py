@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 CHUNK = 1024
 """Rows that are turned into floats at a time: the 2 MiB of them stay in the cache."""
+_TURN = threading.Lock()
 
 
 def scores_of(stored: Tensor, queries: Float[Tensor, "query out"]) -> Float[Tensor, "query row"]:
@@ -22,33 +24,39 @@ def scores_of(stored: Tensor, queries: Float[Tensor, "query out"]) -> Float[Tens
     arithmetic the memory is the limit, and this reads it once.
     """
     scores = torch.empty(len(queries), len(stored))
-    threads = max(1, min(torch.get_num_threads(), len(stored) // CHUNK))
-    edges = [len(stored) * part // threads for part in range(threads + 1)]
 
-    def fill(part: int) -> None:
+    def fill(first: int, end: int) -> None:
         buffer = torch.empty(CHUNK, stored.shape[1])
-        for low in range(edges[part], edges[part + 1], CHUNK):
-            high = min(low + CHUNK, edges[part + 1])
+        for low in range(first, end, CHUNK):
+            high = min(low + CHUNK, end)
             rows = buffer[: high - low].copy_(stored[low:high])
             if len(queries) == 1:
                 torch.mv(rows, queries[0], out=scores[0, low:high])
             else:
                 scores[:, low:high] = queries @ rows.T
 
-    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, range(threads)))
+    with _one_thread_each() as usual:
+        threads = max(1, min(usual, len(stored) // CHUNK))
+        edges = [len(stored) * part // threads for part in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, edges[:-1], edges[1:]))
     return scores
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Generator[None]:
-    """Torch's own threads rest: the pieces of a chunk are too small to be shared out again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _one_thread_each() -> Generator[int]:
+    """Torch's own threads rest: the pieces of a chunk are too small to be shared out again.
+
+    Gives the usual number of them. It is the whole process's: questions of several threads wait for each other, or one
+    would take for the usual number what another has set.
+    """
+    with _TURN:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(threads)
 
 
 def best_rows(

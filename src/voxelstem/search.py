@@ -128,7 +128,7 @@ class Search:
         self, question: str | Path | Study
     ) -> tuple[Literal["text", "scan"], Float[np.ndarray, " out"], int | None, Bool[np.ndarray, " scan"] | None]:
         """What is asked: its kind, its vector, its own place in the index, and which scans are of its patient."""
-        if isinstance(question, str) and _A_KEY.fullmatch(question) and not _exists(question):
+        if isinstance(question, str) and _A_KEY.fullmatch(question) and not is_place(question):
             row = self.index.row(question)
             if row is not None:
                 return "scan", self.index.vector(row), row, self.index.of_same_subject(row)
@@ -136,13 +136,15 @@ class Search:
                 raise ConfigError("no indexed scan has a key that begins so", hint="`voxelstem show STORE` lists keys")
         if isinstance(question, Study):
             study = question
-        elif _exists(question) and Path(question).suffix.lower() != ".txt":
+        elif is_place(question) and Path(question).suffix.lower() != ".txt":
             study = ct_rate.annotate(read(question), Path(question).name, None)
         else:
             return "text", self.aligned.embed_texts([_text(question)])[0], None, None
         vector = self.aligned.embed_scan(study)
         own = self.index.row(content_key(study.volumes[0]))
-        return "scan", vector, own, self.index.of_subject(pseudonym(study.subject, site_key()))
+        same = self.index.of_subject(pseudonym(study.subject, site_key()))
+        # A file by itself may not say whose it is, or by another name than the store knows.
+        return "scan", vector, own, same if own is None else same | self.index.of_same_subject(own)
 
     def measure(self, protocol: str, store: Store, *, split: Split | Literal["any"] = "any", seed: int = 0) -> Measured:
         """Run a published protocol: each study's report looks for its scan, among the indexed ones of the store.
@@ -201,7 +203,7 @@ def _one_a_study(store: Store, chosen: Selection) -> Iterator[tuple[str, str]]:
 
 def _text(question: str | Path) -> str:
     """The words of a question; never repeated in an error."""
-    if not _exists(question):
+    if not is_place(question):
         if isinstance(question, Path) or ending(question) in KINDS:
             raise ConfigError("there is no scan at that path", hint="check the path; a text needs no file")
         text = question
@@ -215,8 +217,9 @@ def _text(question: str | Path) -> str:
     return text
 
 
-def _exists(question: str | Path) -> bool:
+def is_place(question: str | Path) -> bool:
+    """Whether a question is the path of something that is there."""
     try:
-        return Path(question).exists()
+        return question != "" and Path(question).exists()  # an empty path is the folder one is in
     except (OSError, ValueError):  # a text may be too long for a name, or hold what no name does
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 # A list's number ("2."), and words whose full stop ends nothing.
 _NUMBER = re.compile(r"\s*(?:\(?\d{1,2}|[a-z])[.)]\s*", re.IGNORECASE)
@@ -25,7 +26,7 @@ LANGUAGES = tuple(_COMMON)
 """ISO 639-1; those in which sections, sides and common words are known."""
 _WORD = re.compile(r"[^\W\d_]+")
 _FEW, _SHARE = 3, 0.05
-_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 
 
 def sentences(text: str) -> list[str]:
@@ -66,10 +67,10 @@ def spoken(text: str) -> str:
     common words are not known here.
     """
     words = [word.lower() for word in _WORD.findall(text)]
-    letters = [letter for letter in text if letter.isalpha()]
-    if letters and sum(bool(_LATIN.match(letter)) for letter in letters) < len(letters) / 2:
+    if sum(map(len, _LATIN.findall(text))) < sum(map(len, words)) / 2:
         return "other"
-    hits = {language: sum(word in common for word in words) for language, common in _COMMON_WORDS.items()}
+    counts = Counter(words)
+    hits = {language: sum(counts[word] for word in common) for language, common in _COMMON_WORDS.items()}
     first, second, *_ = sorted(hits, key=lambda language: -hits[language])
     told = hits[first] >= max(_FEW, _SHARE * len(words)) and hits[first] >= 2 * hits[second]
     return first if told else ""

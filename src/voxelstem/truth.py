@@ -222,12 +222,11 @@ def _columns(path: Path, columns: tuple[str, ...], prompts: Prompts, task: Any) 
 
 
 def _yes(cell: str, present: tuple[str, ...], where: str) -> bool | None:
-    said = cell.strip().lower()
-    if present:
-        return None if said in _UNKNOWN else said in [word.lower() for word in present]
-    said = said.removesuffix(".0")
+    said = cell.strip().lower().removesuffix(".0")
     if said in _UNKNOWN:
         return None
+    if present:
+        return said in [word.strip().lower().removesuffix(".0") for word in present]
     if said not in (*_YES, *_NO):
         raise ConfigError(
             f"{where}: '{cell[:20]}' is neither 1 nor 0",

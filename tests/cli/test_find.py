@@ -6,10 +6,22 @@ from pathlib import Path
 import pytest
 from tests.spaces import PLANTED, aligned_weights, reported_store
 
+from voxelstem.store import Store
 from voxelstem.terminal import DONE, SOME_REFUSED, WRONG
 
 FLAGS = [
-    *("--index", "--add", "--top", "--among", "--exclude-same-patient", "--page", "--protocol", "--store", "--split", "--seed"),
+    *(
+        "--index",
+        "--add",
+        "--top",
+        "--among",
+        "--exclude-same-patient",
+        "--page",
+        "--protocol",
+        "--store",
+        "--split",
+        "--seed",
+    ),
     *("--weights", "--tokenizer", "--commercial", "--json"),
 ]
 
@@ -33,7 +45,7 @@ def test_an_index_is_built_asked_and_measured(say, home: Path):
     code, out, _ = say("search", "--index", index, "--add", home / "store", "--weights", home / "weights", "--json")
     assert (code, json.loads(out)) == (
         DONE,
-        {"added": 3, "there": 0, "reports": 3, "cut": 0, "scans": 3, "refused": 0, "refusals": []},
+        {"added": 3, "there": 0, "reports": 3, "cut": 0, "silent": 0, "scans": 3, "refused": 0, "refusals": []},
     )
     code, out, err = say("search", "--index", index, f"{PLANTED}: a nodule of 4 mm", "--top", "2", "--json")
     found = json.loads(out)
@@ -46,7 +58,9 @@ def test_an_index_is_built_asked_and_measured(say, home: Path):
     assert lines[-1] == "the best 2 of 2 reports"
     assert key not in out
     assert lines[0].startswith("   1  ")
-    code, out, _ = say("search", "--index", index, "--protocol", "ct-rate-full-report", "--store", home / "store")
+    code, out, _ = say(
+        "search", "--index", index, "--protocol", "ct-rate-full-report", "--store", home / "store", "--split", "any"
+    )
     assert code == DONE
     assert out.startswith(
         "ct-rate-full-report-1: 3 studies, report to scan; 0 not in the index, 0 without that section\n"
@@ -54,8 +68,20 @@ def test_an_index_is_built_asked_and_measured(say, home: Path):
     assert "R@5 of a pool of 3: 1.000" in out
     assert "others' figures on others' pools" in out
     assert "SPECTRE: R@5 of a pool of 1564: 17.5 %" in out
-    words = ("search", "--index", index, "--protocol", "ct-rate-full-report", "--store", home / "store", "--json")
+    words = (
+        "search",
+        "--index",
+        index,
+        "--protocol",
+        "ct-rate-full-report",
+        "--store",
+        home / "store",
+        "--split",
+        "any",
+        "--json",
+    )
     facts = json.loads(say(*words)[1])
+    assert (facts["split"], facts["seed"]) == ("any", 0)
     assert [line["pool"] for line in facts["recalls"]] == [3] * 4
     assert facts["published_elsewhere"]["figures"][0] == {"model": "CT-CLIP", "pool": 1564, "k": 5, "percent": 2.9}
 
@@ -96,6 +122,23 @@ def test_several_questions_make_a_page_with_a_picture_for_every_scan(say, home: 
     assert text.count("data:image/png;base64,") == 4
     assert "calcified &lt;nodule&gt;" in text
     assert "ot a medical device" in text
+    assert "the search did not read them" in text
+
+
+def test_a_page_says_what_was_compared_and_shows_no_path(say, home: Path):
+    index, page = home / "index", home / "found.html"
+    assert say("search", "--index", index, "--add", home / "store", "--weights", home / "weights")[0] == DONE
+    record = next(iter(Store.open(home / "store")))
+    (home / PLANTED).mkdir()
+    (home / PLANTED / "asked.txt").write_text("effusion")
+    asked = ("search", "--index", index, home / PLANTED / "asked.txt", record.key, "--page", page)
+    assert say(*asked, "--store", home / "store", "--among", "reports", "--top", "1")[0] == DONE
+    text = page.read_text()
+    assert f"{PLANTED}/" not in text
+    assert "“question 1: a text from a file”" in text
+    assert f"“scan {record.key[:16]}”" in text
+    assert "the search did not read them" not in text
+    assert "Best 1 of a pool of 3 reports." in text
 
 
 def test_without_a_page_there_is_one_question(say, home: Path):

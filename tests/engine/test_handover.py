@@ -6,19 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
+from voxelstem.backbones.text import TowerConfig
 from voxelstem.card import Card, check_folder, write_weights
 from voxelstem.config import flatten
-from voxelstem.engine.handover import begin_from, differing, gather_training
+from voxelstem.engine.handover import ABOUT, begin_from, differing, gather_training
 from voxelstem.engine.optim import OptimConfig, make_optimizer
 from voxelstem.engine.state import optimizer_state
 from voxelstem.errors import CheckpointError
 from voxelstem.model import load
 from voxelstem.objectives.dino import Dino, DinoConfig
 from voxelstem.objectives.mae import Mae, MaeConfig
+from voxelstem.objectives.siglip import Siglip, SiglipConfig
 from voxelstem.study import InputSpec
 from voxelstem.weights.hub import export_hub
 
@@ -135,6 +138,39 @@ def test_another_objective_takes_the_backbone(given):
     assert equal(objective.backbone, other.backbone)
     assert any(name.startswith("decoder") for name in begun.left_out)
     assert not any(name.startswith("backbone") for name in begun.left_out)
+
+
+class Words(nn.Module):
+    """A text tower that keeps its own numbers out of every state, as those that do not learn."""
+
+    dim = 5
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__()
+        self.sha256 = sha256
+
+
+def siglip(seed: int, *, tower: str, source: str = "minilm") -> Siglip:
+    settings = SiglipConfig(text=TowerConfig(source=source), hidden=8, bottleneck=4, out=4)
+    return Siglip(settings, network(seed, replace(NETWORK, scan=SIZE)), make_tower=lambda _: Words(tower))
+
+
+@pytest.mark.parametrize(("tower", "taken"), [("a" * 64, "full"), ("b" * 64, "backbone")])
+def test_heads_are_taken_over_for_the_tower_that_they_learned_beside_and_for_no_other(
+    tmp_path: Path, tower: str, taken: str
+):
+    source = siglip(0, tower="a" * 64)
+    begun = begin_from(written(tmp_path / "w", source, optimizer_of(source)), other := siglip(1, tower=tower))
+    assert begun.taken == taken
+    assert equal(other.text_head, source.text_head) == (taken == "full")
+    assert equal(other.backbone, source.backbone)
+
+
+def test_what_lies_beside_the_weights_names_no_folder_of_a_user(tmp_path: Path):
+    source = siglip(0, tower="a" * 64, source="/home/qzxvornq/towers/qwen")
+    folder = written(tmp_path / "w", source, optimizer_of(source))
+    assert '"qwen"' in (folder / ABOUT).read_text()
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"qzxvornq" in path.read_bytes()]
 
 
 def test_weights_from_elsewhere_have_no_training(make, tmp_path: Path):

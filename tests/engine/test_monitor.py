@@ -163,6 +163,15 @@ def test_the_neighbours_vote_is_that_of_its_slow_twin():
     assert 0.3 < fast < 1.0
 
 
+def test_neighbours_vote_where_products_come_in_half_precision_too():
+    labels = torch.randint(0, 3, (12, 5), generator=torch.Generator().manual_seed(3))
+    patches = tokens(12, 5) + 4 * torch.nn.functional.one_hot(labels, 6)
+    probe = ProbeSet(blocks=torch.zeros(12, 1, 1, 1, 1), labels=labels, held_out=(torch.arange(12) % 2).float())
+    exact = knn_accuracy(patches, probe, neighbours=4, per_class=1000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert knn_accuracy(patches, probe, neighbours=4, per_class=1000) == pytest.approx(exact, abs=0.1)
+
+
 def test_a_class_votes_with_no_more_patches_than_allowed():
     # Class 0 fills the space ten times as densely; with one voter each, both are equally far.
     labels = (torch.arange(400) % 10 == 0).long().view(50, 8)

@@ -146,3 +146,17 @@ def test_readers_are_timed_without_the_views_that_a_gpu_makes():
     assert gpu_makes_views(LoaderConfig(), Fleet(gpus=1), cpu)
     assert not gpu_makes_views(LoaderConfig(), Fleet(), cpu)
     assert not gpu_makes_views(LoaderConfig(made="worker"), Fleet(gpus=1), gpu)
+
+
+def test_samples_that_pass_in_chunks_are_computed_once_more_and_those_that_pass_at_once_are_not(phantoms: Store):
+    config = overlay(named("tiny.align"), {"loader.batch": 4, "precision": "fp32"})
+    at_once, chunked, recomputed = (
+        plan_of(overlay(config, changes), phantoms)
+        for changes in (
+            {"objective.chunk": 4},
+            {"objective.chunk": 1},
+            {"objective.chunk": 4, "parallel.recompute": True},
+        )
+    )
+    assert at_once.flops_per_sample < chunked.flops_per_sample == recomputed.flops_per_sample
+    assert chunked.memory.activations == pytest.approx(at_once.memory.activations / 4)

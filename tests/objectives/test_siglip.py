@@ -22,6 +22,7 @@ from voxelstem.config import overlay
 from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
 from voxelstem.engine.parallel import ParallelConfig, Trainee
 from voxelstem.errors import ConfigError
+from voxelstem.objectives import siglip as siglip_module
 from voxelstem.objectives.siglip import Siglip, SiglipConfig, in_chunks
 from voxelstem.protocols import Batch
 from voxelstem.testing import check_objective
@@ -29,6 +30,7 @@ from voxelstem.views.crop import ViewKind
 
 CPU = torch.device("cpu")
 EXACT, EQUAL = 1e-6, 1e-5
+NOTHING = 1e-5
 GRID = (2, 1, 2)
 SIZE = (16, 8, 16)
 SAMPLES = 8
@@ -107,7 +109,11 @@ def whole(value: Any) -> Tensor:
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
     """The largest difference between two tensors of one name as a share of their length, and where."""
     assert one.keys() == other.keys()
-    return max((float((one[name] - other[name]).norm() / other[name].norm()), name) for name in one)
+    # What is standardised does not know the bias before it: its gradient is rounding.
+    longest = max(float(value.norm()) for value in other.values())
+    told = [name for name in one if float(other[name].norm()) > NOTHING * longest]
+    assert all(float(one[name].norm()) <= NOTHING * longest for name in one.keys() - set(told))
+    return max((float((one[name] - other[name]).norm() / other[name].norm()), name) for name in told)
 
 
 def joined(tensors: dict[str, Tensor]) -> Tensor:
@@ -216,21 +222,17 @@ def test_gradients_are_those_without_caching(text: TowerConfig, recompute: bool,
 
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_what_is_computed_again_is_what_was_computed_before(recompute: bool, low: bool) -> None:
+def test_what_is_computed_again_is_what_was_computed_before(
+    recompute: bool, low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached, plain, batch = make_objective(LOW_RANK, chunk=2), make_objective(LOW_RANK, chunk=2), make_batch()
     for encoder in cached.modules():
         if isinstance(encoder, Encoder):
             encoder.recompute = recompute
-    embed = plain.embed_scans
-
-    def one_after_another(scans: Tensor, chance: Chance, *, blocks_learn: bool) -> Tensor:
-        parts = [slice(at, at + 2) for at in range(0, SAMPLES, 2)]
-        return torch.cat(
-            [embed(scans[own], chance.part(own.start, own.stop), blocks_learn=blocks_learn) for own in parts]
-        )
-
-    plain.embed_scans = one_after_another
-    found, wanted = gradients(cached, batch, low=low), gradients(plain, batch, low=low)
+    found = gradients(cached, batch, low=low)
+    # The same chunks, and everything is kept.
+    monkeypatch.setattr(siglip_module, "checkpoint", lambda work, *part, **_: work(*part))
+    wanted = gradients(plain, batch, low=low)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
@@ -367,6 +369,7 @@ CASES: dict[str, tuple[dict[str, Any], ParallelConfig, float]] = {
     "frozen": ({"text": FROZEN}, ParallelConfig(), 1.0),
     "lowrank": ({"text": LOW_RANK, "text_chunk": 1}, ParallelConfig(recompute=True), 1.0),
     "frozen image": ({"text": LOW_RANK, "frozen_image": 0.5}, ParallelConfig(), 0.0),
+    "standardised": ({"text": FROZEN, "standardise": True}, ParallelConfig(), 1.0),
     "paper": ({"text": LOW_RANK, "form": "paper"}, ParallelConfig(), 1.0),
     "sharded": ({"text": LOW_RANK}, ParallelConfig(kind="fsdp"), 1.0),
 }
@@ -388,6 +391,8 @@ def train_together(names: Sequence[str]) -> dict[str, Any]:
             said.append({"loss": float(output.loss)} | output.scalars)
             found |= {f"{own} of step {step}": value for own, value in grads_of(trainee.objective).items()}
             trainee.update()
+            trainee.objective.after_step(progress=progress)
+            found |= {f"{own} after step {step}": value.clone() for own, value in trainee.objective.named_buffers()}
         results[name] = {"said": said, "gradients": found}
     return results
 
@@ -402,14 +407,13 @@ def hold_against_one_process(together: list[dict[str, Any]], names: Sequence[str
             assert far <= EQUAL, f"{name}: {where}"
 
 
-FAST = ("frozen", "lowrank", "frozen image")
+FAST = ("frozen", "lowrank", "frozen image", "standardised")
 
 
 def test_two_processes_give_the_image_and_text_gradients_of_one(tmp_path: Path) -> None:
     hold_against_one_process(run_together(train_together, 2, tmp_path, (FAST,)), FAST)
 
 
-@pytest.mark.slow
 def test_four_processes_give_the_image_and_text_gradients_of_one(tmp_path: Path) -> None:
     hold_against_one_process(run_together(train_together, 4, tmp_path, (FAST[:2],)), FAST[:2])
 

@@ -119,3 +119,9 @@ def test_ways_back_and_quarantined_scans_are_listed():
 def test_long_lists_are_cut_and_say_so():
     lines = [{"step": n, "skipped": "the loss is not a number", "samples": []} for n in range(60)]
     assert "the first 50 of 60" in training_page(facts(lines), lines)
+
+
+def test_settings_on_the_page_name_no_folder_of_a_user():
+    said = training_page(facts(settings={"objective.text.source": "/home/qzxvornq/towers/qwen"}), [])
+    assert "qwen" in said
+    assert "qzxvornq" not in said

@@ -45,6 +45,20 @@ def test_a_model_that_gives_everything_one_vector_finds_nothing():
     assert (first.value.estimate, third.value.estimate) == (0, 0)
 
 
+def test_what_cannot_be_compared_finds_nothing():
+    targets = units(4, 3, 0)
+    queries = targets.copy()
+    queries[1] = math.nan
+    assert ranks(queries, targets).tolist() == [0, 3, 0, 0]
+    targets[2, 0] = math.nan
+    assert ranks(queries, targets).tolist() == [1, 3, 3, 1]
+
+
+def test_halves_of_characters_are_no_text():
+    for section in ("findings", "full"):
+        assert text_of(Report(findings_text="Clear \ud800 lungs.", impression_text="Clear."), section) == ""
+
+
 def test_a_perfect_model_finds_everything_and_the_pool_s_size_is_said():
     rows = units(12, 8, 0)
     first, third = recalls(WHOLE, rows, rows, [str(n) for n in range(12)])

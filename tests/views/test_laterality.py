@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,8 @@ SIDED = [
         "all left ribs; right-angled? left angle of the jaw",
     ),
     ("en", "on the right below the fissure", "on the left below the fissure"),
+    ("en", "fluid on the right unchanged, on left now larger", "fluid on the left unchanged, on right now larger"),
+    ("en", "drain on the left in place, R>>L effusion, L >> R", "drain on the right in place, L>>R effusion, R >> L"),
     ("en", "a shunt from left to right", "a shunt from right to left"),
     ("en", "label kidney_left, left_lung", "label kidney_right, right_lung"),
     ("de", "Linksseitiger Erguss, rechter Unterlappen", "Rechtsseitiger Erguss, linker Unterlappen"),
@@ -28,10 +32,11 @@ SIDED = [
     ("nl", "rechterlong vrij, links basaal, Linker nier", "linkerlong vrij, rechts basaal, Rechter nier"),
     ("fr", "poumon droit, base gauche, artères droites", "poumon gauche, base droite, artères gauches"),
     ("fr", "Lobe inférieur gauche, surrénale droite", "Lobe inférieur droit, surrénale gauche"),
+    ("fr", "épanchement pleural à gauche", "épanchement pleural à droite"),
 ]
 UNSIDED = [
     ("en", "biopsy right away, all right. Upright view, bright, leftover, outright"),
-    ("en", "drain left in place, left over, the tube was left alone"),
+    ("en", "drain left in place, left over, the tube was left alone, a collection left untreated"),
     ("en", "right angle, right-angled, right below the fissure"),
     ("en", "L1 fracture, L-spine, vitamin R, RT and LT, post RT lung changes, RCC, LAD, RA"),
     ("en", "levothyroxine, levofloxacin, dextrose"),
@@ -58,12 +63,13 @@ def test_the_same_words_in_another_sense_stay(language, text):
 WORDS = [
     "left", "right", "Left", "RIGHT", "lEft", "left-sided", "rightmost", "L", "R", "RUL", "LLQ", "LV", "rt", "Lt.",
     "all", "the", "away", "now", "in", "place", "angle", "of", "below", "over", "kidney", "lung", ">", "<", "/", "-",
-    ",", ".", "(", "L>R", "R<L", "dextro", "levoscoliosis", "links", "rechts", "rechter", "linke", "Linksherz",
+    ",", ".", "(", "L>R", "R<L", "on", "unchanged", ">>", "R>>L",
+    "dextro", "levoscoliosis", "links", "rechts", "rechter", "linke", "Linksherz",
     "rechtstreeks", "re", "li", "nodule", "\n",
 ]
 FRENCH = [
     "poumon", "base", "lobe", "droit", "droite", "gauche", "gauches", "droits", "droites", "Droit", "grand", ",",
-    ".", "vu",
+    ".", "vu", "à",
 ]
 # fmt: on
 
@@ -91,3 +97,10 @@ def test_french_spelling_settles_once_and_then_comes_back(words):
 
 def test_an_unknown_language_is_read_as_english():
     assert swap_sides("left", language="tr") == "right"
+
+
+def test_a_french_text_without_an_end_is_read_in_time_that_grows_with_its_length_alone():
+    text = "poumon gauche " * 10_000
+    began = time.perf_counter()
+    assert swap_sides(text, language="fr") == "poumon droit " * 10_000
+    assert time.perf_counter() - began < 10  # minutes where each looks back to the beginning

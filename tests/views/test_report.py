@@ -193,6 +193,28 @@ def test_sides_change_places_in_the_report_s_own_language(language):
     assert read(PLAIN, report, mirrored=True).startswith("Erguss rechts")
 
 
+def test_a_section_too_short_to_tell_its_language_follows_the_whole_report():
+    report = Report(findings_text="Die Leber ist normal und ohne Herd.", impression_text="Rechtsseitiger Erguss.")
+    config = dataclasses.replace(PLAIN, findings=SectionConfig(take=False))
+    assert read(config, report, mirrored=True) == "Linksseitiger Erguss."
+
+
+@pytest.mark.parametrize("findings", ["\n\n Clear lungs. No effusion.", "Findings:\n---\n***\n1.\n\nClear lungs."])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_of_the_sentences_that_stay_one_says_something(findings, shuffle):
+    config = dataclasses.replace(PLAIN, findings=SectionConfig(shuffle=shuffle, sentence_drop_p=0.7))
+    for text in many(config, Report(findings_text=findings)):
+        assert "lungs" in text or "effusion" in text
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_section_of_words_that_are_cut_out_is_not_taken(shuffle):
+    config = dataclasses.replace(PLAIN, findings=SectionConfig(strip=("Pneumonia",), shuffle=shuffle))
+    assert fault_of(Report(findings_text="Pneumonia"), config) == "no-wanted-section"
+    both = Report(findings_text="Pneumonia", findings_rewrites=("Infection.",), impression_text="Clear.")
+    assert {text.strip() for text in many(dataclasses.replace(config, rewrite_p=0.0), both)} == {"Infection.\nClear."}
+
+
 def test_a_plan_replays_and_leaves_the_report_as_it_was():
     before = dataclasses.asdict(REPORT)
     plan = draw_report(SPECTRE, REPORT, np.random.default_rng(5))
@@ -218,6 +240,7 @@ FAULTS = [
     (Report(findings_text="Gro\ufffdes Herz."), "encoding"),
     (Report(findings_text="GroÃ\x9fes Herz, linksventrikulÃ¤r."), "encoding"),
     (Report(findings_text="\x00F\x00i\x00n\x00d"), "encoding"),
+    (Report(findings_text="Clear \ud800 lungs."), "encoding"),
     (REPORT, ""),
     (Report(impression_text="Clear."), ""),
     (Report(findings_text="Lungs clear.", language="en-US"), ""),

@@ -87,5 +87,8 @@ class AlignHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows out"]:
         """Project embeddings."""
-        weight = self.gain * self.direction / self.direction.norm(dim=1, keepdim=True)
-        return F.linear(self.mlp(x), weight)
+        return self.turn(self.mlp(x))
+
+    def turn(self, narrow: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows out"]:
+        """The last layer, of what the MLP made."""
+        return F.linear(narrow, self.gain * self.direction / self.direction.norm(dim=1, keepdim=True))

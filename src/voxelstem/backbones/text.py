@@ -211,17 +211,16 @@ class TextTower(nn.Module):
 
 
 def project(
-    tower: TextTower, head: nn.Module, texts: Sequence[str], *, chance: Chance | None = None
+    tower: TextTower, head: Callable[[Tensor], Tensor], texts: Sequence[str], *, device: torch.device
 ) -> Float[Tensor, "text out"]:
-    """Texts by way of a tower and a head, not normalised, on the head's device; see `TowerConfig.each`.
+    """Texts by way of a tower and a head that lies on `device`, not normalised; see `TowerConfig.each`.
 
     Raises:
         ConfigError: as `TextTower.forward`.
     """
-    device = next(head.parameters()).device
     if tower.config.each == "text" or not texts:
-        return head(tower(texts, chance=chance).to(device))
-    check_texts(texts, chance)
+        return head(tower(texts).to(device))
+    check_texts(texts)
     parts = [[part.strip() for part in sentences(text) if part.strip()] for text in texts]
     said = head(tower([part for each in parts for part in each]).to(device))
     return torch.stack([rows.mean(dim=0) for rows in said.split([len(each) for each in parts])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,8 @@ class Asking:
     exclude_same_patient: bool = False
     """Leave out other scans of the patient whose scan is asked with."""
     page: Path | None = None
-    """Write the best scans of each question, with pictures out of --store, to this HTML page."""
+    """Write the best scans of each question, with pictures and the first words of reports out of --store, to this HTML
+    page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +39,8 @@ class Measuring:
     """Measure instead of asking: ct-rate-full-report, merlin-findings, merlin-impressions or merlin-full-report."""
     store: Path | None = None
     """With --protocol and --page, the store that holds the indexed scans and their reports."""
-    split: Literal["any", "train", "validation", "test"] = "any"
-    """With --protocol, measure on this part of the store."""
+    split: Literal["any", "train", "validation", "test"] = "test"
+    """With --protocol, measure on this part of the store; `any` takes what may have been trained on too."""
     seed: int = 0
     """With --protocol, of the random pools."""
 
@@ -129,8 +131,8 @@ def _draw(
     opened = Store.open(store)
     found = [_ask(asked, question, asking) for question in questions]
     panels = [
-        asked_of(opened, question, one.pool, [(hit.key, hit.score) for hit in one.hits])
-        for question, one in zip(questions, found, strict=True)
+        asked_of(opened, said, one.pool, [(hit.key, hit.score) for hit in one.hits], among=one.among)
+        for said, one in zip(map(_shown, questions, count(1), found), found, strict=True)
     ]
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,15 @@ def _draw(
     return DONE
 
 
+def _shown(question: str, place: int, found: Found) -> str:
+    """What the page says was asked. Never a path, which may name a person."""
+    from voxelstem.search import is_place
+
+    if is_place(question):
+        return f"question {place}: a {found.asked} from a file"
+    return f"scan {question[:16]}" if found.asked == "scan" else question
+
+
 def _add(index: Path, sources: list[Path], aligning: Aligning, *, as_json: bool) -> int:
     from voxelstem.indexer import build
 
@@ -152,6 +163,8 @@ def _add(index: Path, sources: list[Path], aligning: Aligning, *, as_json: bool)
     facts = {name: value for name, value in asdict(built).items() if name != "refusals"}
     facts |= {"refused": len(built.refusals), "refusals": listed(built.refusals)}
     lines = refused(built.refusals)
+    if built.silent:
+        lines.append(f"{built.silent} reports say nothing that can be searched, or are of a wrong encoding")
     if built.cut:
         lines.append(f"{built.cut} reports are longer than the text tower reads: their ends count for nothing")
     lines.append(f"{built.added} added, {built.there} there already, {len(built.refusals)} refused")
@@ -170,6 +183,8 @@ def _measure(asked: Search, name: str, measuring: Measuring, *, as_json: bool) -
     published = [asdict(figure) for figure in protocol.published]
     facts = {
         "protocol": protocol.name,
+        "split": measuring.split,
+        "seed": measuring.seed,
         "studies": found.studies,
         "not_indexed": found.not_indexed,
         "without_text": found.without_text,
@@ -177,7 +192,10 @@ def _measure(asked: Search, name: str, measuring: Measuring, *, as_json: bool) -
         "published_elsewhere": {"source": protocol.source, "figures": published},
     }
     beside = f"{found.not_indexed} not in the index, {found.without_text} without that section"
+    unmade = ", ".join(str(pool) for pool in protocol.pools if pool > found.studies)
     lines = [f"{protocol.name}: {found.studies} studies, report to scan; {beside}", *map(str, found.recalls)]
+    if unmade:
+        lines.append(f"too few studies for pools of {unmade}")
     lines.append(f"for comparison, others' figures on others' pools ({protocol.source}):")
     lines += [f"  {one.model}: R@{one.k} of a pool of {one.pool}: {one.percent:.1f} %" for one in protocol.published]
     answer(facts, "\n".join(lines), as_json=as_json)

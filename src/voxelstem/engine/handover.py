@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from voxelstem.card import Card, read_card, read_tensors, read_text
-from voxelstem.config import flatten
+from voxelstem.config import flatten, without_places
 from voxelstem.engine.folder import differences
 from voxelstem.engine.state import objective_state, optimizer_state, put_optimizer_state, whole
 from voxelstem.errors import CheckpointError
@@ -61,7 +61,9 @@ def gather_training(
     if not state:
         return Training()
     config: Any = objective.config
-    about = dict(facts or {}) | {"objective": flatten(config)}
+    about = dict(facts or {}) | {"objective": without_places(flatten(config))}
+    if tower := _tower(objective):
+        about["tower"] = tower
     return Training(extras={OBJECTIVE: state, OPTIMIZER: moments}, texts={ABOUT: json.dumps(about, indent=1) + "\n"})
 
 
@@ -104,13 +106,22 @@ def _why_not_all(weights: Path, card: Card, objective: Any) -> str:
     if OBJECTIVE not in card.extras or ABOUT not in card.extras:
         return "these weights came without their training"
     try:
-        trained = json.loads(read_text(weights, card, ABOUT))["objective"]["name"]
-    except (ValueError, TypeError, KeyError) as error:
+        about = json.loads(read_text(weights, card, ABOUT))
+        trained, tower = about["objective"]["name"], about.get("tower", "")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{weights.name}/{ABOUT} cannot be read", hint="copy the folder again") from error
     if trained != objective.config.name:
         return f"they were trained by {trained}, this is {objective.config.name}"
+    # What a head learned of one tower's vectors means nothing for another's, though shapes may be the same.
+    if tower and tower != _tower(objective):
+        return "their text tower was another"
     different = differing(read_tensors(weights, card, OBJECTIVE), objective_state(objective))
     return f"the objective has other shapes: {_listed(different)}" if different else ""
+
+
+def _tower(objective: Any) -> str:
+    """Digest of the frozen text tower that the objective learns beside, where it has one; no tensor of it is here."""
+    return getattr(getattr(objective, "tower", None), "sha256", "")
 
 
 def _check(card: Card, tensors: Mapping[str, Tensor], learner: Any) -> None:

@@ -273,8 +273,9 @@ def knn_accuracy(patches: Float[Tensor, "n patch dim"], probe: ProbeSet, *, neig
     mean = voters.mean(dim=0)
     asked = functional.normalize(_some(patches[test].flatten(0, 1), MOST_ASKED).float() - mean, dim=-1)
     cosine, nearest = (asked @ functional.normalize(voters - mean, dim=-1).T).topk(min(neighbours, len(voters)))
+    # Under autocast the products come in half precision.
     votes = torch.zeros(len(asked), int(classes.max()) + 1).scatter_add_(
-        1, classes[nearest], (cosine / TEMPERATURE).exp()
+        1, classes[nearest], (cosine.float() / TEMPERATURE).exp()
     )
     truth = _some(probe.labels[test].flatten(), MOST_ASKED)
     return balanced_accuracy(truth.numpy(), votes.argmax(dim=1).numpy())

@@ -108,7 +108,7 @@ class Plan:
             found.append(
                 f"a step needs {gib(memory.total)} on each device, which has {gib(self.room_bytes)} "
                 f"(weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, optimiser "
-                f"{gib(memory.optimiser)}, activations of {self.batch_per_device} samples {gib(memory.activations)})"
+                f"{gib(memory.optimiser)}, activations {gib(memory.activations)}, views {gib(memory.views)})"
             )
         if self.checkpoint_bytes > self.disk_free_bytes:
             found.append(
@@ -344,7 +344,7 @@ def _reckon(config: Any, make: Callable[[Any], Any], fleet: Fleet, device: torch
         network=network,
         backbone=sum(p.numel() for p in full.backbone.parameters()),
         memory=memory_of(network, costs, parallel, gpus=gpus, share=share, chunk=chunk, views=views, bf16=bf16),
-        flops=costs.flops(recompute=parallel.recompute or hasattr(config.objective, "chunk")),
+        flops=costs.flops(recompute=parallel.recompute or chunk < share),
         bf16=bf16,
         kind=parallel.kind,
         share=share,

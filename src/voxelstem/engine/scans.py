@@ -50,7 +50,10 @@ def choose(store: Store, spec: InputSpec, views: ViewsConfig) -> Chosen:
     scans = trainable(store, spec)
     if views.report is None:
         return Chosen(scans=scans, left_out={})
-    faults = [fault_of(store.record(key).report, views.report) for key in scans.key]
+    # Page by page: asking for each of 250,000 by its key takes ten times as long.
+    wanted = set(scans.key.tolist())
+    found = {record.key: fault_of(record.report, views.report) for record in store if record.key in wanted}
+    faults = [found[key] for key in scans.key.tolist()]
     left_out = dict(sorted(Counter(filter(None, faults)).items()))
     kept = scans.take(np.array([not fault for fault in faults], dtype=bool))
     if not len(kept):

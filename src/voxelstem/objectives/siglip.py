@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from voxelstem import distributed
 from voxelstem.backbones.heads import AlignHead
 from voxelstem.backbones.pools import pool
+from voxelstem.backbones.standard import Standard
 from voxelstem.backbones.text import TowerConfig, project, tower_of
 from voxelstem.chance import Chance
 from voxelstem.config import flatten
@@ -57,6 +58,9 @@ class SiglipConfig:
     twice, and the memory of a step is that of one chunk."""
     text_chunk: int = 16
     """The same for reports, where the text tower learns."""
+    standardise: bool = False
+    """Whether what the heads' MLPs make is standardised over the batch, see `backbones.standard`: for small batches and
+    networks that begin fresh. The weights that come out have it inside their heads."""
     frozen_image: float = 0.0
     """Share of the run over which the block level does not learn: it is not recorded and has no way back, while scan
     level and heads learn to use it (SPECTRE: 10 of 100 epochs)."""
@@ -126,6 +130,12 @@ class Siglip(nn.Module):
         for head in (self.image_head, self.text_head):
             # Outputs are normalised: their common length means nothing, and SPECTRE holds all gains at 1.
             head.gain.requires_grad_(False)
+        self.image_standard = Standard(config.bottleneck) if config.standardise else None
+        self.text_standard = Standard(config.bottleneck) if config.standardise else None
+        self._sums: dict[str, Tensor] = {}
+        """Of what was standardised last, by side."""
+        self._seed, self._seen = -1, dict[int, dict[str, Tensor]]()
+        """What the statistics will follow when the step of that seed has counted, by the share's first sample."""
         biased = config.form == "released"
         # One number each, but of one axis: what is shared out among processes needs an axis to be cut along.
         self.temperature = nn.Parameter(torch.full((1,), config.temperature_start))
@@ -154,8 +164,11 @@ class Siglip(nn.Module):
                 hint="set views.report in the recipe, and ingest scans with their reports",
             )
         views = batch.views["global"][:, 0]
+        if batch.seed != self._seed:
+            self._seed, self._seen = batch.seed, {}
         text = self.embed_texts(batch.texts, batch.chance)
         image = self.embed_scans(views, batch.chance, blocks_learn=progress >= config.frozen_image)
+        self._seen[batch.first] = dict(self._sums)
         # Scans stay where they are, reports go everywhere: each process has its rows of the one table of all pairs,
         # and a report's gradient is what all of them say about it.
         first = distributed.here().rank * len(image)
@@ -179,28 +192,38 @@ class Siglip(nn.Module):
         """
         size = self.config.chunk
         parts = [(scans[at : at + size], chance.part(at, at + size)) for at in range(0, len(scans), size)]
+        grid = self._grid(scans)
         if blocks_learn:
-            return in_chunks(lambda part, keys: self._look(self._describe(part, keys), self._grid(scans), keys), parts)
-        with torch.no_grad():
-            described = [self._describe(part, keys) for part, keys in parts]
-        grid, keys = self._grid(scans), [keys for _, keys in parts]
-        return in_chunks(self._look, [(part, grid, own) for part, own in zip(described, keys, strict=True)])
+            found = in_chunks(lambda part, keys: self._look(self._describe(part, keys), grid, keys), parts)
+        else:
+            with torch.no_grad():
+                described = [(self._describe(part, keys), grid, keys) for part, keys in parts]
+            found = in_chunks(self._look, described)
+        return self.image_head.turn(self._standardised("image", self.image_head.mlp(found)))
 
     def embed_texts(self, texts: Sequence[str], chance: Chance) -> Float[Tensor, "sample out"]:
         """Reports into the common space, not normalised, chunk by chunk; `chance` holds a key for each."""
-        size = self.config.text_chunk
+        size, device = self.config.text_chunk, self.temperature.device
         chance = chance.purpose("text")
         parts = [(tuple(texts[at : at + size]), chance.part(at, at + size)) for at in range(0, len(texts), size)]
         if any(parameter.requires_grad for parameter in self.tower.parameters()):
-            return in_chunks(lambda said, keys: project(self.tower, self.text_head, said, chance=keys), parts)
-        return project(self.tower, self.text_head, texts)
+            found = self.text_head.mlp(in_chunks(lambda said, keys: self.tower(said, chance=keys).to(device), parts))
+        else:
+            found = project(self.tower, self.text_head.mlp, texts, device=device)
+        return self.text_head.turn(self._standardised("text", found))
 
     def beside(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
         """Files of a weights folder beside the backbone's, of tensors and of text, as `aligned` reads them."""
         # What reads them takes a second to import, and only the end of a run writes them.
         from voxelstem.aligned import CHANGES, HEADS, TOWER
 
-        heads = {"image": self.image_head.state_dict(), "text": self.text_head.state_dict()}
+        heads = {
+            side: head.state_dict() if standard is None else standard.within(head)
+            for side, head, standard in (
+                ("image", self.image_head, self.image_standard),
+                ("text", self.text_head, self.text_standard),
+            )
+        }
         tensors = {f"{side}.{name}": value for side, state in heads.items() for name, value in state.items()}
         logit = {"logit.temperature": self.temperature.detach(), "logit.bias": self.bias.detach()}
         files = {HEADS: tensors | logit}
@@ -213,7 +236,19 @@ class Siglip(nn.Module):
         return files, {TOWER: json.dumps(facts, indent=2)}
 
     def after_step(self, *, progress: float) -> None:
-        """Nothing follows: there is no teacher."""
+        """The statistics follow the whole batch; there is no teacher."""
+        del progress
+        for side, standard in (("image", self.image_standard), ("text", self.text_standard)):
+            if standard is not None and self._seen:
+                standard.move(distributed.total(torch.stack([sums[side] for sums in self._seen.values()]).sum(dim=0)))
+        self._seen = {}
+
+    def _standardised(self, side: Literal["image", "text"], x: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+        standard = self.image_standard if side == "image" else self.text_standard
+        if standard is None:
+            return x
+        self._sums[side] = standard.sums(x)
+        return standard(x)
 
     def _grid(self, scans: Tensor) -> tuple[int, int, int]:
         i, j, k = (size // block for size, block in zip(scans.shape[-3:], self.backbone.config.block_ijk, strict=True))
@@ -228,9 +263,9 @@ class Siglip(nn.Module):
 
     def _look(
         self, described: Float[Tensor, "sample n 2*dim"], grid: tuple[int, int, int], keys: Chance
-    ) -> Float[Tensor, "sample out"]:
-        """The blocks of each scan together, and the head: of concat(the scan's cls, mean of its block tokens)."""
-        return self.image_head(pool(*self.backbone.look_at_scan(described, grid, chance=keys)))
+    ) -> Float[Tensor, "sample 2*scan_dim"]:
+        """The blocks of each scan together: concat(the scan's cls, mean of its block tokens)."""
+        return pool(*self.backbone.look_at_scan(described, grid, chance=keys))
 
 
 def in_chunks(work: Callable[..., Tensor], parts: Sequence[tuple[Any, ...]]) -> Float[Tensor, "row dim"]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -51,18 +51,22 @@ class Asked:
     pool: int
     """Scans that could have been found."""
     matches: tuple[Match, ...]
+    among: Literal["scans", "reports"] = "scans"
+    """What the query was compared with."""
 
 
 def retrieval_panel(queries: Sequence[Asked], *, title: str = "Asked in words, found by sight") -> page.Section:
     """A section with a row of pictures for each query."""
+    unread = all(asked.among == "scans" for asked in queries)
+    how = "the search did not read them" if unread else "where reports were compared, the search read those"
     parts = [
         page.paragraph(
-            "Each row shows the scans whose vectors lie nearest to the query's. The words under a picture are those of "
-            "its own report and labels: the search did not read them."
+            "Each row shows the scans whose vectors, or those of whose reports, lie nearest to the query's. The words "
+            f"under a picture are those of its own report and labels: {how}."
         )
     ]
     for asked in queries:
-        scans = "1 scan" if asked.pool == 1 else f"{asked.pool:,} scans"
+        scans = f"1 {asked.among[:-1]}" if asked.pool == 1 else f"{asked.pool:,} {asked.among}"
         parts.append(f"<h3>“{escape(asked.text)}”</h3>")
         parts.append(page.paragraph(f"Best {len(asked.matches)} of a pool of {scans}."))
         cards = "".join(_card(rank, match) for rank, match in enumerate(asked.matches, start=1))
@@ -85,13 +89,21 @@ def retrieval_page(queries: Sequence[Asked], *, about: Mapping[str, object], tit
     return page.page(title, sections)
 
 
-def asked_of(store: Store, text: str, pool: int, hits: Iterable[tuple[str, float]]) -> Asked:
+def asked_of(
+    store: Store,
+    text: str,
+    pool: int,
+    hits: Iterable[tuple[str, float]],
+    *,
+    among: Literal["scans", "reports"] = "scans",
+) -> Asked:
     """Draw what a search found: key and score of each hit, the best first.
 
     Raises:
         StoreError: a hit is not in this store, or damaged.
     """
-    return Asked(text=text, pool=pool, matches=tuple(match_of(store, key, score) for key, score in hits))
+    matches = tuple(match_of(store, key, score) for key, score in hits)
+    return Asked(text=text, pool=pool, matches=matches, among=among)
 
 
 def match_of(store: Store, key: str, score: float) -> Match:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from voxelstem.config import without_places
 from voxelstem.report import page
 from voxelstem.report.figures import training_curves
 from voxelstem.report.run import SIGNS, curves
@@ -166,7 +167,7 @@ def _limits(facts: Facts) -> list[str]:
 
 def _settings(facts: Facts) -> str:
     settings: Mapping[str, Any] = facts["settings"]
-    return page.facts(settings) if settings else page.paragraph("The run folder holds no config.toml.")
+    return page.facts(without_places(settings)) if settings else page.paragraph("The run folder holds no config.toml.")
 
 
 def _names(samples: object) -> str:

@@ -8,6 +8,7 @@ every result, and the published protocols are data, named with a version that ch
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ FEWEST = 2
 """Scans in a pool: of one the right one is always found."""
 _ROUNDING = 1e-12
 """By what products of equal vectors may differ, depending on where a library's blocks put them."""
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +99,15 @@ def ranks(queries: Float[np.ndarray, "scan out"], targets: Float[np.ndarray, "sc
     """How many others come before each query's own target: 0 where it is found first.
 
     Row i of both belongs to scan i. Others of the same score count as before it, so that a model that gives everything
-    one vector finds nothing.
+    one vector finds nothing; so do those that cannot be compared, because a number is not finite.
     """
     found: list[np.ndarray] = []
+    wide = targets.T.astype(np.float64)
     step = max(1, (1 << 24) // max(1, len(targets)))
     for low in range(0, len(queries), step):
-        scores = queries[low : low + step].astype(np.float64) @ targets.T.astype(np.float64)
+        scores = queries[low : low + step].astype(np.float64) @ wide
         own = scores[np.arange(len(scores)), np.arange(low, low + len(scores))]
-        found.append((scores >= own[:, None] - _ROUNDING).sum(axis=1) - 1)
+        found.append((~(scores < own[:, None] - _ROUNDING)).sum(axis=1) - 1)
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
 
 
@@ -145,15 +148,19 @@ def recalls(
 
 
 def text_of(report: Report, section: Section) -> str:
-    """A protocol's query: a section as it stands, or both under SPECTRE's headings; empty where there is nothing."""
+    """A protocol's query: a section as it stands, or both under SPECTRE's headings.
+
+    Empty where there is nothing, and where bytes were read in a wrong way, so that halves of characters stand there.
+    """
     match section:
         case "findings":
-            return report.findings_text.strip()
+            text = report.findings_text.strip()
         case "impression":
-            return report.impression_text.strip()
+            text = report.impression_text.strip()
         case "full":
             headed = (("Findings: ", report.findings_text), ("Impressions: ", report.impression_text))
-            return "".join(f"{heading}{text.strip()}\n" for heading, text in headed if text.strip())
+            text = "".join(f"{heading}{said.strip()}\n" for heading, said in headed if said.strip())
+    return "" if _HALVES.search(text) else text
 
 
 def named(name: str) -> Protocol:

@@ -141,8 +141,9 @@ class Zeroshot:
         """The same prompts with a scale, a shift and a threshold for each class by labelled examples.
 
         `each`: Platt scaling, then the threshold of the best balanced accuracy. `one`: a temperature for all. A scale
-        is never negative, so calibration leaves the order of scans as it is. A class of which only one kind is among
-        the examples stays as it was; `facts["uncalibrated"]` counts these.
+        is never negative: calibration leaves the order of scans as it is, or, where it is the wrong way round, gives
+        all one probability. A class of which only one kind is among the examples stays as it was;
+        `facts["uncalibrated"]` counts these.
         """
         plain = dataclasses.replace(head, arrays=head.arrays | _neutral(len(head.classes)))
         rows = _by_subject([(example.subject, self._logits(plain, example.features.scan)) for example in examples])

@@ -23,17 +23,21 @@ def _cased(*words: str) -> str:
     return "|".join(form for word in words for form in (word, word.capitalize(), word.upper()))
 
 
-# After the word, English means something else by it. "Right angle" is a shape, but the jaw has a "right angle of".
+# After the word, English means something else by it.
 _OTHERWISE = (
     r"(?:away|now|here|through|alone|over|out|open|unchanged|untreated|unattended|in\s+place|in\s+situ|as\s+is|or\s+wrong"
-    r"|on\s+(?:time|schedule)|to\s+(?:heal|drain)|angled|angles?(?!\s+of))"
+    r"|on\s+(?:time|schedule)|to\s+(?:heal|drain))"
 )
+# A "right angle" is a shape, but the jaw has a "right angle of".
+_SHAPES = r"(?:angled|angles?(?!\s+of))"
 _NEAR = r"(?:after|before|behind|beside|next\s+to|above|below|under|underneath)"
 _ENGLISH = (
     rf"{_BEGIN}(?:{_cased('left', 'right')})(?=(?i:wards?|most|sided)?{_END})"
-    rf"(?![\s-]+(?i:{_OTHERWISE}){_END})"
-    # "Right below the fissure" is just below it; "on the right below the fissure" is a side.
-    rf"(?!(?<!(?i:the right))(?<!(?i:the left))\s+(?i:{_NEAR}){_END})"
+    rf"(?![\s-]+(?i:{_SHAPES}){_END})"
+    # "Right below the fissure" is just below it, "left in place" is where it was; "on the right below the fissure" and
+    # "on the left unchanged" are sides.
+    rf"(?!(?<!(?i:\bthe right))(?<!(?i:\bthe left))(?<!(?i:\bon right))(?<!(?i:\bon left))"
+    rf"[\s-]+(?i:{_OTHERWISE}|{_NEAR}){_END})"
     r"(?!(?:(?<=(?i:all right))|(?<=(?i:all left)))\s*(?:[.,;:!?)]|$))"
 )
 _CURVES = (
@@ -51,8 +55,8 @@ _ORGANS = (
     r"|iliac|femur|femoral|humerus|neck|thyroid|ovar(?:y|ian)|inguinal|ureter|ureteral|hydronephrosis|pneumothorax)"
 )
 _SINGLE = (
-    rf"(?<![^\W_])(?<![-.])(?:[LR])(?:(?=-sided{_END})|(?=\s+(?i:{_ORGANS}){_END})|(?=\s?[<>]\s?[LR]{_END})"
-    rf"|(?<=[LR][<>].){_END}|(?<=[LR] [<>] .){_END})"
+    rf"(?<![^\W_])(?<![-.])(?:[LR])(?:(?=-sided{_END})|(?=\s+(?i:{_ORGANS}){_END})|(?=\s?[<>]{{1,2}}\s?[LR]{_END})"
+    rf"|(?<=[LR][<>].){_END}|(?<=[LR] [<>] .){_END}|(?<=[LR][<>]{{2}}.){_END}|(?<=[LR] [<>]{{2}} .){_END})"
 )
 # "RT" in capitals is radiotherapy.
 _SHORT = rf"{_BEGIN}(?:[LlRr])(?=t\.?\s+(?i:{_ORGANS}){_END})"
@@ -76,6 +80,8 @@ _OTHER = dict(_PAIRS) | {there: here for here, there in _PAIRS}
 
 # Straight muscles and right angles, "tout droit".
 _STRAIGHT = re.compile(r"\b(?:muscles?|grands?|petits?|angles?|tout)\s+$", re.IGNORECASE)
+# "À droite" is spelt so whatever lies there.
+_TO = re.compile(r"\bà\s+$", re.IGNORECASE)
 _MASCULINE = re.compile(
     "poumons?|reins?|lobes?|côtés?|seins?|ventricules?|hiles?|uretères?|membres?|sinus|champs?|culs?-de-sac|ganglions?"
     "|épanchements?|nodules?|kystes?|sommets?|troncs?|hémithorax|segments?|bords?|versants?|quadrants?|flancs?|genoux?"
@@ -86,7 +92,8 @@ _FEMININE = re.compile(
     "|jambes?|mains?|épaules?|hanches?|carotides?|jugulaires?|oreillettes?|masses?|scissures?|côtes?|clavicules?"
     "|atélectasies?|condensations?|pneumopathies?"
 )
-_NEAREST = 4
+_NEAREST, _LOOK_BACK = 4, 200
+"""Words and letters before it in which its noun is looked for."""
 
 
 def swap_sides(text: str, *, language: str = "en") -> str:
@@ -118,13 +125,15 @@ def _like(word: str, other: str) -> str:
 
 
 def _french(text: str, found: re.Match[str]) -> str:
-    word, before = found.group(), text[: found.start()]
+    word, before = found.group(), text[max(0, found.start() - _LOOK_BACK) : found.start()]
     if _STRAIGHT.search(before[-20:]):
         return word
     small = word.lower()
     plural = "s" if small.endswith("s") else ""
     if small.startswith("droit"):
         return _like(word, f"gauche{plural}")
+    if _TO.search(before):
+        return _like(word, f"droite{plural}")
     near = re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", re.split(r"[.;:,\n]", before)[-1].lower())[: -_NEAREST - 1 : -1]
     noun = next((each for each in near if _MASCULINE.fullmatch(each) or _FEMININE.fullmatch(each)), "")
     return _like(word, f"droit{'' if _MASCULINE.fullmatch(noun) else 'e'}{plural}")

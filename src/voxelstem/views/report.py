@@ -135,7 +135,7 @@ def fault_of(report: Report | None, config: ReportConfig) -> Reason:
         return "no-report"
     every = {name: [said for said in _versions(report, name) if said.strip()] for name in SECTIONS}
     told = [text for texts in every.values() for text in texts]
-    wanted = [text for name in SECTIONS if getattr(config, name).take for text in every[name]]
+    wanted = [text for name in SECTIONS for text in _wanted(config, report, name)]
     whole = "\n".join(told)
     reasons = {
         "empty": not told,
@@ -155,7 +155,7 @@ def draw_report(config: ReportConfig, report: Report, rng: np.random.Generator) 
         report: One without a fault, see `fault_of`; of one with nothing to say the text is empty.
         rng: The stream that is drawn from; how much is drawn depends on the report.
     """
-    there = [name for name in SECTIONS if getattr(config, name).take and any(map(_says, _versions(report, name)))]
+    there = [name for name in SECTIONS if any(map(_says, _wanted(config, report, name)))]
     kept = [name for name in there if rng.random() >= getattr(config, name).drop_p]
     if there and not kept:
         kept = [there[int(rng.integers(len(there)))]]
@@ -176,7 +176,12 @@ def apply_report(plan: ReportPlan, report: Report, *, mirrored: bool) -> str:
     text = ("" if plan.ending.endswith("\n") else "\n").join(lines)
     if len(text) > plan.most_letters:  # one endless sentence
         text = text[: plan.most_letters].rpartition(" ")[0] or text[: plan.most_letters]
-    return swap_sides(text, language=spoken(text) or _two_letters(report.language) or "en") if mirrored else text
+    # A single sentence need not tell its language; the whole report may.
+    return (
+        swap_sides(text, language=spoken(text) or _two_letters(report.language) or spoken(report.text) or "en")
+        if mirrored
+        else text
+    )
 
 
 def _draw_part(name: str, config: ReportConfig, report: Report, rng: np.random.Generator) -> Part:
@@ -185,15 +190,17 @@ def _draw_part(name: str, config: ReportConfig, report: Report, rng: np.random.G
     if name == "icd10":
         order = rng.permutation(len(report.icd10))[: config.most_icd10]
         return replace(part, pieces=tuple(int(number) for number in order))
-    told = [version for version, text in enumerate(_versions(report, name)) if _says(text)]
+    told = [version for version, text in enumerate(_versions(report, name, how.strip)) if _says(text)]
     rewrites = [version for version in told if version > 0]
     if rewrites and (rng.random() < config.rewrite_p or 0 not in told):
         part = replace(part, version=rewrites[int(rng.integers(len(rewrites)))])
     if not (how.shuffle or how.sentence_drop_p):
         return part
-    count = len(sentences(_wording(part, report)))
-    numbers = [number for number in range(count) if rng.random() >= how.sentence_drop_p]
-    numbers = numbers or [int(rng.integers(count))]
+    said = [_says(sentence) for sentence in _sentences(part, report)]
+    numbers = [number for number in range(len(said)) if rng.random() >= how.sentence_drop_p]
+    if not any(said[number] for number in numbers):  # all dropped, or all but blanks, numbers and headings
+        talking = [number for number, says in enumerate(said) if says]
+        numbers = [talking[int(rng.integers(len(talking)))]] if talking else numbers
     if how.shuffle:
         numbers = [numbers[place] for place in rng.permutation(len(numbers))]
     return replace(part, pieces=tuple(numbers))
@@ -232,28 +239,35 @@ def _sentences(part: Part, report: Report) -> list[str]:
 
 
 def _wording(part: Part, report: Report) -> str:
-    text = _versions(report, part.section)[part.version]
-    for word in part.strip:
-        text = text.replace(word, "")
-    return text
+    return _versions(report, part.section, part.strip)[part.version]
 
 
-def _versions(report: Report, section: str) -> tuple[str, ...]:
-    """A section's own words, then its rewrites; of the codes one text."""
+def _wanted(config: ReportConfig, report: Report, section: str) -> tuple[str, ...]:
+    """The wordings of a section as a text would have them; none where it is not taken."""
+    how: SectionConfig = getattr(config, section)
+    return _versions(report, section, how.strip) if how.take else ()
+
+
+def _versions(report: Report, section: str, strip: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """A section's own words, then its rewrites, without the words to be cut out; of the codes one text."""
     match section:
         case "findings":
-            return (report.findings_text, *report.findings_rewrites)
+            texts = (report.findings_text, *report.findings_rewrites)
         case "impression":
-            return (report.impression_text, *report.impression_rewrites)
+            texts = (report.impression_text, *report.impression_rewrites)
         case "icd10":
             return ("; ".join(report.icd10),)
         case _:
-            return (getattr(report, f"{section}_text"),)
+            texts = (getattr(report, f"{section}_text"),)
+    for word in strip:
+        texts = tuple(text.replace(word, "") for text in texts)
+    return texts
 
 
 _ENDLESS = 10**12
-# What UTF-8 looks like where it was read as Latin-1, the mark of a letter that could not be read, and control codes.
-_GARBLED = re.compile(r"\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+# What UTF-8 looks like where it was read as Latin-1, the mark of a letter that could not be read, control codes, and
+# halves of characters.
+_GARBLED = re.compile(r"\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _HEADING = re.compile(r"[^\W\d_][\w /-]{0,40}:")
 _NOTHING = re.compile(
     r"findings?|impressions?|conclusion|history|indication|technique|comparison|report|nan?|none|n|a|null|\d+"
