@@ -24,7 +24,7 @@ from voxelstem.protocols import Task
 from voxelstem.store import Store
 from voxelstem.streaming import of_store
 
-TUMOUR_DRAWS = 3
+TUMOUR_DRAWS = 12
 """Draws of labelled sarcoma patients for each pretraining seed: there are few, and which ones matters."""
 HEADS: tuple[Task, ...] = (Linear(), Neighbours())
 Heat = tuple[Contest, Contest]

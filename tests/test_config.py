@@ -184,5 +184,5 @@ def test_a_setting_that_toml_cannot_hold_is_refused():
 
 
 def test_settings_for_others_name_a_folder_and_not_where_it_lies():
-    settings = {"objective.text.source": "/home/someone/qwen", "loader.source": "blosc2", "source.seed": 3, "lr": 0.1}
+    settings = {"objective.text.source": "/srv/someone/qwen", "loader.source": "blosc2", "source.seed": 3, "lr": 0.1}
     assert without_places(settings) == settings | {"objective.text.source": "qwen"}

@@ -22,6 +22,7 @@ from voxelstem.card import Card, read_card
 from voxelstem.config import flatten, overlay, read_toml
 from voxelstem.engine.journal import facts_of, read_journal
 from voxelstem.engine.loader import Loader
+from voxelstem.engine.scans import choose, trainable
 from voxelstem.engine.transfer import Crops
 from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.model import load

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from voxelstem.backbones import text
 from voxelstem.backbones.pretrained import Pretrained, read_pretrained, read_tokenizer
-from voxelstem.backbones.text import TextTower, TowerConfig, pool_states, tower_of
+from voxelstem.backbones.text import TextTower, TowerConfig, pool_states, project, tower_of
 from voxelstem.chance import Chance
 from voxelstem.config import flatten, overlay
 from voxelstem.errors import ConfigError
@@ -393,3 +393,32 @@ def test_transformers_is_imported_by_nobody_before_a_tower_is_read():
     rooms = Path(text.__file__).parent.glob("*.py")
     heads = [line for room in rooms for line in room.read_text().splitlines() if line.startswith(("import ", "from "))]
     assert not [line for line in heads if line.split()[1].split(".")[0] in {"transformers", "tokenizers", "peft"}]
+
+
+def test_sentence_by_sentence_a_text_is_the_mean_of_what_the_head_makes_of_each():
+    whole, each = tower_of(TowerConfig()), tower_of(TowerConfig(each="sentence"))
+    head = torch.nn.Sequential(torch.nn.Linear(384, 6), torch.nn.GELU())
+    parts = ["Effusion on the left.", "No nodule, e.g. in the lungs.", "2. Spleen absent."]
+    with torch.no_grad():
+        found = project(each, head, [" ".join(parts), parts[0]], device=torch.device("cpu"))
+        alone = head(whole(parts))
+        torch.testing.assert_close(found[0], alone.mean(dim=0))
+        torch.testing.assert_close(found[1], alone[0])
+        torch.testing.assert_close(
+            project(whole, head, parts, device=torch.device("cpu")), alone, msg="as a whole each text is one"
+        )
+    assert project(each, head, [], device=torch.device("cpu")).shape == (0, 6)
+
+
+def test_a_long_report_is_read_to_its_end_sentence_by_sentence():
+    each, said = tower_of(TowerConfig(each="sentence", max_tokens=32)), "The liver is of normal size. " * 200
+    with torch.no_grad():
+        short = project(each, torch.nn.Identity(), ["The liver is of normal size."], device=torch.device("cpu"))
+        long = project(each, torch.nn.Identity(), [said + "Spleen absent."], device=torch.device("cpu"))
+    assert each.truncated == 0
+    assert 1e-4 < float((long - short).norm() / short.norm()) < 0.1
+
+
+def test_a_tower_that_learns_reads_whole_texts():
+    with pytest.raises(ValueError, match="each=sentence"):
+        TowerConfig(each="sentence", trains="lowrank")

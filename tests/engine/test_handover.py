@@ -167,7 +167,7 @@ def test_heads_are_taken_over_for_the_tower_that_they_learned_beside_and_for_no_
 
 
 def test_what_lies_beside_the_weights_names_no_folder_of_a_user(tmp_path: Path):
-    source = siglip(0, tower="a" * 64, source="/home/qzxvornq/towers/qwen")
+    source = siglip(0, tower="a" * 64, source="/srv/qzxvornq/towers/qwen")
     folder = written(tmp_path / "w", source, optimizer_of(source))
     assert '"qwen"' in (folder / ABOUT).read_text()
     assert not [path for path in folder.rglob("*") if path.is_file() and b"qzxvornq" in path.read_bytes()]

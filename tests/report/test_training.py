@@ -122,6 +122,6 @@ def test_long_lists_are_cut_and_say_so():
 
 
 def test_settings_on_the_page_name_no_folder_of_a_user():
-    said = training_page(facts(settings={"objective.text.source": "/home/qzxvornq/towers/qwen"}), [])
+    said = training_page(facts(settings={"objective.text.source": "/srv/qzxvornq/towers/qwen"}), [])
     assert "qwen" in said
     assert "qzxvornq" not in said

@@ -130,6 +130,9 @@ class Siglip(nn.Module):
         for head in (self.image_head, self.text_head):
             # Outputs are normalised: their common length means nothing, and SPECTRE holds all gains at 1.
             head.gain.requires_grad_(False)
+            if config.standardise:
+                # What is standardised does not know the bias before it: an optimiser would move it by rounding.
+                head.mlp[-1].bias.requires_grad_(False)
         self.image_standard = Standard(config.bottleneck) if config.standardise else None
         self.text_standard = Standard(config.bottleneck) if config.standardise else None
         self._sums: dict[str, Tensor] = {}
