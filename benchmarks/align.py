@@ -12,10 +12,10 @@ caching, of the same scans at once.
 
 A scan is 64 x 64 x 32 voxels in 2 x 2 x 1 blocks of 512 patches; both levels are 144 wide, six and two deep. Small
 models need small patches here for the same reason that large ones do not: a patch's activations must outweigh its
-voxels, which all wait in memory, for memory to be bounded by activations at all (SPECTRE's: 400 to 1).
+voxels, which all wait in memory, for memory to be bounded by activations at all.
 
-A chunk is two scans. Besides its activations and the scans, every further chunk leaves about half a MB of graph,
-whatever the width of the networks; with chunks of one scan this small model's 64 scans took 1.35 times what 4 took.
+A chunk is two scans. Besides its activations and the scans, every further chunk added about half a MB here; with
+chunks of one scan this small model's 64 scans took 1.35 times what 4 took.
 
 Each process whose memory is measured asks the C library to give large pieces back as soon as they are free
 (MALLOC_MMAP_THRESHOLD_): by itself it moves that limit up to 32 MB, and holes between what was freed count as in use.

@@ -17,6 +17,7 @@ from voxelstem.card import (
     against_commerce,
     check_commercial,
     check_folder,
+    link_files,
     members,
     read_card,
     read_tensors,
@@ -344,3 +345,17 @@ def test_an_odd_licence_cannot_break_the_readme_s_head(tmp_path: Path, licence: 
     write_weights(tmp_path / "w", TENSORS, replace(CARD, licence=licence))
     head = (tmp_path / "w" / "README.md").read_text().split("---")[1].strip().splitlines()
     assert head == ["library_name: voxelstem", f"license: {json.dumps(licence)}"]
+
+
+def test_linked_files_are_the_files_themselves_also_where_a_link_leads_to_them(tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "source/text").mkdir(parents=True)
+    (tmp_path / "cache/blob").write_bytes(b"tensors")
+    (tmp_path / "source/model.safetensors").symlink_to("../cache/blob")
+    (tmp_path / "source/text/config.json").write_text("{}")
+    link_files(tmp_path / "source", ["model.safetensors", "text/config.json"], tmp_path / "run")
+    assert not (tmp_path / "run/model.safetensors").is_symlink()
+    assert (tmp_path / "run/model.safetensors").samefile(tmp_path / "cache/blob")
+    assert (tmp_path / "run/text/config.json").samefile(tmp_path / "source/text/config.json")
+    with pytest.raises(FileNotFoundError):
+        link_files(tmp_path / "source", ["absent"], tmp_path / "run")

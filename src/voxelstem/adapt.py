@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from voxelstem.aligned import Aligned, read_aligned
-from voxelstem.card import check_commercial, members, read_card, write_weights
+from voxelstem.card import check_commercial, link_files, members, read_card, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.embed import embed_volume_cached
 from voxelstem.embedding import Embedding
@@ -338,10 +337,4 @@ def _keep_weights(folder: Path, weights: str | Path, model: Model, *, text: bool
         write_weights(folder, model.backbone.state_dict(), model.card)
         return
     source = fetch(weights, text=text)
-    for name in members(source, model.card):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link((source / name).resolve(), target)  # a link to a link may lead nowhere from here
-        except OSError:
-            shutil.copy2(source / name, target)
+    link_files(source, members(source, model.card), folder)

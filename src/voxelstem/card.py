@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,21 @@ def write_weights(
             hint="free some space and run again",
         ) from error
     return card
+
+
+def link_files(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Put files of a weights folder into another one, without a second copy where the disk can link them.
+
+    Raises:
+        OSError: a file is gone, or the disk does not take it.
+    """
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link((source / name).resolve(), target)  # a link to a link may lead nowhere from here
+        except OSError:
+            shutil.copy2(source / name, target)
 
 
 def read_card(folder: Path) -> Card:

@@ -6,7 +6,6 @@ A report is turned into its vector and forgotten: its words are neither logged n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from jaxtyping import Float
 
 from voxelstem import embedding
 from voxelstem.aligned import Aligned, read_aligned
-from voxelstem.card import check_commercial, members, read_card
+from voxelstem.card import check_commercial, link_files, members, read_card
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.index import FACTS, Entry, Index
 from voxelstem.manifest import MARK, read_rows
@@ -278,13 +277,7 @@ def _link(source: Path, names: Iterable[str], folder: Path) -> None:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        for name in names:
-            target = unfinished / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link((source / name).resolve(), target)  # a link to a link may lead nowhere from here
-            except OSError:
-                shutil.copy2(source / name, target)
+        link_files(source, names, unfinished)
         unfinished.rename(folder)
     except OSError as error:
         raise StoreError(
