@@ -79,3 +79,56 @@ def test_linear_equals_walking_in_equal_steps(steps: int, share: float, start: f
 
 def test_linear_over_no_share_is_there_at_once() -> None:
     assert schedules.linear(0.0, start=1.0, end=2.0, share=0.0) == 2.0
+
+
+def test_poly_falls_as_a_power_of_what_is_left() -> None:
+    for progress in (0.0, 0.3, 0.9):
+        rate = schedules.warm_up_poly(progress, warm_up=0.0, peak=0.01, end=0.0)
+        assert rate == pytest.approx(0.01 * (1 - progress) ** 0.9)
+    assert schedules.warm_up_poly(1.0, warm_up=0.0, peak=0.01, end=0.0) == 0.0
+
+
+def test_poly_rises_first_where_it_is_asked_to_and_ends_at_the_end() -> None:
+    rates = [schedules.warm_up_poly(progress, warm_up=0.2, peak=4.0, end=1.0) for progress in (0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([2.0, 4.0, 1 + 3 * 0.5**0.9, 1.0])
+
+
+def tuning(kind: schedules.Tuning, *progress: float) -> list[tuple[float, float]]:
+    return [schedules.tuning(at, kind=kind, warm_up=0.2) for at in progress]
+
+
+def test_fine_tuning_by_default_falls_from_the_peak_in_all_parts() -> None:
+    assert tuning("default", 0.0, 0.5) == [(1.0, 1.0), pytest.approx((0.5**0.9, 0.5**0.9))]
+
+
+def test_a_frozen_encoder_never_learns() -> None:
+    assert [encoder for encoder, _ in tuning("frozen", 0.0, 0.3, 0.9)] == [0.0, 0.0, 0.0]
+    assert tuning("frozen", 0.0)[0][1] == 1.0
+
+
+def test_warm_up_raises_both_parts_and_then_lets_them_fall() -> None:
+    half = pytest.approx((0.5, 0.5))
+    assert tuning("warm_up", 0.0, 0.1, 0.2) == [(0.0, 0.0), half, (1.0, 1.0)]
+
+
+def test_a_sawtooth_raises_the_rest_then_all_and_a_valley_lets_the_rest_fall_first() -> None:
+    assert tuning("sawtooth", 0.0, 0.1, 0.2, 0.3, 0.4) == [
+        (0.0, 0.0),
+        pytest.approx((0.0, 0.5)),
+        (0.0, 0.0),
+        pytest.approx((0.5, 0.5)),
+        (1.0, 1.0),
+    ]
+    assert tuning("valley", 0.0, 0.1, 0.3) == [(0.0, 1.0), pytest.approx((0.0, 0.5)), pytest.approx((0.5, 0.5))]
+
+
+@given(kind=st.sampled_from(["default", "warm_up", "frozen", "valley", "sawtooth"]), progress=PROGRESS)
+def test_a_fine_tuned_encoder_never_outruns_the_rest(kind: schedules.Tuning, progress: float) -> None:
+    encoder, rest = schedules.tuning(progress, kind=kind, warm_up=0.1)
+    assert 0 <= encoder <= rest <= 1
+    assert schedules.tuning(1.0, kind=kind, warm_up=0.1)[1] == 0
+
+
+def test_warm_ups_must_leave_something_to_the_run() -> None:
+    with pytest.raises(ValueError, match="must leave a part of the run to sawtooth"):
+        schedules.tuning(0.0, kind="sawtooth", warm_up=0.5)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from voxelstem import schedules
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
+from voxelstem.engine.checkpoint import Checkpoints, resume
 from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
 from voxelstem.objectives.dino import Dino, DinoConfig
 
@@ -205,6 +207,73 @@ def test_steps_follow_the_paper_s_algorithm(fused: bool):
         optimizer.step()
     expected = naive_adamw(list(weights), gradients, config, steps=7)
     assert layer.weight.tolist()[0] == pytest.approx(expected, abs=1e-5)
+
+
+def naive_sgd(weights, gradients, config: OptimConfig, *, steps: int):
+    """Nesterov's momentum as nnU-Net runs it: the decay is part of the gradient."""
+    speed = [0.0] * len(weights)
+    for step in range(steps):
+        rate = config.lr * (1 - step / 10) ** 0.9
+        for i, gradient in enumerate(gradients):
+            slope = gradient + config.weight_decay * weights[i]
+            speed[i] = config.momentum * speed[i] + slope
+            weights[i] -= rate * (slope + config.momentum * speed[i])
+    return weights
+
+
+SGD = OptimConfig(kind="sgd", lr=0.01, end_lr=0.0, warm_up=0.0, schedule="poly", weight_decay=3e-2, decay_vectors=True)
+
+
+def sgd_steps(layer, optimizer, steps):
+    for step in steps:
+        set_rate(optimizer, SGD, progress=step / 10)
+        layer.weight.grad = torch.tensor([[0.3, -0.2, 1e-3]]) * (1 + step % 3)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_sgd_follows_nesterov_and_its_rate_falls_as_a_power(fused: bool):
+    layer = torch.nn.Linear(3, 1, bias=False)
+    weights, gradients = [0.5, -1.0, 2.0], [0.3, -0.2, 1e-3]
+    layer.weight.data = torch.tensor([weights])
+    optimizer = make_optimizer(layer, [(0, list(layer.named_parameters()))], replace(SGD, fused=fused))
+    for step in range(7):
+        assert set_rate(optimizer, SGD, progress=step / 10) == pytest.approx(0.01 * (1 - step / 10) ** 0.9)
+        layer.weight.grad = torch.tensor([gradients])
+        optimizer.step()
+    assert layer.weight.tolist()[0] == pytest.approx(naive_sgd(list(weights), gradients, SGD, steps=7), abs=1e-6)
+
+
+def test_sgd_goes_on_after_an_interruption_to_the_last_bit(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1, bias=False)
+        return layer, make_optimizer(layer, [(0, list(layer.named_parameters()))], SGD)
+
+    through, optimizer = fresh()
+    sgd_steps(through, optimizer, range(8))
+    before, optimizer = fresh()
+    sgd_steps(before, optimizer, range(5))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, before, optimizer)
+    after, optimizer = fresh()
+    assert resume(tmp_path, after, optimizer).step == 5
+    sgd_steps(after, optimizer, range(5, 8))
+    assert torch.equal(after.weight, through.weight)
+
+
+def test_vectors_decay_only_where_the_config_says_so(make):
+    objective = make.objective()
+    for says in (False, True):
+        group = grouped(objective, OptimConfig(decay_vectors=says))
+        assert group["backbone.embed.bias"]["decays"] is says
+        assert group["backbone.embed.weight"]["decays"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_a_momentum_out_of_range_is_refused(momentum: float):
+    with pytest.raises(ValueError, match="momentum lies in"):
+        OptimConfig(momentum=momentum)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""AdamW in groups: how much slower each layer learns, what decays, and how rate and decay move over the run."""
+"""AdamW, SGD or Muon in groups: how much slower each layer learns, what decays, how rate and decay move over a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from voxelstem import schedules
+from voxelstem.engine.muon import Muon, is_matrix
 
 REFERENCE_BATCH = 1024
 """Samples of one step for which a rate is written down in the DINO family's papers."""
@@ -22,12 +23,21 @@ _LAST = ("prototypes", "direction")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW's settings (Loshchilov and Hutter 2017) and the schedules of its rate and its decay."""
+    """Settings of AdamW (Loshchilov and Hutter 2017), SGD or Muon, and the schedules of rate and decay."""
 
+    kind: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`sgd`: with Nesterov's momentum, and decay added to the gradient, as nnU-Net and nnssl train. `muon`: matrices by
+    `engine.muon`, everything else by AdamW."""
+    momentum: float = 0.99
+    """Of SGD and Muon (there 0.95 is usual); AdamW has `betas`."""
+    matrix_scale: float = 10.0
+    """With `muon`: how many times the rate of everything else a matrix moves by."""
     lr: float = 1e-3
     end_lr: float = 1e-5
     warm_up: float = 0.1
     """Share of the run over which the rate rises."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How the rate falls after its rise: along a cosine, or as (1 - progress)^0.9 (nnU-Net)."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     """How the rate follows the number of samples in a step: not at all, with its square root (DINOv2, SPECTRE) or in
     proportion (Goyal et al. 2017)."""
@@ -38,6 +48,8 @@ class OptimConfig:
     """At the end of the run the decay is this many times what it began with, along a cosine (Caron et al. 2021: 10)."""
     decay_tokens: bool = False
     """Whether cls, register and mask tokens decay too, as in SPECTRE's training."""
+    decay_vectors: bool = False
+    """Whether biases and norms decay too, as wherever nobody sorts parameters: nnU-Net, nnssl, FOMO25's winner."""
     betas: tuple[float, float] = (0.9, 0.95)
     layer_decay: float = 1.0
     """Each layer further from the output learns this much slower (Bao et al. 2021); 1 switches it off."""
@@ -64,6 +76,10 @@ class OptimConfig:
             raise ValueError("need weight_decay >= 0, weight_decay_growth >= 0 and clip_norm > 0")
         if not (self.lr_batch >= 1 and 0 < self.patch_embed_scale < math.inf and 0 <= self.frozen_prototypes < 1):
             raise ValueError("need lr_batch >= 1, patch_embed_scale > 0 and 0 <= frozen_prototypes < 1")
+        if not (0 < self.momentum < 1 and 0 < self.matrix_scale < math.inf):
+            raise ValueError(
+                f"momentum lies in (0, 1) and matrix_scale above 0, got {self.momentum} and {self.matrix_scale}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas lie in [0, 1), got {self.betas}")
 
@@ -80,16 +96,17 @@ class _Kind(NamedTuple):
     decays: bool
     takes_voxels: bool
     last: bool
+    matrix: bool
 
 
 def make_optimizer(
     objective: nn.Module, layers: Iterable[tuple[int, list[tuple[str, nn.Parameter]]]], config: OptimConfig
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Group the trainable parameters by depth, by whether they decay, and by what is special about a layer.
 
     `layers` are the trained backbone's (`Backbone.param_groups`); everything else of the objective counts as the
-    deepest of them, as in BEiT and DINOv2. Vectors (biases, norms, scales) do not decay, tokens only if the config
-    says so. Parameters that are sharded over processes are grouped like any others.
+    deepest of them, as in BEiT and DINOv2. Vectors (biases, norms, scales) and tokens decay only if the config says
+    so. Parameters that are sharded over processes are grouped like any others.
     """
     layers = list(layers)
     deepest = max(depth for depth, _ in layers)
@@ -101,27 +118,31 @@ def make_optimizer(
             token = own in _TOKENS
             kind = _Kind(
                 depth=deepest if depth is None else depth,
-                decays=config.decay_tokens if token else parameter.ndim > 1,
+                decays=config.decay_tokens if token else parameter.ndim > 1 or config.decay_vectors,
                 takes_voxels=depth == 0 and not token,
                 last=own in _LAST,
+                matrix=config.kind == "muon" and not token and is_matrix(parameter),
             )
             groups.setdefault(kind, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": members,
-                "lr_scale": config.layer_decay ** (deepest - kind.depth)
-                * (config.patch_embed_scale if kind.takes_voxels else 1.0),
-                "decays": kind.decays,
-                "last": kind.last,
-                "weight_decay": config.weight_decay if kind.decays else 0.0,
-            }
-            for kind, members in sorted(groups.items())
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=config.fused,
-    )
+    entries: list[dict[str, Any]] = [
+        {
+            "params": members,
+            "lr_scale": config.layer_decay ** (deepest - kind.depth)
+            * (config.patch_embed_scale if kind.takes_voxels else 1.0),
+            "decays": kind.decays,
+            "last": kind.last,
+            "matrix": kind.matrix,
+            "weight_decay": config.weight_decay if kind.decays else 0.0,
+        }
+        for kind, members in sorted(groups.items())
+    ]
+    if config.kind == "sgd":
+        return torch.optim.SGD(entries, lr=config.lr, momentum=config.momentum, nesterov=True, fused=config.fused)
+    if config.kind == "muon":
+        return Muon(
+            entries, lr=config.lr, momentum=config.momentum, matrix_scale=config.matrix_scale, betas=config.betas
+        )
+    return torch.optim.AdamW(entries, lr=config.lr, betas=config.betas, fused=config.fused)
 
 
 def set_rate(
@@ -131,12 +152,13 @@ def set_rate(
 
     `batch` is the number of samples of one step over all processes and micro-batches, which `lr_scaling` asks for.
     """
-    rate = schedules.warm_up_cosine(progress, warm_up=config.warm_up, peak=config.peak(batch), end=config.end_lr)
+    falls = schedules.warm_up_poly if config.schedule == "poly" else schedules.warm_up_cosine
+    rate = falls(progress, warm_up=config.warm_up, peak=config.peak(batch), end=config.end_lr)
     end = config.weight_decay * config.weight_decay_growth
     decay = schedules.cosine(progress, start=config.weight_decay, end=end)
     for group in optimizer.param_groups:
         entry: dict[str, Any] = group
-        # A rate of 0 moves nothing: AdamW's decay is multiplied by the rate too.
+        # A rate of 0 moves nothing: the decay is multiplied by the rate too.
         frozen = entry["last"] and progress < config.frozen_prototypes
         entry["lr"] = 0.0 if frozen else rate * entry["lr_scale"]
         entry["weight_decay"] = decay if entry["decays"] else 0.0
