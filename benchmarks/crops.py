@@ -62,7 +62,7 @@ from voxelstem.engine.transfer import PreadReader, read_crop
 from voxelstem.store import Store, reader, write
 from voxelstem.store.tiles import Tiles, write_tiles
 from voxelstem.study import InputSpec, Provenance, Study, Volume
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import limits, window
 
 SIZES = ((128, 128, 64), (96, 96, 96))
 CROPS_AN_OPEN = 8
@@ -350,7 +350,7 @@ def check(found: Found, array: np.ndarray, size: Triple) -> None:
     for start, crop in found:
         assert crop.dtype == torch.float32
         assert crop.is_contiguous()
-        want = window(torch.from_numpy(array[None][box(start, size)]), SPEC)
+        want = window(torch.from_numpy(array[None][box(start, size)]), limits(None, SPEC))
         torch.testing.assert_close(crop, want, rtol=0, atol=1e-6)
 
 

@@ -32,6 +32,15 @@ from voxelstem.study import InputSpec
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 SMALL = {"name": "scan_vit", "block_ijk": (16, 16, 16), "block.dim": 24, "block.depth": 1, "block.heads": 2}
+BRAINS = {
+    "unit99-weights": InputSpec(
+        modality="MR", spacing_mm=(4.0, 4.0, 4.0), block_ijk=(16, 16, 16), normalisation="unit99"
+    ),
+    "unit-weights": InputSpec(
+        modality="MR", spacing_mm=(4.0, 4.0, 4.0), block_ijk=(16, 16, 16), low_hu=0.0, high_hu=1.0
+    ),
+}
+"""Two ways to be fed from 0 to 1."""
 CLASSIFY = ["--labels", "src/contrast.csv", "--task", "classify", "--mode", "knn"]
 FEW_STEPS = ["steps=1", "loader.batch=1", "backbone.block.depth=1", "backbone.scan.depth=1"]
 
@@ -40,6 +49,18 @@ FEW_STEPS = ["steps=1", "loader.batch=1", "backbone.block.depth=1", "backbone.sc
 def one_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tests here share one site key, because they share one store."""
     monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "bad-input.key"))
+
+
+def bad_brains() -> dict[str, np.ndarray]:
+    """A head of smooth tissue in air: one voxel no number; tissue brought to mean 0; the whole volume so."""
+    i, j, k = np.indices((28, 26, 24)) - np.array([14, 13, 12])[:, None, None, None]
+    noise = np.random.default_rng(0).normal(0, 20, i.shape)
+    head = np.where(i**2 + j**2 + k**2 < 110, 500 + 30 * i + 10 * j + noise, 0).astype(np.float32)
+    hole = head.copy()
+    hole[14, 13, 12] = np.nan
+    tissue = head > 0
+    scored = np.where(tissue, (head - head[tissue].mean()) / head[tissue].std(), 0).astype(np.float32)
+    return {"brain": head, "nan": hole, "scored": scored, "scored-whole": (head - head.mean()) / head.std()}
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +85,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(0).integers(0, 900, (24, 24, 24)).astype(np.int16)
         nifti.write(home / "mr" / "t1.nii.gz", noise, np.diag([2.0, 2.0, 2.0, 1.0]))
         ingest([home / "mr"], home / "mr-store")
+        for folder, scan in bad_brains().items():
+            (home / folder).mkdir()
+            Nifti1Image(scan, np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(home / folder / "t1.nii.gz")
         shutil.copytree(home / "store", home / "newer")
         with sqlite3.connect(home / "newer" / FILE_NAME) as catalogue:
             catalogue.execute("PRAGMA user_version = 99")
         catalogue.close()
         model = make_model(Card(architecture=SMALL, spec=SPEC), seed=0)
         write_weights(home / "weights", model.backbone.state_dict(), model.card)
+        for name, spec in BRAINS.items():
+            write_weights(home / name, model.backbone.state_dict(), Card(architecture=SMALL, spec=spec))
         (home / "file").write_text("in the way")
     return home
 
@@ -190,6 +216,40 @@ def test_a_scan_refused_by_embed_has_its_line_and_alone_it_fails(made: Path, tmp
     assert [line["code"] for line in json.loads(beside.stdout)["refusals"]] == [code]
     assert len(list(tmp_path.rglob("*.npz"))) == 1
     assert code in (tmp_path / "out" / "manifest.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "weights", "code", "said"),
+    [
+        ("nan", "unit99-weights", "not-finite", "NaN"),
+        ("scored", "unit99-weights", "z-scored", "z-scored over tissue alone"),
+        ("scored", "unit-weights", "z-scored", "z-scored over tissue alone"),
+        ("scored-whole", "unit-weights", "z-scored", "window 0 to 1"),
+    ],
+)
+def test_a_brain_that_the_weights_cannot_see_as_they_were_taught_is_refused(
+    made: Path, tmp_path: Path, folder: str, weights: str, code: str, said: str
+):
+    answer = say(made, "embed", folder, "brain", "--weights", weights, "--out", str(tmp_path / "out"), "--json")
+    assert answer.returncode == 3
+    (line,) = json.loads(answer.stdout)["refusals"]
+    assert line["code"] == code
+    assert said in line["reason"]
+    assert len(list(tmp_path.rglob("*.npz"))) == 1, "the brain beside it is embedded"
+
+
+def test_z_scores_of_a_whole_brain_are_brought_to_0_to_1_with_a_word(made: Path, tmp_path: Path):
+    answer = say(made, "embed", "scored-whole", "brain", "--weights", "unit99-weights", "--out", str(tmp_path / "out"))
+    assert answer.returncode == 0
+    assert (tmp_path / "out" / "manifest.csv").read_text().count("unit99 undoes a shift and a scale") == 1
+    one, two = (np.load(path)["scan"] for path in tmp_path.rglob("*.npz"))
+    np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_a_volume_with_a_hole_of_nan_never_enters_a_store(made: Path, tmp_path: Path):
+    check_refused(say(made, "ingest", "nan", "--store", str(tmp_path / "store")), "every scan was refused")
+    shown = json.loads(say(made, "show", str(tmp_path / "store"), "--json").stdout)
+    assert (shown["kept"], [line["code"] for line in shown["refused"]]) == (0, ["not-finite"])
 
 
 def test_evaluate_answers_in_json(made: Path, tmp_path: Path):

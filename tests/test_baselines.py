@@ -92,6 +92,15 @@ def test_mri_has_no_unit_so_its_own_range_is_the_window() -> None:
     np.testing.assert_allclose(small, large, atol=0.03)
 
 
+def test_weights_without_a_window_leave_brightness_to_the_scan_s_own_range() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.uniform(0, 1000, (12, 12, 12))
+    spec = InputSpec(modality="MR", normalisation="zscore")
+    dim, bright = (intensity(volume(array * gain, modality="MR"), spec, token_mm=None).scan for gain in (1.0, 50.0))
+    np.testing.assert_allclose(dim, bright, atol=0.05)
+    assert (dim > 0).sum() > 10
+
+
 def test_the_nearest_atlas_is_the_most_similar_histogram() -> None:
     rows = np.eye(3)
     assert nearest(np.array([0.1, 0.2, 0.7]), list(rows)) == 2

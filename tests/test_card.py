@@ -25,7 +25,7 @@ from voxelstem.card import (
     write_weights,
 )
 from voxelstem.errors import CheckpointError, ConfigError
-from voxelstem.study import InputSpec
+from voxelstem.study import INPUT_SPECS, InputSpec
 
 SPEC = InputSpec(modality="CT", spacing_mm=(1.5, 2.0, 3.0), low_hu=-150.0, high_hu=250.0, block_ijk=(8, 8, 4))
 CARD = Card(
@@ -127,6 +127,8 @@ GOOD: dict[str, Any] = {"architecture": {"name": "scan_vit"}, "spec": {"modality
         {},
         GOOD | {"spec": {"colour": "red"}},
         GOOD | {"spec": {"low_hu": 5.0, "high_hu": -5.0}},
+        GOOD | {"spec": {"normalisation": "histogram"}},
+        GOOD | {"spec": {"normalisation": "zscore", "low_hu": 0.0}},
         GOOD | {"spec": "CT"},
         GOOD | {"architecture": "resnet"},
         GOOD | {"architecture": {"layers": 3}},
@@ -232,11 +234,17 @@ def test_a_card_that_names_files_outside_its_folder_is_refused(tmp_path: Path, e
         read_card(tmp_path)
 
 
+def test_the_normaliser_is_kept_with_the_weights(tmp_path: Path):
+    write_weights(tmp_path / "w", TENSORS, replace(CARD, spec=INPUT_SPECS["mri-fomo25"]))
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["spec"]["normalisation"] == "unit99"
+    assert read_card(tmp_path / "w").spec == INPUT_SPECS["mri-fomo25"]
+
+
 def test_a_card_from_before_origin_and_extras_is_read(tmp_path: Path):
     write_weights(tmp_path / "w", TENSORS, CARD)
     config = tmp_path / "w" / "config.json"
     old = json.loads(config.read_text())
-    del old["origin"], old["extras"], old["spec"]["preset"], old["spec"]["resampling"]
+    del old["origin"], old["extras"], old["spec"]["preset"], old["spec"]["resampling"], old["spec"]["normalisation"]
     config.write_text(json.dumps(old))
     card = read_card(tmp_path / "w")
     assert (card.origin, card.extras, card.spec) == ("", {}, SPEC)

@@ -19,9 +19,9 @@ from voxelstem.resampling import grid_coordinates, resampled_count
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Store, write
 from voxelstem.streaming import ahead, columns, lay, of_store, of_volume, with_spacing
-from voxelstem.study import INPUT_SPECS, InputSpec, Provenance, Volume
+from voxelstem.study import INPUT_SPECS, InputSpec, Provenance, Study, Volume
 from voxelstem.views import resample
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import limits, window
 from voxelstem.views.tile import tile
 
 SPEC = InputSpec(spacing_mm=(2.0, 2.0, 3.0), block_ijk=(8, 8, 4))
@@ -50,7 +50,7 @@ def whole(scan: Volume, spec: InputSpec, *, like_spectre: bool) -> torch.Tensor:
     ]
     voxels = torch.from_numpy(np.ascontiguousarray(scan.array))
     sampled = resample.sample(voxels, tuple(places), step_ijk=tuple(steps), outside=spec.low_hu)
-    return tile(window(sampled, spec), laid.tiling, fill=0.0)
+    return tile(window(sampled, limits(None, spec)), laid.tiling, fill=0.0)
 
 
 @given(sizes, edges, st.booleans(), st.sampled_from("CF"))
@@ -66,8 +66,67 @@ def test_a_scan_that_has_the_spacing_is_copied_bit_for_bit():
     scan = volume((19, 9, 10), (2.0, 2.0, 3.0), order="F")
     laid = lay(of_volume(scan), SPEC)
     assert laid.matrices == (None, None, None)
-    at_once = tile(window(torch.from_numpy(np.ascontiguousarray(scan.array)), SPEC), laid.tiling, fill=0.0)
+    at_once = tile(
+        window(torch.from_numpy(np.ascontiguousarray(scan.array)), limits(None, SPEC)), laid.tiling, fill=0.0
+    )
     assert torch.equal(torch.cat(list(columns(of_volume(scan), laid, SPEC))), at_once)
+
+
+BRAINS: list[InputSpec] = [
+    InputSpec(modality="MR", spacing_mm=(2.0, 2.0, 3.0), block_ijk=(8, 8, 4), normalisation=how)
+    for how in ("zscore", "unit99")
+]
+
+
+def mr(shape: tuple[int, ...], spacing: tuple[float, ...], *, order: str = "C") -> Volume:
+    """As `volume`, of raw intensities that are no HU; the first voxel is bright, so that there are two values."""
+    scan = volume(shape, spacing, order=order)
+    scan.array[...] += 1500
+    scan.array[0, 0, 0, 0] = 4000
+    return replace(scan, modality="MR")
+
+
+@pytest.mark.parametrize("spec", BRAINS)
+@given(shape=sizes.filter(lambda shape: shape != (1, 1, 1)), spacing=edges, order=st.sampled_from("CF"))
+@settings(max_examples=15)
+def test_a_scan_is_normalised_by_the_whole_volume_and_padded_by_its_minimum(
+    spec: InputSpec, shape: tuple[int, ...], spacing: tuple[float, ...], order: str
+):
+    scan = mr(shape, spacing, order=order)
+    laid = lay(of_volume(scan), spec)
+    assert laid.limits == limits(scan.array, spec)
+    least = torch.tensor(float(scan.array.min()))
+    assert laid.limits.outside == least
+    # The same by a window so wide that it changes nothing but the scale.
+    wide = replace(spec, normalisation="window", low_hu=float(least), high_hu=float(least) + 8192)
+    raw = torch.cat(list(columns(of_volume(scan), lay(of_volume(scan), wide), wide))) * 8192 + least
+    found = torch.cat(list(columns(of_volume(scan), laid, spec)))
+    assert torch.allclose(found, window(raw, laid.limits), atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", BRAINS)
+def test_a_store_gives_the_limits_and_the_bits_that_memory_gives(tmp_path: Path, spec: InputSpec):
+    store = Store.create(tmp_path / "store")
+    scan = mr((70, 20, 18), (2.0, 2.0, 3.0), order="F")
+    (key,) = write(store, Study(subject="s" + "0" * 24, volumes=(scan,)))
+    from_memory = of_volume(store.volume(key))
+    one, two = (lay(scan, spec) for scan in (of_store(store, key), from_memory))
+    assert one.limits == two.limits
+    found = [torch.cat(list(columns(scan, one, spec))) for scan in (of_store(store, key), from_memory)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("value", "code"), [(np.nan, "not-finite"), (np.inf, "not-finite"), (None, "constant")])
+def test_a_brain_that_cannot_be_measured_is_refused_when_it_is_laid_out(value: float | None, code: str):
+    scan = mr((9, 8, 7), (2.0, 2.0, 3.0))
+    if value is None:
+        scan.array[...] = 7
+    else:
+        scan.array[0, 8, 7, 6] = value
+    for spec in BRAINS:
+        with pytest.raises(IngestError) as refused:
+            lay(of_volume(scan), spec)
+        assert refused.value.code == code
 
 
 def test_a_volume_of_a_store_streams_as_it_does_from_memory(tmp_path: Path):
@@ -121,7 +180,9 @@ def test_what_lies_above_the_window_is_stretched_to_one_block(data: st.DataObjec
     laid = lay(of_volume(scan), FIT)
     (found,) = columns(of_volume(scan), laid, FIT)
     inside = torch.from_numpy(np.ascontiguousarray(scan.array[:, *box]))
-    assert torch.allclose(found, window(interpolate(inside[None], size=FIT.block_ijk, mode="area"), FIT), atol=2e-6)
+    assert torch.allclose(
+        found, window(interpolate(inside[None], size=FIT.block_ijk, mode="area"), limits(None, FIT)), atol=2e-6
+    )
     assert laid.share == pytest.approx(inside.numel() / scan.array.size)
 
 
@@ -217,6 +278,13 @@ def test_a_spacing_is_named_or_measured():
 def test_no_spacing_is_a_clear_error(spacing):
     with pytest.raises(ConfigError):
         with_spacing(SPEC, spacing)
+
+
+def test_a_preset_of_another_normaliser_is_no_spacing():
+    nnssl = INPUT_SPECS["mri-nnssl"]
+    assert with_spacing(replace(nnssl, spacing_mm=(2.0, 2.0, 2.0)), "mri-nnssl") == nnssl
+    with pytest.raises(ConfigError, match="say one of mri-nnssl, native"):
+        with_spacing(nnssl, "mri-fomo25")
 
 
 def test_ct_presets_are_no_spacing_for_mr():

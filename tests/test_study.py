@@ -60,6 +60,9 @@ def test_two_studies_do_not_share_their_labels():
         ({"low_hu": 100.0, "high_hu": 100.0}, "window is empty"),
         ({"spacing_mm": (1.0, 0.0, 1.0)}, "spacing_mm must be positive"),
         ({"block_ijk": (32, 0, 32)}, "at least one voxel"),
+        ({"normalisation": "zscore", "low_hu": -200.0}, "'zscore' has no window"),
+        ({"normalisation": "unit99", "high_hu": 1.0}, "'unit99' has no window"),
+        ({"normalisation": "unit99", "resampling": "fit"}, "'unit99' has none"),
     ],
 )
 def test_an_input_spec_guards_its_numbers(changes: dict, message: str):
@@ -67,10 +70,32 @@ def test_an_input_spec_guards_its_numbers(changes: dict, message: str):
         InputSpec(**changes)
 
 
-def test_presets_know_their_names_and_keep_the_window():
+def test_presets_know_their_names_and_those_of_ct_keep_the_window():
     for name, spec in INPUT_SPECS.items():
         assert spec.preset == name
-        assert (spec.modality, spec.low_hu, spec.high_hu, spec.block_ijk) == ("CT", -1000.0, 1000.0, (128, 128, 64))
+        assert (spec.low_hu, spec.high_hu) == (-1000.0, 1000.0)
+        if name.startswith("ct-"):
+            assert (spec.modality, spec.normalisation, spec.block_ijk) == ("CT", "window", (128, 128, 64))
+
+
+def test_each_family_of_brain_weights_is_bound_to_its_own_normaliser():
+    nnssl, fomo = INPUT_SPECS["mri-nnssl"], INPUT_SPECS["mri-fomo25"]
+    assert (nnssl.modality, nnssl.normalisation, nnssl.block_ijk) == ("MR", "zscore", (160, 160, 160))
+    assert (fomo.modality, fomo.normalisation, fomo.block_ijk) == ("MR", "unit99", (64, 64, 64))
+    assert nnssl.spacing_mm == fomo.spacing_mm == (1.0, 1.0, 1.0)
+
+
+def test_digests_from_before_there_was_a_choice_hold():
+    told = "InputSpec(modality='CT', spacing_mm=(3.0, 3.0, 3.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(32, 32, 32)"
+    assert InputSpec().mark == told + ", preset='', resampling='spacing')"
+    assert InputSpec(normalisation="unit99").mark == told + ", preset='', resampling='spacing', normalisation='unit99')"
+
+
+def test_a_spec_says_in_words_what_values_become():
+    assert InputSpec(low_hu=-160.0, high_hu=240.0).values_in_words == "window [-160, 240] to [0, 1]"
+    assert "z-scores of the whole volume" in INPUT_SPECS["mri-nnssl"].values_in_words
+    assert "99th percentile" in INPUT_SPECS["mri-fomo25"].values_in_words
+    assert not any("1000" in INPUT_SPECS[name].values_in_words for name in ("mri-nnssl", "mri-fomo25"))
 
 
 def test_a_scan_is_fed_at_the_specs_spacing_or_at_its_own():

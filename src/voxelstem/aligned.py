@@ -175,7 +175,7 @@ def space_digest(card: Card) -> str:
     """SHA-256 over the digests of everything that decides where scans and texts come to lie."""
     facts: list[Any] = [card.sha256, sorted(card.extras.items())]
     # How scans are fed decides as much as the tensors do.
-    facts += [sorted(card.architecture.items()), repr(card.spec), card.trained]
+    facts += [sorted(card.architecture.items()), card.spec.mark, card.trained]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 

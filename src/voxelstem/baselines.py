@@ -50,7 +50,8 @@ def intensity(
     """Describe a scan by how bright it is and nothing else (first channel).
 
     `token_mm` is the size of a patch; None leaves the tokens out. CT counts HU within the window of
-    `spec`; other modalities have no unit, so their own 0.5th to 99.5th percentile is the window.
+    `spec`; other modalities have no unit, so their own 0.5th to 99.5th percentile is the window, as it is where `spec`
+    normalises each volume by itself.
     """
     levels = _levels(volume, spec, bins)
     body = find_body(volume)
@@ -134,7 +135,7 @@ def _levels(volume: Volume, spec: InputSpec, bins: int) -> np.ndarray:
     """Histogram bin of every voxel; what lies beyond the window falls into its first or last bin."""
     array = volume.array[0]
     low, high = spec.low_hu, spec.high_hu
-    if volume.modality != "CT":
+    if volume.modality != "CT" or spec.per_volume:
         step_i, step_j, step_k = _stride(volume)
         low, high = np.quantile(array[::step_i, ::step_j, ::step_k], [0.005, 0.995])
         high = max(high, low + 1e-6)

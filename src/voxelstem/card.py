@@ -344,7 +344,7 @@ Recipe `{card.recipe}`; trained levels: {", ".join(card.trained) or "none (untra
 - Origin: {card.origin or "trained with voxelstem"}
 
 ## Input
-{spec.modality}, fed at {spec.grid_in_words}, window [{spec.low_hu:g}, {spec.high_hu:g}] to [0, 1],
+{spec.modality}, fed at {spec.grid_in_words}, {spec.values_in_words},
 blocks of {spec.block_ijk} voxels, RAS+{preset}.
 
 ## Data

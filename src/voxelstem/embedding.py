@@ -252,6 +252,8 @@ class Underway:
                 yield f"small: {size} of the {block} voxels of a block {name} are scan, the rest is padding"
         if (within := self._within()) < 1:
             yield f"cut: the centre crop leaves {1 - within:.1%} of the scan out"
+        if self.laid.doubt:
+            yield self.laid.doubt
         if self.hu not in (FITS, UNJUDGED):
             yield f"hu: the values are not Hounsfield units ({self.hu})"
 

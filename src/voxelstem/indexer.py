@@ -204,7 +204,7 @@ class _Basket:
             "weights": model.card.sha256,
             "architecture": model.card.architecture,
             "scan_level": model.use_scan_level,
-            "window_hu": (spec.low_hu, spec.high_hu),
+            "window_hu": spec.normalisation if spec.per_volume else (spec.low_hu, spec.high_hu),
             "block_ijk": spec.block_ijk,
             "pool": "cls-mean",
             "like_spectre": False,

@@ -88,7 +88,7 @@ class Model:
 
         Raises:
             ConfigError: wrong modality or precision, a study of several volumes, or no such way of feeding.
-            IngestError: the scan is refused: `not-finite`, `impossible-spacing`, `too-large`.
+            IngestError: the scan is refused: `not-finite`, `impossible-spacing`, `too-large`, `constant`, `z-scored`.
         """
         feeding = Feeding(spec=spec or self.spec, like_spectre=like_spectre, tokens=tokens, pool=pool)
         computing = computing or self.computing(precision)
@@ -141,7 +141,8 @@ class Model:
 
         Raises:
             ConfigError: wrong modality, or a study of several volumes.
-            IngestError: `impossible-spacing` or `too-large`.
+            IngestError: `impossible-spacing` or `too-large`; of other than CT, which is read for it, also `not-finite`,
+                `constant` and `z-scored` (`views.intensity.limits`).
         """
         if isinstance(scan, Study):
             if len(scan.volumes) != 1:

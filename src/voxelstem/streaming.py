@@ -24,7 +24,7 @@ from voxelstem.errors import ConfigError, IngestError
 from voxelstem.resampling import area_weights, grid_affine, grid_coordinates, resampled_count, steps_ijk, weights
 from voxelstem.store import Store
 from voxelstem.study import INPUT_SPECS, InputSpec, Volume
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import Limits, doubt, limits, measure, window
 from voxelstem.views.tile import Tiling, centre_crop, cover
 
 Triple = tuple[int, int, int]
@@ -96,7 +96,11 @@ def with_spacing(spec: InputSpec, spacing: str | tuple[float, float, float] | No
     if spacing == "native":
         return replace(spec, preset="", resampling="native")
     if isinstance(spacing, str):
-        known = {name: other for name, other in INPUT_SPECS.items() if other.modality == spec.modality}
+        known = {
+            name: other
+            for name, other in INPUT_SPECS.items()
+            if (other.modality, other.normalisation) == (spec.modality, spec.normalisation)
+        }
         if spacing not in known:
             raise ConfigError(
                 f"there is no spacing '{spacing}' for {spec.modality}",
@@ -118,20 +122,26 @@ class Laid:
     """From voxels of the resampled scan to millimetres."""
     matrices: tuple[Tensor | None, Tensor | None, Tensor | None]
     """(output, input) for each axis; None where it has the wanted spacing already and is copied."""
+    limits: Limits
+    """How the scan's values are normalised, and what lies outside of it."""
     share: float = 1.0
     """Of the scan's voxels, how many are laid out: fewer than all where air about a box was cut off (`fit`)."""
+    doubt: str = ""
+    """What a person should know of the scan's values; mostly nothing."""
 
 
 def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
     """Lay a scan out at the spec's spacing; both grids begin at the same low corner, or at that of the box to fit.
 
     Args:
-        scan: Only its facts are read; to fit a box, its voxels too.
+        scan: Only its facts are read; its voxels too to fit a box, to normalise by the whole volume, or where values
+            are no HU, which could have been normalised before.
         spec: What the network is to be fed with.
         like_spectre: Whole blocks about the middle instead of a grid that covers everything; a box is one block anyhow.
 
     Raises:
-        IngestError: `impossible-spacing`, `too-large` at the spec's spacing, or `not-finite` where voxels are read.
+        IngestError: `impossible-spacing`, `too-large` at the spec's spacing, or where voxels are read `not-finite`
+            and what `views.intensity.limits` refuses.
     """
     _check_spacing(scan)
     if spec.resampling == "fit":
@@ -152,7 +162,23 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
         else torch.from_numpy(weights(grid_coordinates(out, start=0.0, step=step), size, step=step)).float()
         for out, size, step in zip((i, j, k), scan.shape_ijk, steps, strict=True)
     )
-    return Laid(tiling=tiling, affine_ras=grid_affine(scan.affine_ras, steps), matrices=(over_i, over_j, over_k))
+    found, doubtful = _measured(scan, spec)
+    return Laid(
+        tiling=tiling,
+        affine_ras=grid_affine(scan.affine_ras, steps),
+        matrices=(over_i, over_j, over_k),
+        limits=found,
+        doubt=doubtful,
+    )
+
+
+def _measured(scan: Scan, spec: InputSpec) -> tuple[Limits, str]:
+    """How a scan's values are normalised, and what is doubtful of them; only the window of HU needs no look at them."""
+    # What has several channels has no per-volume normaliser, and `limits` says so.
+    if spec.modality == "CT" or (scan.channels > 1 and not spec.per_volume):
+        return limits(None, spec), ""
+    stats = measure(scan.slab, scan.shape_ijk[0])
+    return limits(stats, spec), doubt(stats, spec)
 
 
 def _lay_box(scan: Scan, spec: InputSpec) -> Laid:
@@ -171,6 +197,7 @@ def _lay_box(scan: Scan, spec: InputSpec) -> Laid:
         tiling=cover(spec.block_ijk, spec.block_ijk),
         affine_ras=grid_affine(corner, (i, j, k)),
         matrices=(over_i, over_j, over_k),
+        limits=limits(None, spec),
         share=prod(size) / prod(scan.shape_ijk),
     )
 
@@ -209,7 +236,9 @@ def _check_spacing(scan: Scan) -> None:
 
 
 def columns(scan: Scan, laid: Laid, spec: InputSpec) -> Iterator[Float[Tensor, "n channel i j k"]]:
-    """Read, resample and window a scan; give its blocks in grid order, all along k at once. Padding is 0: air.
+    """Read, resample and normalise a scan; give its blocks in grid order, all along k at once.
+
+    Padding is what `Limits.outside` becomes: for a window 0, air.
 
     Besides the scan it takes one slab of input rows, those rows at the new spacing along i, and two columns; for a box
     that fits one block the slab is the rows under a part of it, not under all.
@@ -217,20 +246,20 @@ def columns(scan: Scan, laid: Laid, spec: InputSpec) -> Iterator[Float[Tensor, "
     Raises:
         IngestError: `not-finite` where a value is NaN or infinite.
     """
-    tiling = laid.tiling
+    tiling, outside = laid.tiling, laid.limits.outside
     across_i, across_j, along_k = (_spans(tiling, axis) for axis in range(3))
     rows_k = slice(along_k[0].rows.start, along_k[-1].rows.stop)
     plain = all(matrix is None for matrix in laid.matrices)
     resampled = _in_parts if spec.resampling == "fit" else _resampled
     for span_i in across_i:
-        cut = _copied(scan, span_i.rows) if plain else resampled(scan, laid, span_i.rows, spec.low_hu)
+        cut = _copied(scan, span_i.rows) if plain else resampled(scan, laid, span_i.rows, outside)
         for span_j in across_j:
             part = cut(span_j.rows, rows_k)
-            column = np.full((len(along_k), scan.channels, *tiling.block_ijk), spec.low_hu, np.float32)
+            column = np.full((len(along_k), scan.channels, *tiling.block_ijk), outside, np.float32)
             for block, span_k in zip(column, along_k, strict=True):
                 at = slice(span_k.rows.start - rows_k.start, span_k.rows.stop - rows_k.start)
                 _turn(part[..., at], block[:, span_i.inside, span_j.inside, span_k.inside])
-            yield window(_finite(torch.from_numpy(column)), spec)
+            yield window(_finite(torch.from_numpy(column)), laid.limits)
 
 
 def _turn(voxels: Float[np.ndarray, "channel i j k"], room: Float[np.ndarray, "channel i j k"]) -> None:

@@ -134,6 +134,12 @@ class Volume:
         return geometry.spacing_mm(self.affine_ras)
 
 
+VOLUME_LABEL = "volume:"
+"""What the name of a scan-level label begins with that tells the volume of a structure in mm3."""
+INTRACRANIAL = "total intracranial"
+"""The structure that all others are part of, by the name that SynthSeg gives it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """One examination of one subject. `subject` is the source's own id until `ingest` replaces it by a keyed hash."""
@@ -145,6 +151,17 @@ class Study:
     """Scan-level facts that the source itself knows (the phantom does), such as `lesion: yes`."""
 
 
+_WINDOW = (-1000.0, 1000.0)
+Normalisation = Literal["window", "zscore", "unit99"]
+PER_VOLUME: Mapping[str, str] = MappingProxyType(
+    {
+        "zscore": "z-scores of the whole volume (its mean to 0, its standard deviation to 1, not clamped)",
+        "unit99": "the whole volume's minimum to 0 and the 99th percentile of what lies above it to 1",
+    }
+)
+"""Normalisations that take their limits from each volume, in words."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputSpec:
     """What a model was trained to see. Written once, stored with the weights, obeyed at every door.
@@ -154,8 +171,8 @@ class InputSpec:
 
     modality: str = "CT"
     spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)
-    low_hu: float = -1000.0
-    high_hu: float = 1000.0
+    low_hu: float = _WINDOW[0]
+    high_hu: float = _WINDOW[1]
     block_ijk: tuple[int, int, int] = (32, 32, 32)
     preset: str = ""
     """The name in `INPUT_SPECS` that these numbers go by, where they go by one."""
@@ -163,13 +180,23 @@ class InputSpec:
     """Scans are brought to `spacing_mm`; or fed on the grid that they come with (`native`); or the box of all that lies
     above `low_hu` is stretched to exactly one block by averaging areas (`fit`). Of the last two, `spacing_mm` only says
     what to expect."""
+    normalisation: Normalisation = "window"
+    """How values become the network's: [`low_hu`, `high_hu`] of every scan to [0, 1], or by what is measured of the
+    whole volume (`PER_VOLUME` says each in words). Then the window means nothing, and keeps its defaults."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
 
         Raises:
-            ValueError: empty window, or a spacing or block without extent.
+            ValueError: empty window, one that nothing would obey, or a spacing or block without extent.
         """
+        if self.per_volume and (self.low_hu, self.high_hu) != _WINDOW:
+            raise ValueError(
+                f"normalisation '{self.normalisation}' has no window: leave low_hu and high_hu out, "
+                f"got {self.low_hu:g} and {self.high_hu:g}"
+            )
+        if self.per_volume and self.resampling == "fit":
+            raise ValueError(f"resampling 'fit' looks for what lies above low_hu, and '{self.normalisation}' has none")
         if not self.low_hu < self.high_hu:
             raise ValueError(f"window is empty: low_hu={self.low_hu} must be below high_hu={self.high_hu}")
         if min(self.spacing_mm) <= 0:
@@ -198,6 +225,21 @@ class InputSpec:
                 return i, j, k
 
     @property
+    def per_volume(self) -> bool:
+        """Whether values are normalised by what is measured of each whole volume."""
+        return self.normalisation in PER_VOLUME
+
+    @property
+    def mark(self) -> str:
+        """All numbers in one text, for digests. The window, once all there was, is not named: digests of then hold."""
+        return repr(self).replace(", normalisation='window'", "")
+
+    @property
+    def values_in_words(self) -> str:
+        """What a scan's values become, for people."""
+        return PER_VOLUME.get(self.normalisation, f"window [{self.low_hu:g}, {self.high_hu:g}] to [0, 1]")
+
+    @property
     def grid_in_words(self) -> str:
         """Where a scan's voxels come to lie, for people."""
         match self.resampling:
@@ -210,17 +252,23 @@ class InputSpec:
 
 
 _SPECTRE = InputSpec(block_ijk=(128, 128, 64))
-
+_BRAIN = InputSpec(modality="MR", spacing_mm=(1.0, 1.0, 1.0), block_ijk=(160, 160, 160), normalisation="zscore")
 
 INPUT_SPECS: Mapping[str, InputSpec] = MappingProxyType(
     {
         "ct-stage1": replace(_SPECTRE, preset="ct-stage1", spacing_mm=(0.5, 0.5, 1.0)),
         "ct-stage2": replace(_SPECTRE, preset="ct-stage2", spacing_mm=(0.75, 0.75, 1.5)),
         "ct-native": replace(_SPECTRE, preset="ct-native", spacing_mm=(0.75, 0.75, 1.5), resampling="native"),
+        "mri-nnssl": replace(_BRAIN, preset="mri-nnssl"),
+        "mri-fomo25": replace(_BRAIN, preset="mri-fomo25", block_ijk=(64, 64, 64), normalisation="unit99"),
     }
 )
-"""Every way in circulation to feed SPECTRE (arXiv 2511.17209), all in [-1000, 1000] HU.
+"""Ways in circulation to feed released weights: SPECTRE's (arXiv 2511.17209), all in [-1000, 1000] HU, and those of
+brain MRI.
 
 `ct-stage1`: its self-supervised stage and the paper's evaluations. `ct-stage2`: its alignment with reports, the last
 thing that the released weights learned. `ct-native`: the default of the package `spectre-fm`, which resamples nothing.
+
+`mri-nnssl`: nnssl's models of OpenMind (arXiv 2412.17041), which learned on z-scores. `mri-fomo25`: the winner of
+FOMO25's methods track (arXiv 2601.13166), which learned on [0, 1] with air at 0.
 """

@@ -49,6 +49,21 @@ def test_the_probe_set_has_a_label_for_each_patch(phantoms: Store):
     assert 0 <= probe.blocks.min() <= probe.blocks.max() <= 1
 
 
+def test_blocks_of_brains_are_normalised_as_they_are_for_training(brains: Store):
+    unit, scores = (
+        replace(SPEC, modality="MR", low_hu=-1000.0, high_hu=1000.0, normalisation=how) for how in ("unit99", "zscore")
+    )
+    keys = sorted(record.key for record in brains)
+    one, other = (draw_blocks(brains, keys, spec, blocks=16, seed=0) for spec in (unit, scores))
+    assert 0 <= one.min() < 0.1
+    assert 0.9 < one.max() <= 1
+    assert other.min() < 0
+    assert other.max() > 1
+    probe = draw_probe_set(brains, list(brains), unit, patch_ijk=(4, 4, 4), blocks=4, seed=0)
+    assert probe is not None
+    assert 0 <= probe.blocks.min() < probe.blocks.max() <= 1
+
+
 def test_no_subject_is_in_both_halves_of_the_probe_set(phantoms: Store):
     subjects = sorted({record.subject for record in phantoms})
     for held in (0, 1):

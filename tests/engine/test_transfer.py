@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from voxelstem.engine import transfer
-from voxelstem.engine.transfer import Choice, GdsReader, MapReader, PreadReader, choose, read_crop
+from voxelstem.engine.transfer import Choice, Crops, GdsReader, MapReader, PreadReader, choose, read_crop
 from voxelstem.errors import ConfigError, StoreError
-from voxelstem.store import Store
-from voxelstem.store.tiles import ALIGNMENT, Tiles, write_tiles
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store import Store, write
+from voxelstem.store.tiles import ALIGNMENT, Tiles, write_all, write_tiles
+from voxelstem.study import InputSpec, Study
+from voxelstem.views.intensity import measure
 
+MRI = InputSpec(modality="MR", normalisation="zscore")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HERE = [PreadReader, MapReader]
 """The ways that a machine without a GPU has."""
@@ -211,6 +216,42 @@ def test_tiles_travel_to_the_process_that_reads_them(phantoms: Store):
         with there:
             crop = read_crop(MapReader(CPU), there, (0, 0, 0), (4, 4, 4))
     assert crop.numpy().tobytes() == phantoms.crop(key, (0, 0, 0), (4, 4, 4)).tobytes()
+
+
+@pytest.mark.parametrize("source", ["blosc2", "tiles"])
+def test_a_volume_is_measured_once_and_whole_from_either_source(
+    brains: Store, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    key = min(record.key for record in brains)
+    write_all(brains)
+    array = brains.volume(key).array
+    want = measure(lambda low, high: array[:, low:high], array.shape[1])
+    crops = Crops(brains, source)
+    assert crops.stats(key, MRI) == want
+    assert want.deviation == pytest.approx(array.std(dtype=np.float64))
+    elsewhere = pickle.loads(pickle.dumps(crops))
+    assert elsewhere.stats(key, MRI) == want
+    monkeypatch.setattr(Crops, "read", None)
+    assert crops.stats(key, MRI) == want
+    assert crops.stats("0" * 64, InputSpec()) is None, "a window asks nothing"
+
+
+def test_few_measures_are_remembered_where_little_memory_is_allowed(brains: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "MOST_MEASURED", 2)
+    crops, keys = Crops(brains, "blosc2"), sorted(record.key for record in brains)
+    found = [crops.stats(key, MRI) for key in keys]
+    assert len(set(found)) == len(keys)
+    assert len(crops._measured) == 2
+    assert [crops.stats(key, MRI) for key in keys] == found
+
+
+def test_a_volume_that_cannot_be_normalised_is_named_by_its_key(tmp_path: Path):
+    store = Store.create(tmp_path / "store")
+    scan = phantom(PhantomConfig(seed=0, spacing_mm=(20.0, 20.0, 20.0))).volumes[0]
+    flat = replace(scan, array=np.full_like(scan.array, 7), modality="MR", labels=None)
+    (key,) = write(store, Study(subject="s" + "0" * 24, volumes=(flat,)))
+    with pytest.raises(StoreError, match=f"'{key[:16]}': all voxels have one value"):
+        Crops(store, "blosc2").stats(key, MRI)
 
 
 def test_a_choice_without_refusals_says_only_what_it_is():

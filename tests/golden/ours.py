@@ -18,7 +18,7 @@ from voxelstem.card import Card
 from voxelstem.config import flatten
 from voxelstem.model import Model
 from voxelstem.study import INPUT_SPECS, Provenance, Volume
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import limits, window
 from voxelstem.views.tile import centre_crop, tile
 from voxelstem.weights.spectre_names import head_to_ours, to_ours
 
@@ -86,7 +86,7 @@ def windowing() -> Iterator[tuple[str, Tensor]]:
     for shape in WINDOWED:
         tiling = centre_crop(shape, BLOCK)
         hu = torch.from_numpy(cases.scan(shape)).float()[None]
-        blocks = tile(window(hu, spec), tiling, fill=0.0)
+        blocks = tile(window(hu, limits(None, spec)), tiling, fill=0.0)
         yield f"window/{shape}/grid", torch.tensor(tiling.grid)
         yield f"window/{shape}/blocks", blocks
         yield f"window/{shape}/corners", cases.corners(blocks)

@@ -18,7 +18,7 @@ from voxelstem.report import inside
 from voxelstem.report.inside import look_inside
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.study import InputSpec, Volume
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import limits, window
 from voxelstem.views.tile import cover, tile
 
 SPEC = InputSpec(spacing_mm=(10.0, 10.0, 10.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
@@ -95,7 +95,7 @@ def test_attention_is_that_of_each_block_by_itself_where_the_slices_cut_it(volum
     place = (20, 3, 20)
     seen = inside._watch(volume, network, place)
     tiling = cover(volume.shape_ijk, SPEC.block_ijk)
-    blocks = tile(window(torch.from_numpy(volume.array), SPEC), tiling, fill=0.0)
+    blocks = tile(window(torch.from_numpy(volume.array), limits(None, SPEC)), tiling, fill=0.0)
     looks, patch = seen.looks, network.backbone.patch_ijk
     assert looks is not None
     for index, at in enumerate(np.ndindex(*tiling.grid)):

@@ -10,7 +10,7 @@ import torch
 from voxelstem.card import Card, write_weights
 from voxelstem.report.words import describe, describe_inside
 from voxelstem.show import show
-from voxelstem.study import INPUT_SPECS
+from voxelstem.study import INPUT_SPECS, PER_VOLUME
 
 CARD = Card(
     architecture={"name": "scan_vit"},
@@ -33,6 +33,7 @@ INSIDE = {
     "fed_spacing_mm": [0.75, 0.75, 1.5],
     "seen_mm": [10.0, 11.0, 60.0],
     "window": [-1000.0, 1000.0],
+    "normalisation": "window",
     "block_ijk": [128, 128, 64],
     "grid": [1, 1, 1],
     "coverage": 1.0,
@@ -79,6 +80,17 @@ def test_weights_fed_at_the_scan_s_own_spacing_say_so(tmp_path: Path):
     assert "CT at its own spacing" in describe(show(tmp_path / "w"))
 
 
+@pytest.mark.parametrize("name", ["mri-nnssl", "mri-fomo25"])
+def test_a_normaliser_without_a_window_is_told_in_words_and_no_window_is(tmp_path: Path, name: str):
+    spec = INPUT_SPECS[name]
+    write_weights(tmp_path / "w", {"a": torch.zeros(1)}, replace(CARD, spec=spec))
+    (line,) = [line for line in describe(show(tmp_path / "w")).splitlines() if line.startswith("input: ")]
+    picture = describe_inside(INSIDE | {"normalisation": spec.normalisation})[1]
+    for told in (line, picture, (tmp_path / "w" / "README.md").read_text()):
+        assert PER_VOLUME[spec.normalisation] in told
+        assert "1000" not in told
+
+
 def test_a_card_that_says_little_is_told_as_far_as_it_goes():
     facts = {"kind": "weights", "bytes": 3, "parameters": None, "beside": {}, "card": {"licence": "mit"}}
     assert describe(facts).splitlines() == ["weights: 3 bytes", "trained levels: none", "licence: mit"]
@@ -87,7 +99,7 @@ def test_a_card_that_says_little_is_told_as_far_as_it_goes():
 def test_the_lines_below_a_picture_say_how_the_scan_was_fed():
     lines = describe_inside(INSIDE)
     assert lines[0] == "+ is voxel 1, 2, 3, at (-1.5, 2, 30) mm along R, A, S: 40 HU"
-    assert "10 x 11 x 12 voxels of 1 x 1 x 5 mm, fed at 0.75 x 0.75 x 1.5 mm" in lines[1]
+    assert "10 x 11 x 12 voxels of 1 x 1 x 5 mm, fed at 0.75 x 0.75 x 1.5 mm and -1000 to 1000 HU" in lines[1]
     assert "seen: 100.0% of it, 10 x 11 x 60 mm" in lines[2]
     assert "rank" not in lines[2]
     assert lines[-1] == "warning: thick: slices"

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from voxelstem.distributed import here
+from voxelstem.engine.transfer import Crops
 from voxelstem.errors import CheckpointError, StoreError
 from voxelstem.metrics import balanced_accuracy, effective_rank
 from voxelstem.protocols import Backbone, Objective
 from voxelstem.store.reader import Record, Store
 from voxelstem.study import InputSpec
 from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, covering_crop, draw_views
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import limits, window
 
 _log = logging.getLogger(__name__)
 MOST_TOKENS = 2048
@@ -94,6 +95,7 @@ def draw_probe_set(
         return None
     names = sorted({name for record in labelled for name in record.classes.values()})
     rng = np.random.default_rng([seed, 7])
+    crops = Crops(store, "blosc2")
     views: list[Tensor] = []
     labels: list[Tensor] = []
     held_out: list[float] = []
@@ -103,7 +105,7 @@ def draw_probe_set(
         record = choices[int(rng.integers(len(choices)))]
         plan, crop = _draw(record, spec, rng)
         try:
-            views.append(_view(store, record, spec, plan, crop))
+            views.append(_view(crops, record, spec, plan, crop))
             labels.append(_labels(store, record, plan, crop, names=names, patch_ijk=patch_ijk))
         except StoreError:
             # The loader will meet this scan, put it aside and say so.
@@ -118,11 +120,12 @@ def draw_blocks(
 ) -> Float[Tensor, "blocks channel i j k"]:
     """Draw blocks out of scans without labels, for signs of collapse alone; one that cannot be read is passed over."""
     rng = np.random.default_rng([seed, 7])
+    crops = Crops(store, "blosc2")
     views: list[Tensor] = []
     for place in rng.integers(len(keys), size=blocks):
         record = store.record(keys[int(place)])
         try:
-            views.append(_view(store, record, spec, *_draw(record, spec, rng)))
+            views.append(_view(crops, record, spec, *_draw(record, spec, rng)))
         except StoreError:
             rest = [key for key in keys if key != record.key]
             return draw_blocks(store, rest, spec, blocks=blocks, seed=seed)
@@ -136,9 +139,10 @@ def _draw(record: Record, spec: InputSpec, rng: np.random.Generator) -> tuple[Vi
     return plan, covering_crop(plan, record.spacing_mm, record.shape_ijk)
 
 
-def _view(store: Store, record: Record, spec: InputSpec, plan: ViewPlan, crop: Crop) -> Float[Tensor, "channel i j k"]:
-    voxels = torch.from_numpy(store.crop(record.key, crop.start_ijk, crop.size_ijk))
-    return window(apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=spec.low_hu), spec)
+def _view(crops: Crops, record: Record, spec: InputSpec, plan: ViewPlan, crop: Crop) -> Float[Tensor, "channel i j k"]:
+    found = limits(crops.stats(record.key, spec), spec)
+    voxels = crops.read(record.key, crop.start_ijk, crop.size_ijk)
+    return window(apply_view(voxels, plan, crop, spacing_mm=record.spacing_mm, outside=found.outside), found)
 
 
 def _labels(

@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +23,21 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from voxelstem.errors import ConfigError, StoreError
+from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.store.reader import Store
 from voxelstem.store.records import Triple
 from voxelstem.store.tiles import ALIGNMENT, Tiles, tiles_path
+from voxelstem.study import InputSpec
+from voxelstem.views.intensity import Stats, limits, measure
 
 Range = tuple[int, int]
 """Offset and number of bytes."""
 SOURCES = ("blosc2", "tiles")
 GDS_DRIVER = Path("/proc/driver/nvidia-fs")
 """There while the kernel's part of GPUDirect Storage is loaded; without it cuFile copies through the processor."""
+
+MOST_MEASURED = 1 << 17
+"""Volumes whose measures a process remembers, in 50 MB; the longest unused one is measured again."""
 
 
 @dataclass(slots=True)
@@ -268,6 +274,8 @@ class Crops:
             raise ConfigError(f"crops are read from {' or '.join(SOURCES)}, got '{source}'")
         self.store, self.source = store, source
         self._mine = threading.local()
+        self._measured: OrderedDict[str, Stats] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> tuple[Store, str]:
         """Travel to another process without open files."""
@@ -295,6 +303,30 @@ class Crops:
             raise StoreError(error.problem, hint=f"`voxelstem export tiles --store {self.store.path.name}`") from error
         with tiles:
             return read_crop(self._choice().reader, tiles, start_ijk, size_ijk)
+
+    def stats(self, key: str, spec: InputSpec) -> Stats | None:
+        """What the spec's normalisation asks of the whole volume, which is read for it once; None where it is nothing.
+
+        Raises:
+            StoreError: the volume cannot be read, or not be normalised so.
+        """
+        if not spec.per_volume:
+            return None
+        with self._lock:
+            if key in self._measured:
+                self._measured.move_to_end(key)
+                return self._measured[key]
+        i, j, k = self.store.record(key).shape_ijk
+        try:
+            found = measure(lambda low, high: self.read(key, (low, 0, 0), (high - low, j, k)).numpy(), i)
+            limits(found, spec)
+        except IngestError as error:
+            raise StoreError(f"volume '{key[:16]}': {error.problem}", hint=error.hint) from error
+        with self._lock:
+            self._measured[key] = found
+            if len(self._measured) > MOST_MEASURED:
+                self._measured.popitem(last=False)
+        return found
 
     def _choice(self) -> Choice:
         # A reader belongs to one thread.

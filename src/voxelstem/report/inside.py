@@ -238,6 +238,7 @@ def _facts(volume: Volume, model: Model, seen: Embedding, place: Place, panels: 
         "fed_spacing_mm": [round(edge, 3) for edge in how.spacing_mm],
         "seen_mm": [round(edge, 1) for edge in how.seen_mm],
         "window": [spec.low_hu, spec.high_hu],
+        "normalisation": spec.normalisation,
         "block_ijk": list(spec.block_ijk),
         "grid": list(seen.grid),
         "coverage": seen.coverage,

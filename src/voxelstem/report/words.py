@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from voxelstem.report.run import SIGNS
+from voxelstem.study import PER_VOLUME
 
 Facts = dict[str, Any]
 MOST_LINES = 20
@@ -118,8 +119,9 @@ def _describe_weights(facts: Facts) -> list[str]:
         preset = f" (preset {spec['preset']})" if spec.get("preset") else ""
         other = {"native": "its own spacing", "fit": "the spacing at which it fits one block"}
         fed = other.get(spec.get("resampling", ""), f"{_times(spec.get('spacing_mm', ()))} mm")
+        window = f"window {spec.get('low_hu'):g} to {spec.get('high_hu'):g}"
         lines.append(
-            f"input: {spec.get('modality', '')} at {fed}, window {spec.get('low_hu'):g} to {spec.get('high_hu'):g}, "
+            f"input: {spec.get('modality', '')} at {fed}, {PER_VOLUME.get(spec.get('normalisation', ''), window)}, "
             f"blocks of {_times(spec.get('block_ijk', ()))} voxels{preset}"
         )
     lines.append(f"trained levels: {', '.join(card.get('trained') or ()) or 'none'}")
@@ -137,9 +139,10 @@ def describe_inside(facts: Facts) -> list[str]:
     at, mm = (", ".join(f"{number:g}" for number in facts[name]) for name in ("at_ijk", "at_mm"))
     scan, spacing, fed = (_times(facts[name]) for name in ("scan_shape_ijk", "scan_spacing_mm", "fed_spacing_mm"))
     weights, (low, high), rank = facts["weights"], facts["window"], facts["effective_rank"]
+    values = PER_VOLUME.get(facts["normalisation"], f"{low:g} to {high:g} {facts['unit']}")
     lines = [
         f"+ is voxel {at}, at ({mm}) mm along R, A, S: {facts['value']:g} {facts['unit']}",
-        f"scan: {scan} voxels of {spacing} mm, fed at {fed} mm and {low:g} to {high:g} {facts['unit']}, "
+        f"scan: {scan} voxels of {spacing} mm, fed at {fed} mm and {values}, "
         f"as {_times(facts['grid'])} blocks of {_times(facts['block_ijk'])} voxels",
         f"seen: {facts['coverage']:.1%} of it, {_times(facts['seen_mm'])} mm"
         + (f"; effective rank of the blocks: {rank:.1f}" if rank is not None else ""),
