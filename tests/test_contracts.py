@@ -14,17 +14,19 @@ import pytest
 import torch
 
 from voxelstem.backbones import BACKBONES
+from voxelstem.backbones.disentangled import DisentangledConfig
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.backbones.i3resnet import I3ResNetConfig
 from voxelstem.backbones.scan_vit import ScanVitConfig
+from voxelstem.backbones.unet import UNetConfig
 from voxelstem.config import flatten, overlay, read_toml, to_toml
 from voxelstem.objectives import OBJECTIVES
 from voxelstem.protocols import Backbone, Batch, Objective, Task
 from voxelstem.recipes import RECIPES, named
 from voxelstem.sources import MASKS, SOURCES
 from voxelstem.tasks import TASKS
-from voxelstem.testing import check_backbone, check_objective
+from voxelstem.testing import check_backbone, check_objective, make_batch
 
 BLOCK = (8, 8, 8)
 SMALL = {
@@ -33,9 +35,33 @@ SMALL = {
         block=EncoderConfig(dim=24, depth=2, heads=2),
         scan=EncoderConfig(dim=24, depth=1, heads=2),
     ),
+    "unet": UNetConfig(features=(4, 8), depths=(1, 1), strides=(1, 2), block_ijk=BLOCK),
+    "disentangled": DisentangledConfig(width=4, levels=2, latent=6, block_ijk=BLOCK),
     "i3resnet": I3ResNetConfig(width=2, depths=(1, 2, 1, 1), block_ijk=(64, 32, 32)),
 }
 """A size of each backbone at which a test takes milliseconds; a new backbone adds its own."""
+
+
+def told_apart(network: Any, blocks: torch.Tensor) -> list[torch.Tensor]:
+    """What else than an embedding `disentangled` makes of blocks."""
+    latents = network.latents(blocks)
+    painted = network.reconstruct(latents.subject_mean, latents.contrast_mean)
+    return [painted, latents.subject_logvar, latents.contrast_logvar]
+
+
+BEYOND = {
+    "unet": lambda network, blocks: network.decode_levels(network.features(blocks)),
+    "disentangled": told_apart,
+}
+"""What a backbone's other parameters are for."""
+
+LEARNERS = {
+    "anatomy": "unet",
+    "disentangle": "disentangled",
+    "longitudinal": "disentangled",
+    "segmentation_prior": "unet",
+}
+"""Backbones of the objectives that need another one than `scan_vit`."""
 
 
 def a_backbone(name: str) -> Any:
@@ -59,19 +85,17 @@ def drawn_objective(name: str) -> Any:
         for field in dataclasses.fields(config)
         if isinstance(getattr(config, field.name), ProjectorConfig)
     }
-    return kind(dataclasses.replace(config, **changes), BACKBONES["scan_vit"](SMALL["scan_vit"]))
+    small = {"columns": 3, "mask_block": 4, "latent": 6}
+    changes |= {field.name: small[field.name] for field in dataclasses.fields(config) if field.name in small}
+    backbone = LEARNERS.get(name, "scan_vit")
+    size = SMALL[backbone]
+    if hasattr(config, "classes"):
+        size = dataclasses.replace(size, out_channels=len(config.classes))
+    return kind(dataclasses.replace(config, **changes), BACKBONES[backbone](size))
 
 
 def a_batch() -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    views = {
-        "global": torch.rand(4, 2, 1, *BLOCK, generator=generator),
-        "local": torch.rand(4, 2, 1, 4, 4, 4, generator=generator),
-    }
-    # Low corner and extent of each view, in millimetres.
-    places = {kind: torch.rand(4, 2, 2, 3, generator=generator) * 100 for kind in views}
-    texts = ("left nodule", "right nodule", "left cyst", "normal")
-    return Batch(views=views, places_mm=places, seed=3, texts=texts)
+    return make_batch(BLOCK)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
@@ -80,7 +104,7 @@ class TestBackbone:
         assert isinstance(a_backbone(name), Backbone)
 
     def test_it_keeps_the_public_contract(self, name: str):
-        check_backbone(lambda: BACKBONES[name](SMALL[name]))
+        check_backbone(lambda: BACKBONES[name](SMALL[name]), beyond=BEYOND.get(name))
 
     def test_it_gives_one_vector_a_block_and_one_a_patch(self, name: str):
         backbone = a_backbone(name)

@@ -9,7 +9,8 @@ global generator. A broken promise raises AssertionError with one sentence that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,22 +24,57 @@ TOLERANCE = 1e-4
 
 
 def make_batch(size_ijk: Shape = (16, 16, 16), *, samples: int = 4, seed: int = 0) -> Batch:
-    """A batch of noise: two `global` views of `size_ijk` a sample, two `local` ones of half its edges, and a text."""
+    """A batch of noise: two `global` views of `size_ijk` a sample, two `local` ones of half its edges, and a text.
+
+    Each sample is a pair too: one `other` view of the global size, with `targets` as `views/pair.py` names them; the
+    last sample's other scan is a copy, and of some scans not everything is known. A label map of two values lies under
+    the global views.
+    """
     generator = torch.Generator().manual_seed(seed)
     half = [max(1, size // 2) for size in size_ijk]
-    sizes = {"global": list(size_ijk), "local": half}
-    views = {name: torch.rand(samples, 2, 1, *size, generator=generator) for name, size in sizes.items()}
+    sizes = {"global": (2, list(size_ijk)), "local": (2, half), "other": (1, list(size_ijk))}
+    views = {name: torch.rand(samples, n, 1, *size, generator=generator) for name, (n, size) in sizes.items()}
     places = {
-        name: torch.stack([torch.rand(samples, 2, 3, generator=generator) * 100, torch.full((samples, 2, 3), 80.0)], 2)
-        for name in sizes
+        name: torch.stack([torch.rand(samples, n, 3, generator=generator) * 100, torch.full((samples, n, 3), 80.0)], 2)
+        for name, (n, _) in sizes.items()
     }
+    places["other"] = places["global"][:, :1]
+    views["labels:global"] = (views["global"] > 0.5).float()  # noqa: PLR2004 - half of the voxels
     words = ("left", "right", "upper", "lower", "lung", "kidney", "nodule", "cyst")
     texts = tuple(f"{words[n % len(words)]} {words[(n * n + seed + 1) % len(words)]} {n} mm." for n in range(samples))
-    return Batch(views=views, places_mm=places, seed=seed + 3, texts=texts)
+    return Batch(views=views, places_mm=places, seed=seed + 3, texts=texts, targets=_make_targets(samples, generator))
 
 
-def check_backbone(make: Callable[[], Any], *, grid: Shape = (1, 2, 3)) -> None:
+def _make_targets(samples: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Facts of pairs of scans, as `views/pair.py` names them."""
+    count = torch.arange(samples)
+    copy = (count == samples - 1).float()[:, None]
+    age = 20 + 60 * torch.rand(samples, 1, generator=generator)
+    years = (1 - copy) * torch.rand(samples, 1, generator=generator)
+    volumes = torch.randn(samples, 3, generator=generator)
+    volumes[0, -1] = math.nan
+    contrast = torch.stack([count % 2, (count + 1) % 2], 1).float()
+    return {
+        "copy": copy,
+        "same_session": (years == 0).float(),
+        "contrast": torch.where(copy > 0, contrast[:, :1], contrast),
+        "years": years,
+        "age": torch.cat([age, age + years], 1),
+        "volumes": volumes,
+        "pathology": (count % 2)[:, None].float(),
+    }
+
+
+def check_backbone(
+    make: Callable[[], Any],
+    *,
+    grid: Shape = (1, 2, 3),
+    beyond: Callable[[Any, Tensor], Sequence[Tensor]] | None = None,
+) -> None:
     """Hold a backbone to `protocols.Backbone`, on scans of `grid` blocks.
+
+    Every parameter must matter to an embedding. What else a backbone makes of blocks (a decoder's reconstruction)
+    comes by `beyond(network, blocks)`; a parameter may matter to that instead.
 
     Raises:
         AssertionError: it breaks a promise; the message says which.
@@ -55,7 +91,7 @@ def check_backbone(make: Callable[[], Any], *, grid: Shape = (1, 2, 3)) -> None:
         _check_keep(network)
         _check_masked(network)
         _check_levels(network, grid)
-    _check_gradients(network, grid)
+    _check_gradients(network, grid, beyond)
 
 
 def check_objective(make: Callable[[], Any], *, size_ijk: Shape = (16, 16, 16)) -> None:
@@ -211,15 +247,20 @@ def _check_levels(network: Any, grid: Shape) -> None:
 
 def _scalar(tokens: Tokens) -> Tensor:
     """Every number of the tokens with a weight of its own, so that no gradient cancels out."""
-    parts = [part for part in (tokens.cls, tokens.patches, tokens.blocks, tokens.scan) if part is not None]
+    return _weighted([part for part in (tokens.cls, tokens.patches, tokens.blocks, tokens.scan) if part is not None])
+
+
+def _weighted(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([(part * _noise(*part.shape, seed=5)).sum() for part in parts]).sum()
 
 
-def _check_gradients(network: Any, grid: Shape) -> None:
+def _check_gradients(network: Any, grid: Shape, beyond: Callable[[Any, Tensor], Sequence[Tensor]] | None) -> None:
     n = grid[0] * grid[1] * grid[2]
     masked = torch.zeros(1, n, 8, dtype=torch.bool)
     masked[:, :, ::3] = True
     _scalar(network.encode(_blocks(network, n)[None], grid, masked=masked)).backward()
+    if beyond is not None:
+        _weighted(beyond(network, _blocks(network, 2))).backward()
     idle = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     _require(not idle, f"no gradient reaches {', '.join(idle)}")
 

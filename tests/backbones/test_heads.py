@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from voxelstem.backbones.heads import AlignHead, Projector, ProjectorConfig
+from voxelstem.backbones.heads import AlignHead, PooledHead, Projector, ProjectorConfig, SkipDecoder
+from voxelstem.chance import Chance
 
 CONFIG = ProjectorConfig(hidden=16, bottleneck=6, prototypes=9)
 
@@ -84,3 +85,26 @@ def test_an_align_head_has_the_sizes_of_the_released_ones() -> None:
     assert (512, 1) in shapes
     assert (512, 256) in shapes
     assert (2048, 2160) in shapes
+
+
+def test_the_head_over_four_contrasts_has_as_many_parameters_as_the_published_one() -> None:
+    head = PooledHead(256 * 5, 2)
+    assert sum(parameter.numel() for parameter in head.parameters()) == 821_122
+
+
+def test_the_decoder_for_two_classes_has_as_many_parameters_as_the_published_one() -> None:
+    decoder = SkipDecoder((32, 64, 128, 256, 512), 2)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == 6_094_786
+
+
+def test_a_skip_decoder_comes_back_to_the_finest_grid() -> None:
+    maps = [torch.randn(1, width, *[8 // 2**level] * 3) for level, width in enumerate((4, 8, 16))]
+    assert SkipDecoder((4, 8, 16), 3)(maps[2], maps[:2]).shape == (1, 3, 8, 8, 8)
+
+
+def test_a_pooled_head_leaves_features_out_only_where_chance_is_given_and_the_same_ones_each_time() -> None:
+    head, rows = PooledHead(64, 3), torch.randn(5, 64)
+    keys = Chance.of(3, count=5)
+    assert torch.equal(head(rows, keys), head(rows, keys))
+    assert not torch.equal(head(rows, keys), head(rows))
+    assert torch.allclose(head(rows, keys)[2:3], head(rows[2:3], keys.part(2, 3)), atol=1e-6)

@@ -9,10 +9,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from voxelstem.backbones import BACKBONES
+from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.encoder import EncoderConfig
+from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.engine import cost
 from voxelstem.pretrain import make_objective
+from voxelstem.protocols import Batch, StepOutput
 from voxelstem.recipes import named
+from voxelstem.testing import make_batch
 
 SAMPLES = 2
 TINY = ["tiny.base", "tiny.jepa", "tiny.dino", "tiny.spectre_stage1"]
@@ -102,3 +107,47 @@ def test_spectre_s_backbone_costs_374_gflop_for_a_block():
     calls.append(cost.Call(part="embed", rows=512.0, tokens=1, trained=False))
     encoder.embed = embed
     assert cost.sample_cost(calls, encoder, bf16=True).forward_flops == pytest.approx(374e9, rel=0.01)
+
+
+class Paints(nn.Module):
+    """A convolutional network paints what it sees."""
+
+    def __init__(self, backbone: UNet | Disentangled) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def step(self, batch: Batch, *, progress: float) -> StepOutput:
+        del progress
+        view = batch.views["global"].flatten(0, 1)
+        if isinstance(self.backbone, UNet):
+            painted = self.backbone.decode(self.backbone.features(view))
+        else:
+            latents = self.backbone.latents(view)
+            painted = self.backbone.reconstruct(latents.subject_mean, latents.contrast_mean)
+        return StepOutput(loss=(painted - view).square().mean())
+
+
+CONVOLUTIONS = {
+    "unet": UNetConfig(features=(8, 16, 16), depths=(1, 2, 1), strides=(1, 2, 2), block_ijk=(16, 16, 16)),
+    "disentangled": DisentangledConfig(width=8, levels=3, latent=8, block_ijk=(16, 16, 16), vae=False),
+}
+
+
+@pytest.mark.parametrize("name", list(CONVOLUTIONS))
+def test_convolutions_are_counted_as_torch_counts_them(name: str):
+    config, batch = CONVOLUTIONS[name], make_batch(samples=SAMPLES)
+    objective = Paints(BACKBONES[name](config))
+    calls = cost.observe(Paints(BACKBONES[name](cost.miniature(config))), batch)
+    costs = cost.sample_cost(calls, objective, bf16=False)
+    with FlopCounterMode(display=False) as counter:
+        output = objective.step(batch, progress=0.5)
+    assert SAMPLES * costs.forward_flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert costs.backward_flops == 2 * costs.forward_flops
+    assert output.loss.isfinite()
+    assert SAMPLES * costs.kept_bytes == pytest.approx(kept_by(objective, batch), rel=0.3)
+
+
+def test_a_miniature_of_resenc_has_the_same_parts():
+    with torch.device("meta"):
+        full, small = UNet(UNetConfig()), UNet(cost.miniature(UNetConfig()))
+    assert small.state_dict().keys() == full.state_dict().keys()

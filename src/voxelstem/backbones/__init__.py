@@ -9,5 +9,7 @@ BACKBONES = Table(
     {
         "scan_vit": "voxelstem.backbones.scan_vit:ScanVit",
         "i3resnet": "voxelstem.backbones.i3resnet:I3ResNet",
+        "unet": "voxelstem.backbones.unet:UNet",
+        "disentangled": "voxelstem.backbones.disentangled:Disentangled",
     },
 )

@@ -1,4 +1,4 @@
-"""Projectors: an objective compares what they make of embeddings."""
+"""Heads: projectors, whose results an objective compares, and what a fine-tuned network answers with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from voxelstem.backbones.convolution import ConvNorm
 from voxelstem.backbones.encoder import init_linear
+from voxelstem.chance import Chance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,3 +94,42 @@ class AlignHead(nn.Module):
     def turn(self, narrow: Float[Tensor, "*rows bottleneck"]) -> Float[Tensor, "*rows out"]:
         """The last layer, of what the MLP made."""
         return F.linear(narrow, self.gain * self.direction / self.direction.norm(dim=1, keepdim=True))
+
+
+class PooledHead(nn.Module):
+    """What a whole scan is, from the mean of its features: half as wide, SiLU, dropout 0.1, the answer (FOMO25)."""
+
+    DROP = 0.1
+
+    def __init__(self, dim: int, out: int) -> None:
+        """`dim` counts the pooled features."""
+        super().__init__()
+        self.narrow = nn.Linear(dim, dim // 2)
+        self.answer = nn.Linear(dim // 2, out)
+
+    def forward(self, x: Float[Tensor, "row dim"], chance: Chance | None = None) -> Float[Tensor, "row out"]:
+        """Logits. With `chance`, a key for each row, features are dropped as in training."""
+        hidden = F.silu(self.narrow(x))
+        if chance is not None:
+            kept = chance.uniform(hidden.shape[1]) >= self.DROP
+            hidden = hidden * kept / (1 - self.DROP)
+        return self.answer(hidden)
+
+
+class SkipDecoder(nn.Module):
+    """Labels voxels from a coarse map and the finer maps on the way to it: FOMO25's decoder for segmentations."""
+
+    def __init__(self, widths: tuple[int, ...], out: int) -> None:
+        """`widths` are the maps' channels from fine to coarse, each twice as fine as the next."""
+        super().__init__()
+        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.rises = nn.ModuleList(nn.ConvTranspose3d(below, width, 2, 2) for below, width in pairs)
+        self.joins = nn.ModuleList(ConvNorm(2 * width, width) for _, width in pairs)
+        self.answer = nn.Conv3d(widths[0], out, 1)
+
+    def forward(self, coarsest: Float[Tensor, "row dim a b c"], finer: list[Tensor]) -> Float[Tensor, "row out i j k"]:
+        """Logits on the grid of the finest map; `finer` maps run from fine to coarse, without the coarsest."""
+        x = coarsest
+        for rise, join, skip in zip(self.rises, self.joins, finer[::-1], strict=True):
+            x = join(torch.cat((rise(x), skip), dim=1))
+        return self.answer(x)

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from voxelstem.backbones.convolution import as_tokens, encode_each, hidden, in_parts, no_scan_level
 from voxelstem.chance import Chance
 from voxelstem.protocols import Tokens
 
-PATCH_IJK = (32, 32, 16)
+PATCH_IJK: tuple[int, int, int] = (32, 32, 16)
 VOXELS_AT_ONCE = 224 * 224 * 160
 """How many voxels are looked at in one pass outside of training: about 2 GiB of feature maps at width 64."""
 EXPAND = 4
@@ -122,14 +122,7 @@ class I3ResNet(nn.Module):
         chance: Chance | None = None,
     ) -> Tokens:
         """Embed the blocks of scans, each by itself; arguments as in `encode_blocks`."""
-        batch, n = blocks.shape[:2]
-        cls, tokens = self.encode_blocks(
-            blocks.flatten(0, 1),
-            masked=None if masked is None else masked.flatten(0, 1),
-            keep=None if keep is None else keep.flatten(0, 1),
-            chance=chance,
-        )
-        return Tokens(cls=cls.unflatten(0, (batch, n)), patches=tokens.unflatten(0, (batch, n)))
+        return encode_each(self, blocks, masked=masked, keep=keep, chance=chance)
 
     def encode_blocks(
         self,
@@ -147,20 +140,10 @@ class I3ResNet(nn.Module):
         Raises:
             ValueError: blocks that patches of 32 x 32 x 16 voxels do not fill.
         """
-        if any(size % patch for size, patch in zip(blocks.shape[-3:], PATCH_IJK, strict=True)):
-            raise ValueError(f"patches of {PATCH_IJK} voxels must fill a block, got {tuple(blocks.shape[-3:])}")
-        if masked is not None:
-            blocks = self._emptied(blocks, masked)
-        if keep is not None:
-            count = math.prod(size // patch for size, patch in zip(blocks.shape[-3:], PATCH_IJK, strict=True))
-            gone = torch.ones(len(blocks), count, dtype=torch.bool, device=blocks.device)
-            blocks = self._emptied(blocks, gone.scatter(1, keep, value=False))
+        blocks = hidden(blocks, PATCH_IJK, masked=masked, keep=keep)
         # Batch norm must see the whole batch in training; else one large block at a time bounds the memory.
-        rows = len(blocks) if self.training else max(1, VOXELS_AT_ONCE // math.prod(blocks.shape[-3:]))
-        tokens = torch.cat([self._features(part) for part in blocks.split(rows)]).flatten(2).transpose(1, 2)
-        if keep is not None:
-            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, self.dim))
-        return tokens.mean(dim=1), tokens
+        maps = self._features(blocks) if self.training else in_parts(self._features, blocks, VOXELS_AT_ONCE)
+        return as_tokens(maps, keep=keep)
 
     @property
     def has_scan_level(self) -> bool:
@@ -180,7 +163,7 @@ class I3ResNet(nn.Module):
             ValueError: always.
         """
         del described, grid, chance  # the protocol's
-        raise ValueError("this backbone has no scan level: i3resnet looks at each block by itself")
+        raise no_scan_level(self.config.name)
 
     def param_groups(self) -> list[tuple[int, list[tuple[str, nn.Parameter]]]]:
         """Depth 0 is the stem, then one for each bottleneck."""
@@ -198,13 +181,3 @@ class I3ResNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return x
-
-    def _emptied(
-        self, blocks: Float[Tensor, "row channel i j k"], patches: Bool[Tensor, "row patch"]
-    ) -> Float[Tensor, "row channel i j k"]:
-        """The blocks with 0 in place of the named patches."""
-        cells = [size // patch for size, patch in zip(blocks.shape[-3:], PATCH_IJK, strict=True)]
-        voxels = patches.unflatten(1, cells)
-        for axis, patch in enumerate(PATCH_IJK, start=1):
-            voxels = voxels.repeat_interleave(patch, dim=axis)
-        return blocks.masked_fill(voxels[:, None], 0.0)

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from voxelstem.backbones.disentangled import DisentangledConfig
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import Projector, ProjectorConfig
 from voxelstem.backbones.layers import Block
+from voxelstem.backbones.unet import UNetConfig
+from voxelstem.engine.targets import blank_targets
 from voxelstem.protocols import Batch
 
 FLOAT = 4
@@ -33,9 +36,9 @@ class Call:
     part: str
     """Name of the module in the objective."""
     rows: float
-    """Blocks for a transformer block, vectors for a linear layer or a projector; of one sample."""
+    """Blocks for a transformer block or a convolution, vectors for a linear layer or a projector; of one sample."""
     tokens: int
-    """Of each row."""
+    """Of each row; for a convolution the voxels of its output, or of its input where it makes the grid finer."""
     trained: bool
     """Whether a gradient will come back."""
 
@@ -69,15 +72,21 @@ def miniature(config: Any) -> Any:
         return replace(config, dim=12, heads=2)
     if isinstance(config, ProjectorConfig):
         return replace(config, hidden=8, bottleneck=4, prototypes=8)
+    if isinstance(config, UNetConfig):
+        # Stages of equal width stay so: where it changes there are convolutions that are not elsewhere.
+        widths = sorted(set(config.features))
+        return replace(config, features=tuple(2 + widths.index(width) for width in config.features))
+    if isinstance(config, DisentangledConfig):
+        return replace(config, width=1, latent=2)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     inner = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
     return replace(config, **{name: miniature(value) for name, value in inner.items()})
 
 
-def blank_batch(views: Any, samples: int) -> Batch:
-    """A batch of noise with the views of a `ViewsConfig`."""
-    kinds = {name: kind for name, kind in (("global", views.global_), ("local", views.local)) if kind.count}
+def blank_batch(views: Any, samples: int, *, columns: int = 0) -> Batch:
+    """A batch of noise with the views of a `ViewsConfig`; `columns` volumes where it names no structures."""
+    kinds = views.kinds
     generator = torch.Generator().manual_seed(0)
     return Batch(
         views={
@@ -90,6 +99,9 @@ def blank_batch(views: Any, samples: int) -> Batch:
         },
         seed=0,
         texts=("a report",) * samples if views.report else (),
+        targets={name: torch.from_numpy(told) for name, told in blank_targets(views.pair, samples, columns).items()}
+        if views.pair
+        else {},
     )
 
 
@@ -97,14 +109,13 @@ def observe(objective: Any, batch: Batch) -> tuple[Call, ...]:
     """Run one step of the objective and note what it asks of its parts. Its state stays as it was."""
     calls: list[Call] = []
 
-    def note(part: str, tokens_at: int) -> Any:
+    def note(part: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            tokens = x.shape[tokens_at] if tokens_at else 1
+            rows, tokens = _asked(module, inputs[0])
             calls.append(
                 Call(
                     part=part,
-                    rows=x.shape[:-1].numel() / tokens / len(batch),
+                    rows=rows / len(batch),
                     tokens=tokens,
                     trained=torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()),
                 )
@@ -114,7 +125,7 @@ def observe(objective: Any, batch: Batch) -> tuple[Call, ...]:
 
     with ExitStack() as hooks:
         for name, module in _parts(objective):
-            handle = module.register_forward_pre_hook(note(name, 1 if isinstance(module, Block) else 0))
+            handle = module.register_forward_pre_hook(note(name))
             hooks.callback(handle.remove)
         objective.step(batch, progress=0.5)
     return tuple(calls)
@@ -157,11 +168,23 @@ def sample_cost(calls: Iterable[Call], objective: nn.Module, *, bf16: bool) -> S
 
 
 def _parts(objective: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Blocks, projectors, and linear layers outside of both."""
+    """Blocks, projectors, and linear layers and convolutions outside of both."""
     named = list(objective.named_modules())
     parts: list[tuple[str, nn.Module]] = [(name, m) for name, m in named if isinstance(m, Block | Projector)]
     inside = tuple(f"{name}." for name, _ in parts)
-    return parts + [(name, m) for name, m in named if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    simple = nn.Linear | nn.Conv3d | nn.ConvTranspose3d
+    return parts + [(name, m) for name, m in named if isinstance(m, simple) and not name.startswith(inside)]
+
+
+def _asked(module: nn.Module, x: torch.Tensor) -> tuple[float, int]:
+    """Rows of the input, and tokens of each."""
+    if isinstance(module, nn.Conv3d):
+        # Padded so that a stride alone makes the grid coarser, as all of ours are.
+        return len(x), math.prod(-(-size // step) for size, step in zip(x.shape[2:], module.stride, strict=True))
+    if isinstance(module, nn.ConvTranspose3d):
+        return len(x), math.prod(x.shape[2:])
+    tokens = x.shape[1] if isinstance(module, Block) else 1
+    return x.shape[:-1].numel() / tokens, tokens
 
 
 def _flops(module: nn.Module, tokens: int) -> float:
@@ -183,6 +206,11 @@ def _kept(module: nn.Module) -> float:
         layers = [layer for layer in module.mlp if isinstance(layer, nn.Linear)]
         # Each layer's input, what comes before each GELU, the bottleneck before and after normalising.
         return sum(layer.in_features + layer.out_features for layer in layers) + layers[-1].out_features
+    if isinstance(module, nn.Conv3d):
+        # Its input, and its output as the input of the norm behind it; activations are made in place.
+        return module.in_channels * math.prod(module.stride) + module.out_channels
+    if isinstance(module, nn.ConvTranspose3d):
+        return module.in_channels
     return math.prod(module.weight.shape[1:]) if isinstance(module, nn.Linear) else 0.0
 
 
