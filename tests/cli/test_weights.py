@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from voxelstem.backbones.unet import resenc
 from voxelstem.card import Card, write_weights
+from voxelstem.config import flatten
 from voxelstem.model import make_model
 from voxelstem.sources import nifti
 from voxelstem.sources.phantom import PhantomConfig, phantom
-from voxelstem.study import InputSpec
+from voxelstem.study import INPUT_SPECS, InputSpec
 from voxelstem.terminal import DONE
 
 SUBCOMMANDS = {
@@ -26,8 +29,8 @@ SUBCOMMANDS = {
         "--out",
     ],
     "import i3resnet": ["--out", "--json"],
-    "import nnssl": ["--out"],
-    "import fomo25": ["--out"],
+    "import nnssl": ["--release", "--channels", "--encoder-only", "--out", "--json"],
+    "import fomo25": ["--out", "--json"],
     "export": ["--out", "--commercial", "--json"],
 }
 
@@ -66,19 +69,36 @@ def test_the_known_weights_are_listed_with_their_licence(say):
     assert [name for name in names if name not in out] == []
 
 
-@pytest.mark.parametrize("family", ["nnssl", "fomo25"])
-def test_families_that_are_not_there_yet_say_so(refusal, family: str, tmp_path: Path):
-    assert "not there yet" in refusal("weights", "import", family, "model.pth", "--out", tmp_path / "out")
+@pytest.fixture
+def brain(tmp_path: Path) -> Path:
+    config = resenc("tiny")
+    spec = replace(INPUT_SPECS["mri-nnssl"], preset="", block_ijk=config.block_ijk)
+    card = Card(architecture=flatten(config), spec=spec, trained=("block",), licence="cc0-1.0")
+    write_weights(tmp_path / "brain", make_model(card, seed=0).backbone.state_dict(), card)
+    return tmp_path / "brain"
 
 
 @pytest.mark.parametrize("layout", ["nnssl", "nnunet"])
-def test_layouts_that_are_not_there_yet_say_so(refusal, layout: str, weights: Path, tmp_path: Path):
-    assert "not there yet" in refusal("weights", "export", layout, weights, "--out", tmp_path / "out")
+def test_a_u_net_goes_out_for_nnu_net_and_comes_in_again(say, layout: str, brain: Path, tmp_path: Path):
+    assert say("weights", "export", layout, brain, "--out", tmp_path / "out")[0] == DONE
+    given = ["weights", "import", "nnssl", tmp_path / "out" / "checkpoint_final.pth", "--out", tmp_path / "again"]
+    code, out, _ = say(*given, "--release", "openmind-resenc-l-mae", "--channels", "2", "--json")
+    card = json.loads(out)["card"]
+    assert (code, card["licence"], card["spec"]["normalisation"]) == (DONE, "cc-by-4.0", "zscore")
+    assert card["architecture"]["channels"] == 2
+
+
+def test_what_nnssl_cannot_take_is_refused(refusal, weights: Path, brain: Path, tmp_path: Path):
+    out = ["--out", tmp_path / "out"]
+    assert "'scan_vit'" in refusal("weights", "export", "nnunet", weights, *out)
+    assert "no known weights" in refusal("weights", "import", "nnssl", tmp_path / "x.pth", "--release", "spectre", *out)
+    assert "at least 1" in refusal("weights", "import", "nnssl", tmp_path / "x.pth", "--channels", "0", *out)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_foreign_file_that_is_none_is_refused(refusal, tmp_path: Path):
     (tmp_path / "no.pt").write_bytes(b"no weights")
-    for words in (["spectre", "--backbone"], ["i3resnet"]):
+    for words in (["spectre", "--backbone"], ["i3resnet"], ["nnssl"], ["fomo25"]):
         refusal("weights", "import", *words, tmp_path / "no.pt", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

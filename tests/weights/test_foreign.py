@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from voxelstem.errors import CheckpointError
 from voxelstem.weights import foreign
-from voxelstem.weights.foreign import below, fit, read_tensors
+from voxelstem.weights.foreign import LeftOut, below, fit, one_line, read_checkpoint, read_tensors
 
 TENSORS = {"norm.weight": torch.arange(6.0).reshape(2, 3), "norm.bias": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
 
@@ -306,3 +306,51 @@ def test_names_out_of_the_file_cannot_steer_the_terminal():
         fit({"\x1b[2J\nhidden": torch.zeros(1)}, {}, what="w")
     assert "\x1b" not in error.value.problem
     assert error.value.problem.count("\n") == 1
+
+
+# --- training scripts' own files
+
+
+def test_a_training_s_file_gives_its_weights_and_what_lies_beside(tmp_path: Path):
+    path = saved(tmp_path / "w.ckpt", {"weights": TENSORS, "epoch": 3, "plan": {"spacing": [1, 1, 1]}})
+    found = read_checkpoint(path, ("absent", "weights"))
+    assert same(found.tensors)
+    assert found.beside == {"epoch": 3, "plan": {"spacing": [1, 1, 1]}}
+    assert found.left_out == ()
+
+
+def test_bare_and_nested_weights_are_taken_for_the_weights(tmp_path: Path):
+    for number, content in enumerate((TENSORS, {"model": TENSORS})):
+        assert same(read_checkpoint(saved(tmp_path / f"{number}.pt", content), ("weights",)).tensors)
+
+
+def test_python_objects_beside_the_weights_are_named_and_never_made(tmp_path: Path):
+    content = {"weights": TENSORS, "settings": argparse.Namespace(lr=np.float64(0.1)), "path": Path("secret")}
+    found = read_checkpoint(saved(tmp_path / "w.ckpt", content), ("weights",))
+    assert same(found.tensors)
+    assert "argparse.Namespace" in found.left_out
+    assert type(found.beside["settings"]) is LeftOut
+    assert type(found.beside["path"]) is LeftOut
+
+
+def test_python_objects_among_the_weights_are_refused(tmp_path: Path):
+    path = saved(tmp_path / "w.ckpt", {"weights": TENSORS | {"odd": argparse.Namespace()}})
+    with pytest.raises(CheckpointError, match="odd"):
+        read_checkpoint(path, ("weights",))
+
+
+@pytest.mark.parametrize("call", [os.system, eval, exec, __import__, getattr])
+def test_what_could_run_a_program_is_refused_by_name(tmp_path: Path, call: Any):
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return call, ("1",)
+
+    path = saved(tmp_path / "w.ckpt", {"weights": TENSORS, "x": Harmful()})
+    with pytest.raises(CheckpointError, match=call.__name__) as caught:
+        read_checkpoint(path, ("weights",))
+    assert "nothing of it was run" in str(caught.value)
+
+
+def test_words_of_a_file_become_one_short_line():
+    assert one_line("a\n\tb\x1b[31m  c") == "a b [31m c"
+    assert len(one_line("x " * 9000)) <= 400

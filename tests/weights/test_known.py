@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.i3resnet import I3ResNet, I3ResNetConfig
+from voxelstem.backbones.unet import UNet, UNetConfig
+from voxelstem.errors import ConfigError
 from voxelstem.study import INPUT_SPECS
-from voxelstem.weights import WEIGHTS
+from voxelstem.weights import WEIGHTS, fomo25, nnssl
 from voxelstem.weights.i3resnet import SPEC
-from voxelstem.weights.known import KNOWN, describe, models
+from voxelstem.weights.known import KNOWN, describe, known_of, models
 
 FACTS = {
     "name",
@@ -18,6 +21,7 @@ FACTS = {
     "licence",
     "commercial_use",
     "data",
+    "cite",
     "preset",
     "preprocessing",
     "origin",
@@ -46,19 +50,46 @@ def test_the_i3resnet_s_size_is_that_of_our_network():
     assert KNOWN["i3resnet-152"].parameters == sum(weight.numel() for weight in network.parameters())
 
 
+def test_sizes_of_brain_mri_s_weights_are_those_of_our_networks():
+    with torch.device("meta"):
+        whole, encoder = UNet(UNetConfig()), UNet(UNetConfig(decoder=False))
+        disentangled = Disentangled(DisentangledConfig())
+    for name, network in {
+        "openmind-resenc-l-mae": whole,
+        "openmind-resenc-l-voco": encoder,
+        "nnfoundation-cnn": whole,
+        "fomo2jomo": disentangled,
+    }.items():
+        assert KNOWN[name].parameters == sum(weight.numel() for weight in network.parameters())
+
+
+def test_a_name_of_another_family_is_refused_with_those_of_this_one():
+    assert known_of("nnfoundation-cnn", family="nnssl") is KNOWN["nnfoundation-cnn"]
+    with pytest.raises(ConfigError, match="openmind-resenc-l-mae"):
+        known_of("openmind-mae", family="nnssl")
+    with pytest.raises(ConfigError, match="no known weights"):
+        known_of("spectre-large", family="nnssl")
+
+
+def test_brain_mri_s_weights_name_what_to_cite():
+    assert all(known.cite for name, known in KNOWN.items() if known.family in ("nnssl", "fomo25"))
+
+
 def test_models_are_plain_facts_with_nothing_left_open():
     found = models()
     assert [facts["name"] for facts in found] == list(KNOWN)
     assert json.loads(json.dumps(found)) == found
     for facts in found:
         assert facts.keys() == FACTS
-        assert all(facts[name] for name in FACTS - {"commercial_use", "preset"})
+        assert all(facts[name] for name in FACTS - {"commercial_use", "preset", "cite"})
 
 
 def test_spectre_is_not_for_commerce_and_says_what_it_saw():
     facts = {entry["name"]: entry for entry in models()}
     assert facts["spectre-large"]["licence"] == "cc-by-nc-sa-4.0"
-    assert [name for name, entry in facts.items() if entry["commercial_use"]] == ["i3resnet-152"]
+    assert {name for name, entry in facts.items() if not entry["commercial_use"]} == {
+        *("spectre-large", "spectre-large-no-vla", "spectre-large-hub", "fomo2jomo")
+    }
     assert sum("reports" in line for line in facts["spectre-large"]["data"]) == 3
     assert not any("reports" in line for line in facts["spectre-large-no-vla"]["data"])
     counts = [int(line.split(": ")[1].split(" ")[0].replace(",", "")) for line in facts["spectre-large"]["data"]]
@@ -74,6 +105,8 @@ def test_each_is_fed_as_its_importer_feeds_it():
     assert KNOWN["spectre-large"].spec == KNOWN["spectre-large-hub"].spec == INPUT_SPECS["ct-stage2"]
     assert KNOWN["spectre-large-no-vla"].spec == INPUT_SPECS["ct-stage1"]
     assert KNOWN["i3resnet-152"].spec == SPEC
+    assert KNOWN["fomo2jomo"].spec == fomo25.SPEC
+    assert KNOWN["openmind-resenc-l-mae"].spec == nnssl.SPEC
 
 
 def test_the_text_tower_is_fetched_only_when_asked_for():

@@ -110,35 +110,57 @@ def i3resnet(files: list[Path], /, *, out: Path, json: bool = False) -> int:
 
 
 @importing.command(sort_key=2)
-def nnssl(files: list[Path], /, *, out: Path) -> int:
-    """Not there yet: weights of nnssl for brain MRI.
+def nnssl(
+    checkpoint: Path,
+    /,
+    *,
+    out: Path,
+    release: str | None = None,
+    channels: int = 1,
+    encoder_only: bool = False,
+    json: bool = False,
+) -> int:
+    """Import a ResEnc U-Net that nnssl pretrained: OpenMind's, SSL3D's, nnFoundation's, or your own.
 
     For example:
 
-        voxelstem weights import nnssl checkpoint_final.pth --out brain
+        voxelstem weights import nnssl checkpoint_final.pth --release openmind-resenc-l-mae --out brain
 
     Args:
-        files: Checkpoint files.
-        out: Weights folder that would be written.
+        checkpoint: Its file; `adaptation_plan.json` and README.md are read where they lie beside it.
+        out: Weights folder that is written.
+        release: The name under which `voxelstem models` lists these weights: their licence, data and origin.
+        channels: Make that many inputs of the network's one, for as many contrasts of a scan.
+        encoder_only: Take the encoder, and leave out whatever else the file holds.
+        json: Answer in JSON.
     """
-    del files, out
-    raise _not_yet("import", "nnssl", "spectre and i3resnet")
+    from voxelstem.weights.known import known_of
+    from voxelstem.weights.nnssl import import_nnssl
+
+    about = known_of(release, family="nnssl") if release else None
+    if channels < 1:
+        raise ConfigError(f"--channels must be at least 1, got {channels}", hint="leave it out for one contrast")
+    import_nnssl(checkpoint, out, about=about, channels=channels, encoder_only=encoder_only)
+    return _written(out, as_json=json)
 
 
 @importing.command(sort_key=3)
-def fomo25(files: list[Path], /, *, out: Path) -> int:
-    """Not there yet: weights of the FOMO25 challenge for brain MRI.
+def fomo25(checkpoint: Path, /, *, out: Path, json: bool = False) -> int:
+    """Import the winner of FOMO25's methods track. No licence is stated; its data forbid commercial use.
 
     For example:
 
-        voxelstem weights import fomo25 model.ckpt --out brain
+        voxelstem weights import fomo25 fomo25_mmunetvae_pretrained.ckpt --out fomo
 
     Args:
-        files: Checkpoint files.
-        out: Weights folder that would be written.
+        checkpoint: The .ckpt as released. Settings and other objects in it are neither made nor run.
+        out: Weights folder that is written.
+        json: Answer in JSON.
     """
-    del files, out
-    raise _not_yet("import", "fomo25", "spectre and i3resnet")
+    from voxelstem.weights.fomo25 import import_fomo25
+
+    import_fomo25(checkpoint, out)
+    return _written(out, as_json=json)
 
 
 @weights.command
@@ -159,7 +181,8 @@ def export(
 
     Args:
         layout: `spectre` (its own names), `hub` (our folder, checked and ready to upload), `onnx` or `openvino` (the
-            networks of its levels, with parity.json beside). `nnssl` and `nnunet` are not there yet.
+            networks of its levels, with parity.json beside), `nnssl` or `nnunet` (a checkpoint that nnU-Net can
+            fine-tune; both words mean the same).
         folder: Weights folder.
         out: Folder that receives the files.
         commercial: Say that the use is commercial: weights whose licence forbids that are refused.
@@ -174,8 +197,8 @@ def export(
             from voxelstem.weights.onnx import export_onnx as write
         case "openvino":
             from voxelstem.weights.openvino import export_openvino as write
-        case _:
-            raise _not_yet("export", layout, "spectre, hub, onnx and openvino")
+        case "nnssl" | "nnunet":
+            from voxelstem.weights.nnssl import export_nnssl as write
     if commercial:
         from voxelstem.card import check_commercial, read_card
 
@@ -183,10 +206,6 @@ def export(
     done = write(folder, out)
     answer({"out": str(done)}, str(done), as_json=json)
     return DONE
-
-
-def _not_yet(verb: str, layout: str, there: str) -> ConfigError:
-    return ConfigError(f"`weights {verb} {layout}` is not there yet", hint=f"there are {there}")
 
 
 def _written(out: Path, *, as_json: bool) -> int:
@@ -220,6 +239,8 @@ class Way:
     """Address of a Ray cluster that embeds in place of this machine, such as head:6379."""
     commercial: bool = False
     """Say that the use is commercial: weights whose licence forbids that are refused."""
+    format: Literal["npz", "fomo"] = "npz"
+    """`fomo` also writes ID.npy for FOMO's probes, one vector a scan; the ID is the file's name: mind whose it is."""
 
 
 def embed(
@@ -257,6 +278,7 @@ def embed(
         compile=how.compile,
         cluster=how.cluster,
         commercial=how.commercial,
+        layout=how.format,
     )
     outcome = verb.run(sources, weights=weights, out=out, how=config)
     facts = {"kept": outcome.kept, "skipped": outcome.skipped, "refused": outcome.refused, "out": str(out)}

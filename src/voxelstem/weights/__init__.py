@@ -7,7 +7,9 @@ from voxelstem.table import Table
 WEIGHTS = Table(
     "weight format",
     {
+        "fomo25": "voxelstem.weights.fomo25:import_fomo25",
         "i3resnet": "voxelstem.weights.i3resnet:import_i3resnet",
+        "nnssl": "voxelstem.weights.nnssl:import_nnssl",
         "spectre": "voxelstem.weights.spectre:import_spectre",
     },
 )

@@ -6,7 +6,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from voxelstem.errors import CheckpointError
 
@@ -22,6 +24,8 @@ MOST_BYTES = 64 * 2**30
 """Of a file that is mapped; no checkpoint that we know comes near it."""
 MOST_BYTES_READ = 8 * 2**30
 """Of a file in torch's old format, which cannot be mapped and so is read into memory whole."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be written in; formats of 8 bits need scales beside them."""
 _WRAPPERS = ("teacher", "model", "state_dict", "model_state_dict")
 """Entries under which training scripts keep the weights, the averaged ones first."""
 _WRAPPING = ("module.", "_orig_mod.", "model.")
@@ -29,6 +33,20 @@ _WRAPPING = ("module.", "_orig_mod.", "model.")
 _MOST_NAMES = 8
 """How many names of one kind an error lists before it only counts."""
 _MOST_LETTERS = 80
+_LONGEST_WORDS = 400
+_BUILTINS = ("builtins", "__builtin__")
+_PLAIN = frozenset(
+    ("bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "range", "set", "str", "tuple")
+)
+_RUNNERS = frozenset(
+    (
+        *(*_BUILTINS, "code", "codeop", "commands", "ctypes", "importlib", "marshal", "multiprocessing", "nt", "os"),
+        *("pdb", "pickle", "pip", "posix", "pty", "pydoc", "runpy", "shutil", "socket", "subprocess", "sys", "timeit"),
+        *("urllib", "webbrowser"),
+    )
+)
+"""Modules that run programs or reach out; what names one of them was not written by a training script. Nothing of a
+file is imported anyway: this list only decides whether the rest of it is believed."""
 _STATE_DICT = "give a file that holds only the weights (a state_dict)"
 # What torch.load and the unpickler below it raise for bytes that are damaged or meant to harm; found by flipping bytes.
 _UNREADABLE = (
@@ -50,6 +68,51 @@ _UNREADABLE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a training script saved."""
+
+    tensors: dict[str, Tensor]
+    """The weights, by name."""
+    beside: Mapping[str, Any]
+    """The file's other entries: plain values, tensors, and `LeftOut` in place of any other object."""
+    left_out: tuple[str, ...] = ()
+    """Names of the classes and functions whose objects were not made."""
+
+
+class LeftOut:
+    """Stands where a file has an object that is neither a tensor nor plain: takes anything, keeps and does nothing."""
+
+    def __new__(cls, *_args: object, **_named: object) -> LeftOut:
+        """Forget whatever the object was to be made of."""
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        """Forget whatever the object held."""
+
+
+def read_checkpoint(path: Path, weights: Sequence[str]) -> Checkpoint:
+    """Read a training script's own file: the tensors under the first of the entries `weights` that it has.
+
+    Settings, callbacks and the like, which such files hold as Python objects, become `LeftOut`: none of their classes
+    is imported and none of their functions called. A file that has none of the entries is taken for bare weights.
+
+    Raises:
+        CheckpointError: as `read_tensors`; or the file names a function that runs programs.
+    """
+    found, size, left_out = _read(path, lenient=True)
+    if not isinstance(found, Mapping) or not any(isinstance(found.get(name), Mapping) for name in weights):
+        found = {weights[0]: _unwrap(path, found)}
+    name = next(name for name in weights if isinstance(found.get(name), Mapping))
+    tensors = found[name]
+    _check_tensors(path, tensors, size)
+    return Checkpoint(
+        tensors=_without_wrapping({key: tensor.detach() for key, tensor in tensors.items()}),
+        beside={str(key): value for key, value in found.items() if key != name},
+        left_out=left_out,
+    )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a `.pt`, `.pth` or `.safetensors` file, mapped rather than copied where the format allows.
 
@@ -60,18 +123,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: absent, too large, damaged, with code in it, or holding something else than tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no file '{path.name}'", hint="check the name, or download it first")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-    zipped = head.startswith(b"PK\x03\x04")
-    _check_size(path, size, most=MOST_BYTES if zipped or _is_safetensors(path) else MOST_BYTES_READ)
-    _check_start(path, head)
-    try:
-        found = load_file(path) if _is_safetensors(path) else _unpickle(path, zipped=zipped)
-    except _UNREADABLE as error:
-        raise _refusal(path, error) from error
+    found, size, _ = _read(path, lenient=False)
     tensors = _unwrap(path, found)
     _check_tensors(path, tensors, size)
     return _without_wrapping({name: tensor.detach() for name, tensor in tensors.items()})
@@ -109,6 +161,74 @@ def fit(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], *, w
     )
 
 
+def check_finite(files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check that the tensors of some files, by the files' names, hold finite numbers and nothing else.
+
+    Raises:
+        CheckpointError: some do not; one is named.
+    """
+    odd = [
+        f"{file}: {_shown(name)}"
+        for file, tensors in files.items()
+        for name, tensor in tensors.items()
+        if not (tensor.dtype in FLOATS and bool(tensor.isfinite().all()))
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{len(odd)} tensors hold something else than finite numbers, such as {odd[0]}",
+            hint="the training that wrote this checkpoint went astray, or the file is damaged",
+        )
+
+
+def one_line(text: object) -> str:
+    """What a file says of itself, made fit for a card: one line of at most 400 letters, no control characters."""
+    said = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 4 * _LONGEST_WORDS])
+    return " ".join(said.split())[:_LONGEST_WORDS]
+
+
+def _read(path: Path, *, lenient: bool) -> tuple[Any, int, tuple[str, ...]]:
+    """What a file holds, its bytes, and with `lenient` the names of what was left out of it."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file '{path.name}'", hint="check the name, or download it first")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+    zipped = head.startswith(b"PK\x03\x04")
+    _check_size(path, size, most=MOST_BYTES if zipped or _is_safetensors(path) else MOST_BYTES_READ)
+    _check_start(path, head)
+    try:
+        if _is_safetensors(path):
+            return load_file(path), size, ()
+        left_out = _unknown(path) if lenient and zipped else ()
+        return _unpickle(path, zipped=zipped, left_out=left_out), size, left_out
+    except _UNREADABLE as error:
+        raise _refusal(path, error) from error
+
+
+def _unknown(path: Path) -> tuple[str, ...]:
+    """The names in a file of what is neither a tensor nor plain; found without running anything of it.
+
+    Raises:
+        CheckpointError: one of them runs programs.
+    """
+    _check_stored(path)
+    names = tuple(sorted(get_unsafe_globals_in_checkpoint(str(path))))
+    runs = [name for name in names if _runs(*name.rpartition(".")[::2])]
+    if runs:
+        raise CheckpointError(
+            f"'{path.name}' calls {_listed([_shown(name) for name in runs])}, which no weights need and which could "
+            f"run any code; nothing of it was run and nothing was read",
+            hint="do not open this file with anything else, and ask its publisher for the weights as .safetensors",
+        )
+    return names
+
+
+def _runs(module: str, name: str) -> bool:
+    """Whether a name belongs to what runs programs or reaches out."""
+    root = module.partition(".")[0]
+    return root in _RUNNERS and not (root in _BUILTINS and name in _PLAIN)
+
+
 def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
@@ -132,10 +252,10 @@ def _check_start(path: Path, head: bytes) -> None:
     raise CheckpointError(f"'{path.name}' is {problem}, not weights", hint=hint)
 
 
-def _unpickle(path: Path, *, zipped: bool) -> Any:
+def _unpickle(path: Path, *, zipped: bool, left_out: Iterable[str] = ()) -> Any:
     if zipped:
         _check_stored(path)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), safe_globals([(LeftOut, name) for name in left_out]):
         # It warns of pickle protocols that it may not know, before it refuses them.
         warnings.simplefilter("ignore", UserWarning)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

