@@ -187,6 +187,7 @@ def test_a_run_interrupted_and_started_again_equals_one_that_was_not(
     assert facts(out) == facts(whole)
 
 
+@pytest.mark.slow
 def test_dino_runs_and_resumes_too(store: Path, tmp_path: Path):
     config = small("tiny.dino")
     pretrain.run(config, store=store, out=tmp_path / "one")

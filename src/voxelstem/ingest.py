@@ -14,14 +14,15 @@ from voxelstem.annotations import Masks, read_masks
 from voxelstem.cluster import Cluster
 from voxelstem.deidentify import deidentify
 from voxelstem.errors import ConfigError, IngestError, StoreError
-from voxelstem.intake import Intake, IntakeConfig, Outcome, Task
+from voxelstem.intake import Intake, IntakeConfig, Outcome, Task, describe
 from voxelstem.progress import Advance, progress
 from voxelstem.reports import Reports, read_reports
-from voxelstem.sources import Source, iterate
-from voxelstem.sources.bids import read_dataset
+from voxelstem.sources import Source, iterate, stem
+from voxelstem.sources.nnssl import read_collection
 from voxelstem.store.catalogue import Refusal, is_store
 from voxelstem.store.reader import Store
 from voxelstem.store.subjects import key_mark, site_key, source_name
+from voxelstem.store.volumes import read_volumes
 from voxelstem.store.writer import Writer, encode_study
 from voxelstem.study import Study
 from voxelstem.workers import Lost, Workers
@@ -98,7 +99,7 @@ def ingest(
     laid = _Laid(masks)
     found = _find(sources, laid)
     _check_places(found, laid, texts)
-    intake = Intake(key=key, config=config, datasets=tuple(read_dataset(Path(path)) for path in sources))
+    intake = Intake(key=key, config=config, datasets=tuple(describe(Path(path)) for path in sources))
     readers = Cluster(intake, cluster) if cluster else Workers(intake, workers if workers > 1 else 0)
     root = Path(store)
     if not is_store(root):
@@ -140,6 +141,57 @@ def ingest_studies(studies: Iterable[Study], store: Path | str) -> list[str]:
         for study in studies:
             keys += writer.add(encode_study(deidentify(study, key)))
     return keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noted:
+    """What came of tables of volumes."""
+
+    scans: int
+    """Scans of the store that have volumes of these tables now."""
+    unusable: int
+    """Scans in the tables that have no volume inside the skull, and got none."""
+    unmatched: int
+    """Scans in the tables that are none of the sources', or are not in the store."""
+
+
+def note_volumes(
+    sources: Sequence[Path | str], store: Path | str, *, volumes: Sequence[Path], qc: Sequence[Path] = ()
+) -> Noted:
+    """Note in a store the volumes that a program measured in its scans, as scan-level labels `volume:<structure>`.
+
+    Args:
+        sources: What was ingested: the tables name files, and a store knows none.
+        store: The store that they are in.
+        volumes: Tables such as SynthSeg's, see `store.volumes.read_volumes`. A scan is named by its path below a
+            source, or by its file's name where only one scan has it.
+        qc: Tables of scores for them, or none.
+
+    Raises:
+        ConfigError: a table cannot be read; the message names the row.
+        IngestError: a path is missing, or there is no scan in it.
+        StoreError: the store cannot be opened or written, or was made with another site key.
+    """
+    key, table = site_key(), read_volumes(volumes, qc)
+    found = [source for source, _ in _find(sources, _Laid(Masks()))]
+    names = Counter(stem(source.relative.rpartition("/")[2]) for source in found)
+    used: set[str] = set()
+    scans: set[str] = set()
+    with Writer(Path(store)) as writer:
+        check_key(writer, key)
+        for source in found:
+            name = stem(source.relative.rpartition("/")[2])
+            told = table.find((stem(source.relative), *([name] if names[name] == 1 else [])))
+            done = writer.catalogue.done(_name(source.path, key, source.series))
+            if told is None or done is None:
+                continue
+            used.add(told[0])
+            records = [record for record in map(writer.catalogue.record, done[1]) if record is not None]
+            with writer.catalogue.transaction():
+                labels = told[1].labels()
+                writer.catalogue.put(*(replace(record, labels={**record.labels, **labels}) for record in records))
+            scans |= {record.key for record in records}
+    return Noted(scans=len(scans), unusable=table.unusable, unmatched=len(table.by_scan) - len(used))
 
 
 def check_key(writer: Writer, key: bytes) -> None:
@@ -212,10 +264,16 @@ def _find(paths: Sequence[Path | str], laid: _Laid) -> list[tuple[Source, int]]:
         other = exchange.find(Path(path))
         if other is not None:
             laid.own[number] = other.masks
-        for source in other.sources if other is not None else iterate(Path(path)):
+        for source in other.sources if other is not None else _listed(Path(path)):
             found.setdefault((source.path.resolve(), source.series), (source, number))
     masks = {path for masks in laid.all() for path in masks.files}
     return [(source, number) for (path, _), (source, number) in found.items() if path not in masks]
+
+
+def _listed(path: Path) -> Iterable[Source]:
+    """The images that a folder's list names, or else all scans below it."""
+    collection = read_collection(path)
+    return iterate(path) if collection is None else collection.sources()
 
 
 def _check_places(found: Sequence[tuple[Source, int]], laid: _Laid, texts: Reports) -> None:

@@ -17,10 +17,13 @@ from pathlib import Path
 from voxelstem.annotations import lay_mask
 from voxelstem.deidentify import deidentify
 from voxelstem.errors import IngestError
-from voxelstem.sources import Source, bids, ct_rate
+from voxelstem.sources import Source, bids, ct_rate, fomo, nnssl
 from voxelstem.sources.bids import Bids
+from voxelstem.sources.fomo import Fomo
 from voxelstem.sources.header import UNREADABLE
+from voxelstem.sources.nnssl import Nnssl
 from voxelstem.sources.raster import shown
+from voxelstem.sources.told import Told, tell
 from voxelstem.store.encoding import Encoded, EncodedStudy, Prepared, prepare
 from voxelstem.store.spacing import resample_volume
 from voxelstem.study import Study, Volume
@@ -81,14 +84,28 @@ class Outcome:
     mask_reason: str = ""
 
 
+Described = Bids | Fomo | Nnssl
+"""What a folder's own tables say of its scans."""
+
+
+def describe(path: Path) -> Described | None:
+    """Read what a folder to ingest says of its scans in tables; None where it says nothing.
+
+    Raises:
+        ConfigError: a table is malformed.
+    """
+    # FOMO's folder has a table that would make it one of BIDS.
+    return nnssl.read_collection(path) or fomo.read_folder(path) or bids.read_dataset(path)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intake:
     """Reads and encodes one source; whatever is wrong with it becomes the outcome's code and reason."""
 
     key: bytes = field(repr=False)
     config: IntakeConfig = field(default_factory=IntakeConfig)
-    datasets: tuple[Bids | None, ...] = (None,)
-    """What each of the folders to ingest says about its scans in tables, where it is BIDS."""
+    datasets: tuple[Described | None, ...] = (None,)
+    """What each of the folders to ingest says about its scans in tables, where it has any."""
 
     def __call__(self, task: Task) -> Outcome:
         """Take one source in."""
@@ -108,15 +125,19 @@ class Intake:
 
     def _wishes(self, task: Task) -> str:
         """Digest what is done with the scan, and all that decides what gets into the store beside its own bytes."""
-        said = bids.said(task.source.relative, self.datasets[task.dataset])
+        relative, dataset = task.source.relative, self.datasets[task.dataset]
+        said = bids.said(relative, dataset) if isinstance(dataset, Bids) else _told(relative, dataset)
         classes = sorted(task.classes.items()) if task.mask else None
         mask = _content([task.mask]) if task.mask else ""
         return hashlib.sha256(repr((self.config, said, classes, mask)).encode()).hexdigest()
 
     def _encode(self, task: Task, fingerprint: str) -> Outcome:
         study = _choose(task.source.read(repair=self.config.repair), self.config.modality)
+        relative, dataset = task.source.relative, self.datasets[task.dataset]
+        table = dataset if isinstance(dataset, Bids) else None
         for source in (bids, ct_rate):
-            study = source.annotate(study, task.source.relative, self.datasets[task.dataset])
+            study = source.annotate(study, relative, table)
+        study = tell(study, _told(relative, dataset))
         mask_code = mask_reason = ""
         if task.mask:
             try:
@@ -141,6 +162,10 @@ class Intake:
         fitted = resample_volume(volume, self.config.spacing_mm)
         keep = self.config.keep_native and fitted is not volume
         return prepare(fitted), prepare(volume) if keep else None
+
+
+def _told(relative: str, dataset: Described | None) -> Told | None:
+    return fomo.said(relative, dataset) or nnssl.said(relative, dataset)
 
 
 def _packed(scan: Prepared, native: Prepared | None) -> Encoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from voxelstem.engine.folder import FREE_TO_CHANGE, check_settings, claim
 from voxelstem.engine.handover import begin_from, gather_training
 from voxelstem.engine.hardware import Fleet
 from voxelstem.engine.journal import read_journal
+from voxelstem.engine.label_views import follow
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
 from voxelstem.engine.lock import locked
 from voxelstem.engine.loop import LoopConfig, Surroundings, train
@@ -38,6 +40,7 @@ from voxelstem.engine.watch import WatchConfig
 from voxelstem.errors import CheckpointError, ConfigError, StoreError, VoxelstemError
 from voxelstem.objectives import OBJECTIVES
 from voxelstem.objectives.mae import MaeConfig
+from voxelstem.protocols import Batch
 from voxelstem.show import run_page
 from voxelstem.store import Store
 from voxelstem.store.selection import Selection, Wanted
@@ -213,8 +216,12 @@ def _train(
             meter.kwh()  # counters of processors begin anew within minutes
             return [*_emptied(begun), *_everybodys(loader.notes())]
 
+        def batches(step: int) -> Generator[Batch, None, None]:
+            found = loader.batches(step, config.steps, device=device)
+            return follow(loader, found, step) if getattr(trainee.objective, "needs_labels", False) else found
+
         around = Surroundings(
-            batches=lambda step: loader.batches(step, config.steps, device=device),
+            batches=batches,
             monitor=health,
             show=show,
             names=lambda step: [name for names in distributed.each(loader.names(step)) for name in names],
@@ -246,8 +253,8 @@ def _everybodys(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scans(loader: Loader) -> dict[str, Any]:
-    """Which scans are trained on: the order in which they come hangs on all of them."""
-    return {"count": len(loader.keys), "sha256": hashlib.sha256("\n".join(loader.keys).encode()).hexdigest()}
+    """Which scans are trained on: the order in which they come hangs on all of them, targets on what is known."""
+    return {"count": len(loader.keys), "sha256": hashlib.sha256(loader.known.encode()).hexdigest()}
 
 
 def _quarantined(start: Resumed) -> list[str]:
@@ -269,7 +276,7 @@ def _monitor(
         probe,
         [probe.record(key) for key in labelled],
         config.spec,
-        patch_ijk=config.backbone.patch_ijk,
+        patch_ijk=trainee.objective.backbone.patch_ijk,
         blocks=config.health.blocks,
         seed=config.seed,
     )

@@ -25,6 +25,8 @@ class Batch:
     Processes that train together each hold a share of one whole batch: samples number `first` and following. `seed`
     is the whole batch's: what an objective draws by `chance` is replayable and does not depend on the sharing.
     `texts` are what was said about each sample's scan, where a recipe asks for reports; otherwise there are none.
+    `targets` are named facts of each sample's scans, where a recipe asks for them (`views/pair.py` lists the names):
+    NaN where nobody knows.
     """
 
     views: Mapping[str, Float[Tensor, "sample view channel i j k"]]
@@ -32,6 +34,7 @@ class Batch:
     seed: int
     first: int = 0
     texts: tuple[str, ...] = ()
+    targets: Mapping[str, Float[Tensor, "sample value"]] = field(default_factory=dict[str, Tensor])
 
     def __len__(self) -> int:
         """Samples of this share."""
@@ -51,6 +54,7 @@ class Batch:
             seed=self.seed,
             first=self.first + start,
             texts=self.texts[start:stop],
+            targets={name: values[start:stop] for name, values in self.targets.items()},
         )
 
 
@@ -191,6 +195,8 @@ class Example:
     """For scan-level tasks."""
     findings: Mapping[str, bool] | None = None
     """For scan-level tasks that ask of many things whether they are there; what nobody knows is not named."""
+    value: float | None = None
+    """For scan-level tasks that predict a number."""
     labels: LabelMap | None = None
     """For voxel-level tasks, on the scan's own grid."""
 

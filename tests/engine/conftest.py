@@ -27,6 +27,18 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
+@pytest.fixture(scope="session")
+def brains(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The same scans as raw intensities of MR, each with a gain of its own."""
+    store = Store.create(tmp_path_factory.mktemp("brains") / "store")
+    for seed in range(4):
+        study = phantom(PhantomConfig(seed=seed, spacing_mm=(6.0, 6.0, 8.0)))
+        (scan,) = study.volumes
+        scan = replace(scan, array=(scan.array + 1100) * (0.1 + seed), modality="MR")
+        write(store, replace(study, volumes=(scan,), subject=pseudonym(study.subject, bytes(32))))
+    return store
+
+
 class Make:
     """Small things that train: the same seed makes the same."""
 

@@ -19,10 +19,10 @@ from voxelstem.engine.loader import Loader, LoaderConfig
 from voxelstem.engine.transfer import Crops
 from voxelstem.errors import ConfigError, StoreError
 from voxelstem.protocols import Batch
-from voxelstem.store import Store, reader
+from voxelstem.store import Store, reader, write
 from voxelstem.store.reader import file_path
 from voxelstem.store.tiles import write_all
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Study
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.multicrop import ViewsConfig
@@ -235,6 +235,43 @@ def test_processes_and_workers_change_nothing(phantoms: Store, world: int, worke
         for batch, want in zip(part.batches(1, 6), whole, strict=True):
             assert all(torch.equal(batch.views[name], want.views[name][mine]) for name in want.views)
             assert all(torch.equal(batch.places_mm[name], want.places_mm[name][mine]) for name in want.places_mm)
+
+
+@pytest.mark.parametrize("normalisation", ["zscore", "unit99"])
+def test_brains_are_the_same_bits_whoever_measures_them(brains: Store, normalisation: Any):
+    write_all(brains)
+    spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, block_ijk=(8, 8, 8), normalisation=normalisation)
+    views = replace(VIEWS, augment=AugmentConfig(flip_axes=(0,)))
+
+    def batches(start: int = 0, **how: Any) -> list[bytes]:
+        config = LoaderConfig(batch=4, ahead=3, **how)
+        source = Loader(brains, keys(brains), spec, views=views, config=config, seed=0)
+        return [content(batch) for batch in source.batches(start, 6)]
+
+    whole = batches()
+    assert len(set(whole)) == 6
+    assert batches(threads=3) == batches(source="tiles") == batches(made="device") == whole
+    assert batches(3) == whole[3:], "a run that resumes has measured nothing yet"
+    if normalisation == "zscore":
+        assert batches(workers=1) == whole
+
+
+def test_a_brain_that_cannot_be_normalised_is_put_aside_with_the_reason(brains: Store, tmp_path: Path):
+    copytree(brains.path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    good = brains.volume(min(keys(brains)))
+    tissue = good.array > 300 * good.array.max() / 4000
+    scored = np.where(tissue, (good.array - good.array[tissue].mean()) / good.array[tissue].std(), 0)
+    subject = next(iter(store)).subject
+    (bad,) = write(store, Study(subject=subject, volumes=(replace(good, array=scored.astype(np.float32)),)))
+    store.refresh()
+    spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, block_ijk=(8, 8, 8), normalisation="unit99")
+    source = Loader(store, keys(store), spec, views=VIEWS, config=LoaderConfig(batch=4), seed=0)
+    for step in range(5):
+        source.batch(step)
+    (note,) = [note for note in source.notes() if "quarantined" in note]
+    assert note["quarantined"] == bad[:16]
+    assert "z-scored over tissue alone" in note["reason"]
 
 
 def test_processes_draw_for_their_samples_what_one_process_draws_for_all(phantoms: Store):

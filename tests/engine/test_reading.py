@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from voxelstem.engine.reading import Made, Slot, SlotReader
 from voxelstem.engine.transfer import Crops
 from voxelstem.store import Store
+from voxelstem.streaming import lay, of_store, of_volume
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
+from voxelstem.views.intensity import limits
 from voxelstem.views.multicrop import Region, ViewsConfig, make_views
 
 SPEC = InputSpec(spacing_mm=(6.0, 6.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(8, 8, 8))
@@ -62,6 +66,15 @@ def test_a_reader_that_makes_no_views_hands_over_boxes_of_half_the_bytes(phantom
         views = make_views([sample], SPEC, VIEWS)
         assert torch.equal(views["global"][0], torch.from_numpy(want.views["global"]))
         assert np.array_equal(sample.places_mm["global"], want.places_mm["global"])
+
+
+@pytest.mark.parametrize("normalisation", ["window", "zscore", "unit99"])
+def test_training_and_embedding_bring_a_volume_to_the_same_numbers(brains: Store, normalisation: Any):
+    spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, normalisation=normalisation)
+    for record in brains:
+        taught = limits(Crops(brains, "blosc2").stats(record.key, spec), spec)
+        streamed = lay(of_store(brains, record.key), spec).limits
+        assert taught == streamed == lay(of_volume(brains.volume(record.key)), spec).limits
 
 
 def test_a_scan_that_is_not_there_is_a_fault_and_no_error(phantoms: Store):

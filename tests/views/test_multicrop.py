@@ -11,7 +11,7 @@ from voxelstem.errors import ConfigError
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig, apply_augment
 from voxelstem.views.crop import Crop, ViewKind, apply_view
-from voxelstem.views.intensity import window
+from voxelstem.views.intensity import Stats, limits, measure, window
 from voxelstem.views.multicrop import Region, ViewsConfig, covering_region, draw_changes, draw_sample, make_views
 
 SPEC = InputSpec(spacing_mm=(2.0, 2.0, 3.0), low_hu=-160.0, high_hu=240.0)
@@ -55,6 +55,10 @@ def region(config: ViewsConfig = CONFIG, seed: int = 0, dtype: Any = np.float32,
     )
 
 
+def of_array(array: np.ndarray) -> Stats:
+    return measure(lambda low, high: array[:, low:high], array.shape[1])
+
+
 def test_a_sample_has_its_kinds_of_views() -> None:
     made = make_views([region(seed=seed) for seed in range(3)], SPEC, CONFIG)
     assert {name: tuple(view.shape) for name, view in made.items()} == {
@@ -77,11 +81,59 @@ def test_a_view_is_what_the_whole_scan_gives_at_its_place_changed_by_its_plan(wi
             for view, plan, change in zip(made[name][0], plans, sample.changes[name], strict=True):
                 where: dict[str, Any] = {"spacing_mm": SCAN.spacing_mm}
                 if windowed == "first":
-                    want = apply_view(window(hu, SPEC), plan, whole, outside=0.0, **where)
+                    want = apply_view(window(hu, limits(None, SPEC)), plan, whole, outside=0.0, **where)
                 else:
-                    want = window(apply_view(hu, plan, whole, outside=SPEC.low_hu, **where), SPEC)
+                    want = window(apply_view(hu, plan, whole, outside=SPEC.low_hu, **where), limits(None, SPEC))
                 want = want.flip([1 + axis for axis in change.flip_axes])
                 torch.testing.assert_close(view, apply_augment(want[None], [change], STRONG)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalisation", ["zscore", "unit99"])
+@pytest.mark.parametrize("windowed", ["last", "first"])
+def test_views_of_brains_are_normalised_by_the_whole_scan_each_by_its_own(windowed: Any, normalisation: Any) -> None:
+    spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, normalisation=normalisation)
+    config = replace(CONFIG, windowed=windowed, overhang=0.6)
+    scans = [SCAN.hu + 1500, 0.01 * SCAN.hu]
+    samples = []
+    for seed, scan in enumerate(scans):
+        sample = region(config, seed)
+        samples.append(replace(sample, voxels=scan[:, *sample.crop.slices], stats=of_array(scan)))
+    made = make_views(samples, spec, config)
+    whole = Crop(start_ijk=(0, 0, 0), size_ijk=SCAN.shape_ijk)
+    for index, (sample, scan) in enumerate(zip(samples, scans, strict=True)):
+        how = limits(scan, spec)
+        for view, plan in zip(made["global"][index], sample.views["global"], strict=True):
+            seen = apply_view(
+                torch.from_numpy(scan), plan, whole, spacing_mm=SCAN.spacing_mm, outside=float(scan.min())
+            )
+            if windowed == "first" and normalisation == "unit99":
+                clipped = window(torch.from_numpy(scan), how)
+                want = apply_view(clipped, plan, whole, spacing_mm=SCAN.spacing_mm, outside=0.0)
+            else:
+                want = window(seen, how)
+            torch.testing.assert_close(view, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("augment", "fits"),
+    [
+        (AugmentConfig(), True),
+        (AugmentConfig(flip_axes=(0, 1)), True),
+        (AugmentConfig(noise_std=0.1, gamma=0.1, smooth_p=0.5, clip=False), True),
+        (AugmentConfig(noise_std=0.1), False),
+        (AugmentConfig(gamma=0.1), False),
+        (AugmentConfig(shift=0.1, clip=False), False),
+    ],
+)
+def test_changes_that_would_cut_z_scores_to_0_to_1_are_refused(augment: AugmentConfig, fits: bool) -> None:
+    config = replace(CONFIG, augment=augment)
+    for normalisation in ("zscore", "unit99"):
+        spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, normalisation=normalisation)
+        if fits or normalisation == "unit99":
+            assert draw_sample(config, spec, SCAN, np.random.default_rng(0))
+        else:
+            with pytest.raises(ConfigError, match="z-scores are not"):
+                draw_sample(config, spec, SCAN, np.random.default_rng(0))
 
 
 def test_clipping_first_and_last_differ_where_metal_meets_air() -> None:

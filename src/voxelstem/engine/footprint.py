@@ -114,7 +114,7 @@ def network_bytes(network: Network, parallel: ParallelConfig, *, gpus: int, bf16
 
 def view_bytes(views: Any) -> float:
     """Of the views of one sample (a `ViewsConfig`), in fp32."""
-    return FLOAT * sum(kind.count * math.prod(kind.size_ijk) for kind in (views.global_, views.local))
+    return FLOAT * sum(kind.count * math.prod(kind.size_ijk) for kind in views.kinds.values())
 
 
 def ram_bytes(loader: Any, fleet: Fleet, *, views: float) -> float:

@@ -9,13 +9,14 @@ resumes changes which samples a step holds, or one bit of them.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Int64
 
 from voxelstem.engine.reading import Made, Reading, Sample, Slot, SlotReader
+from voxelstem.engine.targets import read_facts
 from voxelstem.engine.transfer import Crops
 from voxelstem.errors import ConfigError, StoreError
 from voxelstem.protocols import Batch
@@ -40,6 +42,12 @@ _STEP = 3
 """First number of a step's seed; those of `engine.reading` are others."""
 NAME_LETTERS = 16
 """By so many letters of its key a scan is named where people read it."""
+MOST_TOLD = 1000
+"""Refused pairs that are told one by one; of all others there is the count."""
+REFUSALS = {
+    "axes": "their axes are not parallel, so no box is straight in both (nothing is registered here)",
+    "field of view": "the second scan does not cover the place that the view shows",
+}
 CPU = torch.device("cpu")
 
 
@@ -87,6 +95,33 @@ class LoaderConfig:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
 
 
+@dataclass(slots=True)
+class Pairs:
+    """What became of the second scans."""
+
+    drawn: int = 0
+    copies: int = 0
+    refused: int = 0
+    told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+
+    def add(self, slot: Slot, reading: Reading) -> list[dict[str, Any]]:
+        """Count a slot's; a note for the first refusal of each two scans."""
+        self.drawn += len(reading.partners)
+        self.copies += reading.partners.count(slot.key)
+        self.refused += len(reading.refused)
+        notes: list[dict[str, Any]] = []
+        for key, reason in reading.refused:
+            two = (slot.key[:NAME_LETTERS], key[:NAME_LETTERS])
+            if two not in self.told and len(self.told) < MOST_TOLD:
+                self.told.add(two)
+                notes.append({"unpaired": two[1], "with": two[0], "reason": REFUSALS[reason]})
+        return notes
+
+    def shares(self) -> dict[str, float]:
+        """For the journal; nothing where there are no pairs."""
+        return {"copy_share": self.copies / self.drawn, "pairs_refused": self.refused} if self.drawn else {}
+
+
 Read = Callable[[Iterable[Slot]], Iterator[tuple[Slot, Reading | Lost]]]
 
 
@@ -94,7 +129,8 @@ class Loader:
     """Gives the batch of any step, in any order, always the same: process `rank` of `world` its share of it.
 
     A scan that cannot be read twice in a row (its file is damaged, or its worker died or hung twice) is quarantined
-    for the rest of the run. The next good scan of the epoch's order stands in for it, and `notes` says so.
+    for the rest of the run. The next good scan of the epoch's order stands in for it, and `notes` says so. Where
+    samples are pairs, another partner stands in for one that cannot be read, and the scan itself where there is none.
     """
 
     def __init__(
@@ -112,7 +148,8 @@ class Loader:
         """`keys` are those of the scans to train on.
 
         Raises:
-            StoreError: there are none, or too few for one batch and `config.repeat` is off.
+            StoreError: there are none, or too few for one batch and `config.repeat` is off; or pairs are wanted and
+                there are none (`targets.read_facts`).
             ConfigError: the batch cannot be shared out evenly.
         """
         if not len(keys):
@@ -133,7 +170,9 @@ class Loader:
         self.rank, self.world = rank, world
         self.quarantined: set[str] = set()
         self._crops = Crops(store, config.source)
-        self._notes: list[dict[str, Any]] = [self._crops.note()]
+        self._facts = read_facts(store, self.keys, views.pair) if views.pair else None
+        self._notes: list[dict[str, Any]] = [self._crops.note(), *([self._facts.note()] if self._facts else [])]
+        self._pairs = Pairs()
         self._voxels, self._seconds = 0, 0.0
         self._waited, self._busy = 0.0, 0.0
 
@@ -152,14 +191,21 @@ class Loader:
         notes, self._notes = self._notes, []
         return notes
 
+    @property
+    def known(self) -> str:
+        """The scans' keys, a line each, and what is known of them where a recipe asks for it."""
+        said = [json.dumps(self._facts.note(), sort_keys=True)] if self._facts else []
+        return "\n".join([*self.keys, *said])
+
     def speed(self) -> dict[str, float]:
         """How fast samples came so far.
 
         GB of stored voxels that were read and GB/s that each thread or process read; and how long whoever trains waited
         for batches, in seconds and as a share of the time since the first one came (which waits for all to start).
+        Where samples are pairs, the share of those whose second scan is a copy, and how many were refused as one.
         """
         read, passed = self._voxels * STORED_BYTES / 1e9, self._waited + self._busy
-        return {
+        return self._pairs.shares() | {
             "read_gb": read,
             "read_gb_per_s": read / self._seconds if self._seconds else 0.0,
             "data_wait_s": self._waited,
@@ -207,7 +253,9 @@ class Loader:
     def _reader(self, device: torch.device) -> SlotReader:
         made = self.config.made
         makes = made == "worker" or (made == "auto" and device.type == "cpu")
-        return SlotReader(crops=self._crops, spec=self.spec, views=self.views, seed=self.seed, makes=makes)
+        return SlotReader(
+            crops=self._crops, spec=self.spec, views=self.views, seed=self.seed, makes=makes, facts=self._facts
+        )
 
     def plan(self, step: int, index: int) -> tuple[Record, ViewPlans]:
         """Which scan sample `index` of the whole batch of `step` reads, and where its views lie."""
@@ -243,16 +291,26 @@ class Loader:
         for shift in range(count):
             key = self.keys[order[(place + shift) % count]]
             if key not in self.quarantined:
-                return Slot(key=key, epoch=epoch, place=place, phases=phases)
+                return Slot(key=key, epoch=epoch, place=place, phases=phases, aside=self._aside(key))
         raise StoreError("no scan to train on can be read", hint=_CHECK_DISK)
+
+    def _aside(self, key: str) -> frozenset[str]:
+        """Partners of a scan that are quarantined."""
+        if self._facts is None or not self.quarantined:
+            return frozenset()
+        return self._facts.relatives(key) & self.quarantined
 
     def _good(self, slot: Slot, reading: Reading | Lost, read: Read) -> tuple[Sample, ...]:
         """The samples of a slot; where its scan cannot be read, of the one that stands in for it."""
         # What was read ahead of a scan that was put aside meanwhile is left: how far ahead that was must not matter.
-        while isinstance(reading, Lost) or reading.fault or slot.key in self.quarantined:
-            self._put_aside(slot.key, reading.reason if isinstance(reading, Lost) else reading.fault)
+        while isinstance(reading, Lost) or reading.fault or self.quarantined & {slot.key, *reading.partners}:
+            if isinstance(reading, Lost):
+                self._put_aside(slot.key, reading.reason)
+            elif reading.fault:
+                self._put_aside(reading.blamed, reading.fault)
             slot = self._slot(slot.epoch * len(self.keys) + slot.place, slot.phases)
             ((_, reading),) = read([slot])
+        self._notes += self._pairs.add(slot, reading)
         self._voxels += reading.voxels
         self._seconds += reading.seconds
         return reading.samples
@@ -296,6 +354,10 @@ class Loader:
             seed=int(np.random.default_rng([_STEP, self.seed, step]).integers(2**62)),
             first=self._share.start,
             texts=tuple(sample.text for sample in samples) if self.views.report else (),
+            targets={
+                name: torch.from_numpy(np.stack([sample.targets[name] for sample in samples]))
+                for name in samples[0].targets
+            },
         )
 
 

@@ -221,10 +221,13 @@ def _check_compiler(device: torch.device) -> None:
 
 
 def _averaged(outputs: list[StepOutput]) -> StepOutput:
-    """The mean over micro-batches and processes, of doubles: one process and one micro-batch lose no bit."""
-    names = list(outputs[0].scalars)
-    numbers = torch.tensor(
-        [[float(output.loss), *(output.scalars[name] for name in names)] for output in outputs], dtype=torch.float64
-    )
-    loss, *scalars = distributed.mean(numbers.mean(dim=0)).tolist()
+    """The mean over micro-batches and processes, of doubles: one process and one micro-batch lose no bit.
+
+    A scalar that some micro-batches do not say, because nothing was known there, is the mean over those that do. All
+    processes say the same ones.
+    """
+    names = list(dict.fromkeys(name for output in outputs for name in output.scalars))
+    said = [[output.scalars[name] for output in outputs if name in output.scalars] for name in names]
+    numbers = [torch.tensor(each, dtype=torch.float64).mean() for each in ([float(o.loss) for o in outputs], *said)]
+    loss, *scalars = distributed.mean(torch.stack(numbers)).tolist()
     return StepOutput(loss=torch.tensor(loss, dtype=torch.float64), scalars=dict(zip(names, scalars, strict=True)))

@@ -338,7 +338,8 @@ def _reckon(config: Any, make: Callable[[Any], Any], fleet: Fleet, device: torch
     with torch.device("meta"):
         full = make(config)
     network = Network.of(full)
-    calls = cost.observe(make(cost.miniature(config)), cost.blank_batch(config.views, samples=4))
+    blank = cost.blank_batch(config.views, samples=4, columns=getattr(config.objective, "columns", 0))
+    calls = cost.observe(make(cost.miniature(config)), blank)
     costs = cost.sample_cost(calls, full, bf16=bf16)
     return _Step(
         network=network,

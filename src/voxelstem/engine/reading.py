@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int16
 from torch import Tensor
 
+from voxelstem.engine.pairing import Partner, find_partner
+from voxelstem.engine.targets import Facts
 from voxelstem.engine.transfer import Crops
 from voxelstem.errors import StoreError
 from voxelstem.store.reader import Record
@@ -26,9 +29,10 @@ from voxelstem.views.multicrop import (
     make_views,
     mirrored,
 )
+from voxelstem.views.pair import OTHER
 from voxelstem.views.report import apply_report, draw_report
 
-_PLACE, _CHANGE, _WORDS = 1, 2, 4  # 3 is the loader's, for steps
+_PLACE, _CHANGE, _WORDS, _PARTNER, _PARTNER_CHANGE = 1, 2, 4, 5, 6  # 3 is the loader's, for steps
 """First number of every seed: what is drawn. Streams with different purposes never meet."""
 
 
@@ -42,6 +46,8 @@ class Slot:
     """Where in the epoch's order the slot stands."""
     phases: tuple[int, ...]
     """Which of the `samples_per_open` samples."""
+    aside: frozenset[str] = frozenset()
+    """Scans of the same subject that cannot be its partner because they cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -52,6 +58,8 @@ class Made:
     places_mm: dict[str, Float32[np.ndarray, "view 2 3"]]
     text: str = ""
     """What is said of it."""
+    targets: Mapping[str, Float32[np.ndarray, " value"]] = field(default_factory=dict[str, np.ndarray])
+    """What is known of it."""
 
 
 Sample = Made | Region
@@ -68,6 +76,20 @@ class Reading:
     """How many were decoded."""
     seconds: float = 0.0
     """What decoding them took."""
+    blamed: str = ""
+    """Key of the scan that has the fault: the slot's, or that of a partner."""
+    partners: tuple[str, ...] = ()
+    """Key of each sample's second scan, where it has one; the slot's own for a copy."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Keys of scans that could not be partners, and why."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What was decoded so far."""
+
+    voxels: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -80,6 +102,8 @@ class SlotReader:
     seed: int
     makes: bool = True
     """Whether views are made here; otherwise where the batch is needed."""
+    facts: Facts | None = None
+    """What is known of the scans, where the recipe asks for it."""
 
     def __call__(self, slot: Slot) -> Reading:
         """Read the slot; a scan that cannot be read is tried once more."""
@@ -92,30 +116,66 @@ class SlotReader:
 
     def _attempt(self, slot: Slot) -> Reading:
         samples: list[Sample] = []
-        voxels, seconds = 0, 0.0
+        partners: list[str] = []
+        refused: list[tuple[str, str]] = []
+        tally, blamed = _Tally(), slot.key
         try:
             record = self.crops.store.record(slot.key)
             for phase in slot.phases:
                 views = self.plan(record, slot, phase)
-                crop = covering_region(views, record)
-                began = time.perf_counter()
-                box = self.crops.read(record.key, crop.start_ijk, crop.size_ijk)
-                seconds += time.perf_counter() - began
-                voxels += box.numel()
-                _check_finite(box, record)
                 changes = draw_changes(self.views.augment, views, self._rng(_CHANGE, slot, phase))
-                region = Region(
-                    voxels=box.numpy() if self.makes else _packed(box, record),
-                    crop=crop,
-                    spacing_mm=record.spacing_mm,
-                    views=views,
-                    changes=changes,
-                    text=self._text(record, changes, self._rng(_WORDS, slot, phase)),
-                )
+                region = self._region(record, views, changes, tally)
+                region = replace(region, text=self._text(record, changes, self._rng(_WORDS, slot, phase)))
+                if self.facts is not None and self.facts.config.paired:
+                    partner = self._partner(self.facts, record, region, slot, phase)
+                    blamed = partner.record.key
+                    region = replace(region, other=self._other(region, partner, slot, phase, tally))
+                    blamed = slot.key
+                    partners.append(partner.record.key)
+                    refused += partner.refused
+                if self.facts is not None:
+                    region = replace(region, targets=self.facts.targets(slot.key, *partners[-1:]))
                 samples.append(self._make(region) if self.makes else region)
         except StoreError as error:
-            return Reading(fault=error.problem)
-        return Reading(samples=tuple(samples), voxels=voxels, seconds=seconds)
+            return Reading(fault=error.problem, blamed=blamed)
+        return Reading(
+            samples=tuple(samples),
+            voxels=tally.voxels,
+            seconds=tally.seconds,
+            partners=tuple(partners),
+            refused=tuple(refused),
+        )
+
+    def _region(self, record: Record, views: ViewPlans, changes: ChangePlans, tally: _Tally) -> Region:
+        """Read the box that some views of a scan need."""
+        crop = covering_region(views, record)
+        began = time.perf_counter()
+        box = self.crops.read(record.key, crop.start_ijk, crop.size_ijk)
+        tally.seconds += time.perf_counter() - began
+        tally.voxels += box.numel()
+        _check_finite(box, record)
+        return Region(
+            voxels=box.numpy() if self.makes else _packed(box, record),
+            crop=crop,
+            spacing_mm=record.spacing_mm,
+            views=views,
+            changes=changes,
+            stats=self.crops.stats(record.key, self.spec),
+        )
+
+    def _partner(self, facts: Facts, record: Record, region: Region, slot: Slot, phase: int) -> Partner:
+        (plan,) = region.views["global"]
+        rng = self._rng(_PARTNER, slot, phase)
+        return find_partner(facts, self.crops.store, record, plan, rng=rng, aside=slot.aside)
+
+    def _other(self, region: Region, partner: Partner, slot: Slot, phase: int, tally: _Tally) -> Region:
+        """The same place of the second scan: mirrored as the first is, its intensities changed by a plan of its own."""
+        views = {OTHER: [partner.plan]}
+        (change,) = draw_changes(self.views.augment, views, self._rng(_PARTNER_CHANGE, slot, phase))[OTHER]
+        changes = {OTHER: [replace(change, flip_axes=region.changes["global"][0].flip_axes)]}
+        if partner.record.key == slot.key:
+            return replace(region, views=views, changes=changes, text="")
+        return self._region(partner.record, views, changes, tally)
 
     def _rng(self, purpose: int, slot: Slot, phase: int) -> np.random.Generator:
         return np.random.default_rng([purpose, self.seed, slot.epoch, slot.place, phase])
@@ -123,7 +183,7 @@ class SlotReader:
     def _make(self, region: Region) -> Made:
         views = make_views([region], self.spec, self.views)
         made = {name: view[0].numpy() for name, view in views.items()}
-        return Made(views=made, places_mm=region.places_mm, text=region.text)
+        return Made(views=made, places_mm=region.places_mm, text=region.text, targets=region.targets)
 
     def _text(self, record: Record, changes: ChangePlans, rng: np.random.Generator) -> str:
         """Some of the scan's report, drawn anew for each sample; nothing where the recipe wants none."""

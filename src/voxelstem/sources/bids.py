@@ -74,7 +74,7 @@ def read_dataset(root: Path) -> Bids | None:
     people: dict[str, Person] = {}
     table = root / "participants.tsv"
     described = _described(root / "participants.json")
-    for row, cells in _rows(table, "participant_id") if table.is_file() else ():
+    for row, cells in rows(table, "participant_id") if table.is_file() else ():
         subject = _prefixed("sub-", cells["participant_id"])
         if subject in people:
             raise _malformed(table, row, "names a participant for the second time")
@@ -85,7 +85,7 @@ def read_dataset(root: Path) -> Bids | None:
     days: dict[str, str] = {}
     for table in sorted(root.glob("sub-*/sub-*_sessions.tsv")):
         described = _described(table.with_suffix(".json")) or _described(root / "sessions.json")
-        for row, cells in _rows(table, "session_id"):
+        for row, cells in rows(table, "session_id"):
             session = _prefixed("ses-", cells["session_id"])
             age = _age(table, row, cells, described)
             if age is not None:
@@ -94,7 +94,7 @@ def read_dataset(root: Path) -> Bids | None:
     for pattern in ("sub-*/sub-*_scans.tsv", "sub-*/ses-*/sub-*_scans.tsv"):
         for table in sorted(root.glob(pattern)):
             place = table.parent.relative_to(root).as_posix()
-            days |= {f"{place}/{cells['filename']}": _day(cells) for _, cells in _rows(table, "filename")}
+            days |= {f"{place}/{cells['filename']}": _day(cells) for _, cells in rows(table, "filename")}
     days = {place: day for place, day in days.items() if day}
     return Bids(root=root, name=_name(root), people=people, ages=ages, days=days)
 
@@ -275,8 +275,16 @@ def _level(told: object) -> str:
     return str(told.get("Description", "")) if isinstance(told, dict) else str(told)
 
 
-def _rows(table: Path, first: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row's number in the file and its cells by column."""
+def rows(table: Path, first: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row's number in a table of tabs, and its cells by column.
+
+    Args:
+        table: The file.
+        first: The column that no row may leave empty.
+
+    Raises:
+        ConfigError: it is malformed; the message names a row, never what it says.
+    """
     try:
         if table.stat().st_size > MOST_TABLE_BYTES:
             raise _malformed(table, 1, f"is part of more than {MOST_TABLE_BYTES // 2**20} MiB")

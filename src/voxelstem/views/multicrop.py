@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from voxelstem.errors import ConfigError
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig, AugmentPlan, apply_augment, draw_augment
 from voxelstem.views.crop import Crop, ViewKind, ViewPlan, apply_view, check_spacing, covering_crop, draw_views
-from voxelstem.views.intensity import lift, squeeze_
+from voxelstem.views.intensity import Stats, lift, limits, squeeze_
+from voxelstem.views.pair import OTHER, PairConfig
 from voxelstem.views.report import ReportConfig
 
 Triple = tuple[float, float, float]
@@ -53,13 +55,16 @@ class ViewsConfig:
     report: ReportConfig | None = None
     """What a sample says of its scan's report; None: nothing. Its words left and right follow the voxels, so there is
     one view, which shows the scan."""
+    pair: PairConfig | None = None
+    """Which second scan of the same subject a sample shows, at the place of its one global view, as the view `other`,
+    and what is said of both; None: each sample is one scan."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
 
         Raises:
-            ValueError: no global view, a region without extent, one that reaches less than to the body's edge, or no
-                middle of the scan to put it in.
+            ValueError: no global view, a region without extent, one that reaches less than to the body's edge, no
+                middle of the scan to put it in, or several global views where a report or a second scan needs one.
         """
         if self.global_.count < 1:
             raise ValueError(f"global_.count must be >= 1, got {self.global_.count}")
@@ -74,6 +79,18 @@ class ViewsConfig:
                 "a report speaks of one view: with report, global_.count must be 1 and local.count 0, "
                 f"got {self.global_.count} and {self.local.count}"
             )
+        if self.pair is not None and self.global_.count != 1:
+            raise ValueError(
+                f"a pair is one view of each of two scans: with pair, global_.count must be 1, got {self.global_.count}"
+            )
+
+    @property
+    def kinds(self) -> dict[str, ViewKind]:
+        """The kinds of views that a sample has, by the names that `Batch.views` gives them."""
+        kinds = {"global": self.global_, "local": self.local}
+        if self.pair is not None and self.pair.paired:
+            kinds[OTHER] = self.global_
+        return {name: kind for name, kind in kinds.items() if kind.count}
 
 
 class Ground(Protocol):
@@ -113,23 +130,31 @@ class Region:
     changes: ChangePlans
     text: str = ""
     """What is said of it."""
+    targets: Mapping[str, Float32[np.ndarray, " value"]] = field(default_factory=dict[str, np.ndarray])
+    """What is known of it, as in `protocols.Batch`."""
+    other: Region | None = None
+    """The box of the second scan, of which the view `other` is made."""
+    stats: Stats | None = None
+    """Of the whole scan; None where the spec's normalisation asks for nothing."""
 
     @property
     def places_mm(self) -> dict[str, Float32[np.ndarray, "view 2 3"]]:
-        """Where the views lie, as in `protocols.Batch`."""
-        return {
+        """Where the views lie, each in its own scan, as in `protocols.Batch`."""
+        places = {
             name: np.stack([_place(plan, change) for plan, change in zip(plans, self.changes[name], strict=True)])
             for name, plans in self.views.items()
         }
+        return places | (self.other.places_mm if self.other else {})
 
 
 def draw_sample(config: ViewsConfig, spec: InputSpec, ground: Ground, rng: np.random.Generator) -> ViewPlans:
     """Draw a region of the scan and, within it, all views of a sample.
 
     Raises:
-        ConfigError: the spec has no spacing.
+        ConfigError: the spec has no spacing, or its values are not in [0, 1] as the changes want them.
     """
     check_spacing(spec)
+    _check_changes(config.augment, spec)
     size_ijk, scale = config.global_.size_ijk, config.region_scale
     region = ViewKind(size_ijk=size_ijk, min_scale=scale, max_scale=scale)
     wide = np.asarray(size_ijk) * np.asarray(spec.spacing_mm) * scale
@@ -139,6 +164,16 @@ def draw_sample(config: ViewsConfig, spec: InputSpec, ground: Ground, rng: np.ra
     if config.local.count:
         plans["local"] = draw_views(config.local, spec, box, rng)
     return plans
+
+
+def _check_changes(config: AugmentConfig, spec: InputSpec) -> None:
+    """Changes that know only [0, 1] would cut z-scores off, or take roots of negative numbers."""
+    changed = (config.smooth_p, config.sharpen_p, config.gamma, config.noise_std, *config.shifts)
+    if spec.normalisation == "zscore" and (any(config.shifts) or (config.clip and any(changed))):
+        raise ConfigError(
+            "views.augment keeps views in [0, 1], and z-scores are not",
+            hint="set views.augment.clip=false and views.augment.shift=0, or take spec.normalisation=unit99",
+        )
 
 
 def draw_changes(config: AugmentConfig, views: ViewPlans, rng: np.random.Generator) -> ChangePlans:
@@ -174,18 +209,22 @@ def make_views(
             for name, plans in regions[0].views.items()
         }
         for sample, region in enumerate(regions):
-            voxels = lift(torch.from_numpy(region.voxels).to(device, non_blocking=True), spec)
-            if config.windowed == "first":
-                squeeze_(voxels, spec)
+            found = limits(region.stats, spec)
+            voxels = lift(torch.from_numpy(region.voxels).to(device, non_blocking=True), found)
+            # Where nothing is clamped, before and after are the same.
+            first = config.windowed == "first" and found.clamped
+            if first:
+                squeeze_(voxels, found)
             for name, plans in region.views.items():
                 for view, plan, change in zip(kinds[name][sample], plans, region.changes[name], strict=True):
                     view.copy_(_cut_view(voxels, region, plan, change))
+                if not first:
+                    squeeze_(kinds[name][sample], found)
         for name, views in kinds.items():
-            if config.windowed == "last":
-                squeeze_(views, spec)
             changes = [change for region in regions for change in region.changes[name]]
             apply_augment(views.flatten(0, 1), changes, config.augment)
-    return kinds
+    others = [region.other for region in regions if region.other is not None]
+    return kinds | (make_views(others, spec, config, device=device) if others else {})
 
 
 def _cut_view(
