@@ -9,7 +9,10 @@ import pytest
 from voxelstem.card import Card, write_weights
 from voxelstem.model import make_model
 from voxelstem.sources import nifti
+from voxelstem.sources.brain import BrainConfig, brain_subject
+from voxelstem.sources.brain_files import brain_files
 from voxelstem.sources.phantom import PhantomConfig, phantom, phantom_files
+from voxelstem.store import Store
 from voxelstem.study import InputSpec
 from voxelstem.terminal import DONE, SOME_REFUSED
 
@@ -87,3 +90,15 @@ def test_a_picture_needs_weights_and_a_place_inside(refusal, scan: Path, weights
     assert "three questions" in refusal("show", scan, "--weights", weights, "--verify")
     assert "not a weights folder" in refusal("show", scan, "--weights", tmp_path / "absent")
     assert not (tmp_path / "inside.png").exists()
+
+
+def test_tables_of_volumes_are_noted_beside_the_scans(say, refusal, tmp_path: Path):
+    like = BrainConfig(seed=0, shape_ijk=(16, 20, 16), spacing_mm=(10.0, 10.0, 10.0))
+    files = brain_files(tmp_path / "made", brain_subject(1, contrasts=("T1w",), like=like))
+    words = ("ingest", files.scans, "--store", tmp_path / "store")
+    assert "add --volumes FILE" in refusal(*words, "--qc", files.qc)
+    assert not (tmp_path / "store").exists()
+    code, out, _ = say(*words, "--volumes", files.volumes, "--qc", files.qc, "--json")
+    assert code == DONE
+    assert json.loads(out)["volumes"] == {"scans": 1, "unusable": 0, "unmatched": 0}
+    assert any(name.startswith("volume:") for record in Store.open(tmp_path / "store") for name in record.labels)

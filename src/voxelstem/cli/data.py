@@ -43,6 +43,10 @@ class Reading:
     """Keep each scan as it was beside the resampled one."""
     repair: bool = False
     """Resample gantry tilt and uneven slices instead of refusing them; the provenance says what was done."""
+    volumes: tuple[Path, ...] = ()
+    """Tables of structures' volumes such as SynthSeg's; they become scan-level labels `volume:<structure>`."""
+    qc: tuple[Path, ...] = ()
+    """Tables of scores for these volumes."""
 
 
 def ingest(
@@ -81,12 +85,15 @@ def ingest(
         raise ConfigError(f"--workers must be at least 1, got {workers}")
     if how.keep_native and how.spacing is None:
         raise ConfigError("--keep-native keeps the scan beside the resampled one", hint="add --spacing a,b,c")
+    if how.qc and not how.volumes:
+        raise ConfigError("--qc scores volumes, and there are none", hint="add --volumes FILE")
     config = IntakeConfig(
         modality=how.modality, spacing_mm=spacing_mm(how.spacing), keep_native=how.keep_native, repair=how.repair
     )
     outcome = verb.ingest(
         sources, store, workers=workers, cluster=cluster, labels=labels, reports=reports, config=config
     )
+    noted = verb.note_volumes(sources, store, volumes=how.volumes, qc=how.qc) if how.volumes else None
     facts = {name: value for name, value in asdict(outcome).items() if name != "refusals"}
     facts["refusals"] = listed(outcome.refusals)
     lines = refused(outcome.refusals)
@@ -95,6 +102,12 @@ def ingest(
         lines += [f"reports unused: {outcome.reports_unused} (their scans were not among the sources)"]
     if outcome.reports_empty:
         lines += [f"reports empty: {outcome.reports_empty} (rows without a text)"]
+    if noted is not None:
+        facts["volumes"] = asdict(noted)
+        lines += [
+            f"volumes noted for {noted.scans} scans; of the tables' scans {noted.unusable} have no usable volumes and "
+            f"{noted.unmatched} are not among the sources"
+        ]
     lines += [f"{outcome.subjects} subjects in {store}"]
     answer(facts, "\n".join(lines), as_json=json)
     return verdict(outcome.kept + outcome.skipped, outcome.refused, f"`voxelstem show {store}` lists what was refused")
