@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelstem.chance import Chance
-from voxelstem.views.mask import draw_cuboids, draw_ratios
+from voxelstem.views.mask import above_lowest, draw_blocks, draw_cuboids, draw_ratios, draw_voxels
 
 GRIDS = st.tuples(*[st.integers(1, 6)] * 3)
 
@@ -93,3 +95,48 @@ def test_over_the_seeds_every_view_is_masked_equally_often_and_on_average_by_the
     often = (drawn > 0).float().mean(dim=0)
     assert ((often - 0.5).abs() < 0.1).all()
     assert abs(float(drawn[drawn > 0].mean()) - 0.45) < 0.01
+
+
+class TestBlocks:
+    """Salt and pepper in whole blocks."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(grid=GRIDS, ratio=st.floats(0, 1), seed=st.integers(0, 99))
+    def test_every_row_hides_exactly_its_share(self, grid: tuple[int, int, int], ratio: float, seed: int) -> None:
+        blocks = grid[0] * grid[1] * grid[2]
+        masked = draw_blocks(Chance.of(seed, count=3), grid, ratio=ratio)
+        assert masked.shape == (3, blocks)
+        assert masked.sum(dim=1).tolist() == [round(ratio * blocks)] * 3
+
+    def test_of_a_thousand_blocks_three_quarters_are_750(self) -> None:
+        voxels = draw_voxels(Chance.of(0), (160, 160, 160), block_ijk=(16, 16, 16), ratio=0.75)
+        assert int(voxels.sum()) == 750 * 16**3
+
+    def test_voxels_of_a_block_are_hidden_together(self) -> None:
+        voxels = draw_voxels(Chance.of(1, count=2), (8, 6, 4), block_ijk=(4, 3, 2), ratio=0.5)
+        assert voxels.shape == (2, 1, 8, 6, 4)
+        masked = draw_blocks(Chance.of(1, count=2), (2, 2, 2), ratio=0.5)
+        for row, i, j, k in np.ndindex(2, 8, 6, 4):
+            assert voxels[row, 0, i, j, k] == masked[row, (i // 4) * 4 + (j // 3) * 2 + k // 2]
+
+    def test_a_row_hides_the_same_whatever_lies_beside_it_and_rows_differ(self) -> None:
+        chance = Chance.of(3, count=6)
+        whole = draw_blocks(chance, (4, 5, 6), ratio=0.3)
+        parts = [draw_blocks(chance.part(a, b), (4, 5, 6), ratio=0.3) for a, b in ((0, 1), (1, 4), (4, 6))]
+        assert torch.equal(torch.cat(parts), whole)
+        assert len({tuple(row) for row in whole.tolist()}) == 6
+
+    def test_every_block_is_hidden_as_often_as_another(self) -> None:
+        often = draw_blocks(Chance.of(0, count=4000), (3, 2, 2), ratio=0.25).float().mean(dim=0)
+        # Four standard deviations of a share of 0.25 among 4000.
+        assert ((often - 0.25).abs() < 4 * (0.25 * 0.75 / 4000) ** 0.5).all()
+
+    def test_blocks_that_do_not_fill_a_view_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"blocks of \(4, 4, 4\) voxels must fill a view, got one of \(8, 8, 6\)"):
+            draw_voxels(Chance.of(0), (8, 8, 6), block_ijk=(4, 4, 4), ratio=0.5)
+
+
+def test_air_and_a_removed_face_hold_the_lowest_value_of_their_own_view() -> None:
+    views = torch.tensor([[0.0, 0.0, 0.3, 1.0], [-1.2, 0.4, -1.2, 0.0]]).reshape(2, 1, 4, 1, 1)
+    wanted = torch.tensor([[False, False, True, True], [False, True, False, True]])
+    assert torch.equal(above_lowest(views).flatten(1), wanted)

@@ -7,9 +7,13 @@ from voxelstem.table import Table
 OBJECTIVES = Table(
     "objective",
     {
+        "anatomy": "voxelstem.objectives.anatomy:Anatomy",
         "dino": "voxelstem.objectives.dino:Dino",
+        "disentangle": "voxelstem.objectives.disentangle:Disentangle",
         "jepa": "voxelstem.objectives.jepa:Jepa",
+        "longitudinal": "voxelstem.objectives.longitudinal:Longitudinal",
         "mae": "voxelstem.objectives.mae:Mae",
+        "segmentation_prior": "voxelstem.objectives.segmentation_prior:SegmentationPrior",
         "siglip": "voxelstem.objectives.siglip:Siglip",
     },
 )

@@ -27,6 +27,12 @@ RECIPES = Table(
         "ct.spectre_stage1_paper": "voxelstem.recipes.ct:spectre_stage1_paper",
         "ct.spectre_dinov1": "voxelstem.recipes.ct:spectre_dinov1",
         "ct.spectre_mae": "voxelstem.recipes.ct:spectre_mae",
+        "brain_mri.base": "voxelstem.recipes.brain_mri:base",
+        "brain_mri.ssl3d": "voxelstem.recipes.brain_mri:ssl3d",
+        "brain_mri.fomo25": "voxelstem.recipes.brain_mri:fomo25",
+        "brain_mri.tiny": "voxelstem.recipes.brain_mri:tiny",
+        "brain_mri.tiny_ssl3d": "voxelstem.recipes.brain_mri:tiny_ssl3d",
+        "brain_mri.tiny_fomo25": "voxelstem.recipes.brain_mri:tiny_fomo25",
     },
 )
 

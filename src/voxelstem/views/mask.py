@@ -5,12 +5,17 @@ Nothing here depends on how a batch is shared out among processes: a view is jud
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from voxelstem.chance import Chance
 
+Background = Literal["counts", "ignored"]
+Triple = tuple[int, int, int]
 DIGITS = 24
 """Binary digits of a stratified number."""
 AT_ONCE, NEVER = 32, 1 << 40
@@ -98,3 +103,53 @@ def _cuboids(chance: Chance, grid: tuple[int, int, int]) -> list[Bool[Tensor, "r
         at = torch.arange(side, device=drawn.device)
         inside.append((at >= start[..., None]) & (at < (start + length)[..., None]))
     return inside
+
+
+def draw_blocks(chance: Chance, grid: Triple, *, ratio: float) -> Bool[Tensor, "row block"]:
+    """Hide exactly `round(ratio * blocks)` of the blocks of each row of `chance`, any as likely as another."""
+    blocks = math.prod(grid)
+    order = chance.purpose("blocks").uniform(blocks).argsort(dim=1, stable=True)
+    masked = torch.zeros(len(chance), blocks, dtype=torch.bool, device=order.device)
+    return masked.scatter_(1, order[:, : round(ratio * blocks)], value=True)
+
+
+def draw_voxels(chance: Chance, size_ijk: Triple, *, block_ijk: Triple, ratio: float) -> Bool[Tensor, "row 1 i j k"]:
+    """Hide blocks of voxels: exactly the share `ratio` of the blocks that a view of `size_ijk` has (`draw_blocks`).
+
+    Raises:
+        ValueError: blocks of `block_ijk` voxels do not fill the view.
+    """
+    if any(size % block for size, block in zip(size_ijk, block_ijk, strict=True)):
+        raise ValueError(f"blocks of {block_ijk} voxels must fill a view, got one of {size_ijk}")
+    i, j, k = (size // block for size, block in zip(size_ijk, block_ijk, strict=True))
+    voxels = draw_blocks(chance, (i, j, k), ratio=ratio).unflatten(1, (1, i, j, k))
+    for axis, block in enumerate(block_ijk, start=2):
+        voxels = voxels.repeat_interleave(block, dim=axis)
+    return voxels
+
+
+def above_lowest(views: Float[Tensor, "row channel i j k"]) -> Bool[Tensor, "row channel i j k"]:
+    """Which voxels of a view are more than the lowest value in it.
+
+    Air that was set to one value, a face that was removed and all that lies outside of a scan hold the scan's lowest
+    value. A view in which there is nothing of the kind loses a voxel or two.
+    """
+    return views > views.amin(dim=(1, 2, 3, 4), keepdim=True)
+
+
+def countable(
+    views: Float[Tensor, "row channel i j k"],
+    flags: Float[Tensor, "row channel i j k"] | None = None,
+    *,
+    background: Background,
+) -> Bool[Tensor, "row channel i j k"] | None:
+    """Which voxels count in a loss; None: all of them.
+
+    Where background is ignored, those at the lowest value of their view do not (`above_lowest`), and those whose flag
+    is 0 never do: a face that was blurred, whatever a mask that came with the scan leaves out.
+    """
+    found = None if flags is None else (flags > 0).expand_as(views)
+    if background == "counts":
+        return found
+    above = above_lowest(views)
+    return above if found is None else above & found

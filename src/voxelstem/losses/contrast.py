@@ -1,0 +1,69 @@
+"""Two views of each of many subjects: alike within a pair, unlike (NT-Xent) or spread out (VICReg) among pairs.
+
+Rows are those of all processes (`distributed.rows`), so that every process computes the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def nt_xent(
+    one: Float[Tensor, "row dim"], other: Float[Tensor, "row dim"], *, temperature: float = 0.1
+) -> Float[Tensor, ""]:
+    """Cross-entropy of finding a view's partner among all other views of the batch (Chen et al. 2020, SimCLR).
+
+    Similarity is the cosine by `temperature`; each of the 2 * row views is asked once, never about itself.
+    """
+    # A lower precision here would lose what decides about the first among many.
+    with torch.autocast(one.device.type, enabled=False):
+        views = F.normalize(torch.cat([one, other]).float(), dim=1)
+        logits = views @ views.T / temperature
+    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+    partner = torch.arange(len(views), device=views.device).roll(len(one))
+    return F.cross_entropy(logits.masked_fill(itself, -torch.inf), partner)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vicreg:
+    """The three parts of VICReg before their weights (25, 25 and 1 in the paper)."""
+
+    invariance: Float[Tensor, ""]
+    variance: Float[Tensor, ""]
+    covariance: Float[Tensor, ""]
+
+
+def vicreg(
+    one: Float[Tensor, "row dim"], other: Float[Tensor, "row dim"], *, deviation: float = 1.0, eps: float = 1e-4
+) -> Vicreg:
+    """Partners alike, each column spread at least by `deviation`, columns uncorrelated (Bardes et al. 2021).
+
+    Invariance is the mean squared difference. Variance is how far a column's standard deviation falls short, averaged
+    over columns and over both sides. Covariance is the sum of squares beside the diagonal by the number of columns,
+    summed over both sides.
+
+    Raises:
+        ValueError: fewer than two rows, of which no variance is.
+    """
+    if len(one) < 2:  # noqa: PLR2004 - a variance
+        raise ValueError(f"vicreg needs two rows or more, got {len(one)}")
+    with torch.autocast(one.device.type, enabled=False):
+        sides = [side.float() for side in (one, other)]
+        short = [F.relu(deviation - (side.var(dim=0) + eps).sqrt()).mean() for side in sides]
+        shared = [_squares_beside_diagonal(side) for side in sides]
+        return Vicreg(
+            invariance=F.mse_loss(sides[0], sides[1]),
+            variance=torch.stack(short).mean(),
+            covariance=torch.stack(shared).sum(),
+        )
+
+
+def _squares_beside_diagonal(side: Float[Tensor, "row dim"]) -> Float[Tensor, ""]:
+    centred = side - side.mean(dim=0)
+    covariance = centred.T @ centred / (len(side) - 1)
+    return (covariance.square().sum() - covariance.diagonal().square().sum()) / side.shape[1]

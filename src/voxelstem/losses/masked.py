@@ -1,0 +1,45 @@
+"""Errors of reconstructed voxels: over what was hidden, over everything, and never over what does not count."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from voxelstem.losses.terms import Average, Counted, alone, counted_mean
+
+
+def masked_mse(
+    predicted: Float[Tensor, "*shape"],
+    truth: Float[Tensor, "*shape"],
+    masked: Bool[Tensor, "*shape"],
+    *,
+    counted: Bool[Tensor, "*shape"] | None = None,
+    average: Average = alone,
+) -> Counted:
+    """Squared error summed over masked voxels, by their number (He et al. 2021; nnssl's masked autoencoder).
+
+    Voxels that are not `counted` (background, a face that was removed) are in neither sum. With `~masked` it is the
+    error of the visible ones: a term of its own, with a weight of its own.
+    """
+    where = masked if counted is None else masked & counted
+    return counted_mean((predicted.float() - truth.float()).square(), where, average=average)
+
+
+def smooth_l1(
+    predicted: Float[Tensor, "*shape"],
+    truth: Float[Tensor, "*shape"],
+    *,
+    beta: float = 0.1,
+    counted: Bool[Tensor, "*shape"] | None = None,
+    average: Average = alone,
+) -> Counted:
+    """Mean of d^2 / (2 beta) where the distance d is below `beta`, of d - beta / 2 where it is not (Girshick 2015).
+
+    Over all voxels, or over those that are `counted`. FOMO25's winner reconstructs with beta 0.1.
+    """
+    errors = F.smooth_l1_loss(predicted.float(), truth.float(), reduction="none", beta=beta)
+    return counted_mean(
+        errors, torch.ones_like(errors, dtype=torch.bool) if counted is None else counted, average=average
+    )

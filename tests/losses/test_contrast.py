@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from voxelstem.losses.contrast import nt_xent, vicreg
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(5, 4, generator=generator)
+    return one, one + 0.5 * torch.randn(5, 4, generator=generator)
+
+
+def naive_nt_xent(one: np.ndarray, other: np.ndarray, temperature: float) -> float:
+    """Chen et al. 2020, equation 1, one view after another."""
+    views = [row / np.linalg.norm(row) for row in np.concatenate([one, other]).astype(float)]
+    count, costs = len(one), []
+    for i, view in enumerate(views):
+        others = [math.exp(float(view @ views[k]) / temperature) for k in range(len(views)) if k != i]
+        own = math.exp(float(view @ views[(i + count) % len(views)]) / temperature)
+        costs.append(-math.log(own / sum(others)))
+    return sum(costs) / len(costs)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_nt_xent_equals_its_naive_twin(pair, temperature: float) -> None:
+    expected = naive_nt_xent(*(side.numpy() for side in pair), temperature)
+    assert float(nt_xent(*pair, temperature=temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nt_xent_has_its_closed_forms() -> None:
+    # Where all views are one, each of the 2n - 1 others is as near as the partner.
+    assert float(nt_xent(torch.ones(4, 3), torch.ones(4, 3))) == pytest.approx(math.log(7), rel=1e-5)
+    # Pairs at cosine 1, others at 0: log(1 + (2n - 2) exp(-1 / t)).
+    expected = math.log(1 + 6 * math.exp(-2))
+    assert float(nt_xent(torch.eye(4), torch.eye(4), temperature=0.5)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nt_xent_asks_nothing_of_lengths_or_of_the_order_of_pairs(pair) -> None:
+    one, other = pair
+    wanted = nt_xent(one, other)
+    torch.testing.assert_close(nt_xent(3 * one, 0.2 * other), wanted)
+    torch.testing.assert_close(nt_xent(one.flip(0), other.flip(0)), wanted)
+    torch.testing.assert_close(nt_xent(other, one), wanted)
+
+
+def test_a_lower_precision_around_it_changes_nothing(pair) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nt_xent(*pair), vicreg(*pair).covariance
+    torch.testing.assert_close(found, (nt_xent(*pair), vicreg(*pair).covariance), rtol=0, atol=0)
+
+
+def naive_vicreg(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    rows, columns = one.shape
+    invariance = sum((a - b) ** 2 for a, b in zip(one.ravel(), other.ravel(), strict=True)) / one.size
+    variance = covariance = 0.0
+    for side in (one, other):
+        means = [sum(side[:, c]) / rows for c in range(columns)]
+        for c in range(columns):
+            for d in range(columns):
+                shared = sum((row[c] - means[c]) * (row[d] - means[d]) for row in side) / (rows - 1)
+                if c == d:
+                    variance += max(0.0, 1 - math.sqrt(shared + 1e-4)) / columns / 2
+                else:
+                    covariance += shared**2 / columns
+    return invariance, variance, covariance
+
+
+def test_vicreg_equals_its_naive_twin(pair) -> None:
+    found = vicreg(*(0.8 * side for side in pair))
+    wanted = naive_vicreg(*(0.8 * side.double().numpy() for side in pair))
+    assert [float(found.invariance), float(found.variance), float(found.covariance)] == pytest.approx(wanted, rel=1e-4)
+    assert found.variance > 0
+
+
+def test_vicreg_has_its_closed_forms() -> None:
+    same = vicreg(torch.ones(3, 2), torch.ones(3, 2))
+    assert [float(same.invariance), float(same.covariance)] == [0.0, 0.0]
+    assert float(same.variance) == pytest.approx(1 - 0.01)
+    # Two columns that are one: all their variance, 4, is shared.
+    twice = torch.tensor([[2.0, 2.0], [-2.0, -2.0], [0.0, 0.0]])
+    found = vicreg(twice, twice)
+    assert float(found.variance) == 0.0
+    assert float(found.covariance) == pytest.approx(2 * 4**2)
+
+
+def test_one_row_has_no_variance() -> None:
+    with pytest.raises(ValueError, match="two rows or more, got 1"):
+        vicreg(torch.ones(1, 2), torch.ones(1, 2))
