@@ -108,7 +108,17 @@ def test_every_module_has_its_mirrored_test():
 
 
 def test_every_mirrored_test_has_its_module():
-    alone = ("architecture", "bad_input", "contracts", "end_to_end", "faults", "parity", "planted", "torchrun")
+    alone = (
+        "architecture",
+        "bad_input",
+        "contracts",
+        "end_to_end",
+        "faults",
+        "parity",
+        "planted",
+        "real_brains",
+        "torchrun",
+    )
     standing_alone = {f"test_{name}.py" for name in alone}
     tests = [path.relative_to(ROOT / "tests") for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     files = {test: test.name.removeprefix("test_").replace("init.py", "__init__.py") for test in tests}
