@@ -139,7 +139,7 @@ def test_a_finer_grid_is_scipys_linear_interpolation(
     np.testing.assert_allclose(result[0].ravel(), expected, atol=2e-3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(shape=SIZES, have=EDGES, wanted=EDGES, seed=SEEDS)
 def test_any_grid_is_the_naive_triangle_line_by_line(
     shape: tuple[int, int, int], have: tuple[float, ...], wanted: tuple[float, float, float], seed: int
