@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem import adapt
-from voxelstem.card import Card, write_weights
-from voxelstem.errors import AuditError, ConfigError
+from voxelstem import adapt, evaluate
+from voxelstem.card import Card, read_card, write_weights
+from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, split_of, write
@@ -224,3 +224,59 @@ def test_arrays_of_a_head_survive_the_disk(place: Path, tmp_path: Path) -> None:
     again = adapt.run(**arguments(place, tmp_path / "again"))  # pyright: ignore[reportArgumentType]
     for name, array in adapt.read_run(again).head.arrays.items():
         np.testing.assert_array_equal(array, head.arrays[name])
+
+
+def unet_weights(folder: Path) -> Path:
+    architecture = {"name": "unet", "features": (4, 8), "depths": (1, 1), "strides": (1, 2), "block_ijk": (16, 16, 16)}
+    model = make_model(Card(architecture=architecture, spec=SPEC), seed=0)
+    write_weights(folder / "unet", model.backbone.state_dict(), model.card)
+    return folder / "unet"
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"), [("segment", "labels.json"), ("classify", "contrast.csv"), ("regress", "ages.csv")]
+)
+def test_a_whole_network_is_trained_kept_and_scored_beside_itself_from_scratch(
+    place: Path, tmp_path: Path, task: str, labels: str
+) -> None:
+    if task == "regress":
+        rows = (place / "contrast.csv").read_text().splitlines()[1:]
+        ages = [f"{row.split(',')[0]},{40 + index}" for index, row in enumerate(rows)]
+        (place / labels).write_text("\n".join(["subject,value", *ages]) + "\n")
+    weights, truth = unet_weights(tmp_path), place / labels
+    out = adapt.run(
+        weights=weights,
+        store=place / "store",
+        labels=truth,
+        task=task,
+        mode="full",
+        out=tmp_path / "run",
+        budget=2,
+        settings={"full.steps": 2, "full.schedule": "sawtooth", "full.warm_up": 0.2},
+    )
+    read = adapt.read_run(out)
+    assert read.config.full is not None
+    assert (read.config.full.steps, read.config.full.schedule) == (2, "sawtooth")
+    card = read_card(out / "weights")
+    assert card.parent == read_card(weights).sha256
+    assert card.spec == SPEC
+    found = evaluate.run([out], store=place / "store", labels=truth, out=tmp_path / "report")
+    names = {score.name for score in found.scores}
+    assert {"run", "scratch", "intensity"} <= names
+    assert any("NOT MEASURED" in line for line in found.checked) == (task != "segment")
+
+
+def test_a_run_whose_weights_say_another_spacing_is_refused(place: Path, tmp_path: Path) -> None:
+    out = adapt.run(**arguments(place, tmp_path))
+    path = out / "weights" / "config.json"
+    card = json.loads(path.read_text())
+    card["spec"]["spacing_mm"] = [4.0, 4.0, 4.0]
+    path.unlink()
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="fitted to scans fed with another spacing_mm"):
+        adapt.read_run(out)
+
+
+def test_a_task_that_cannot_train_whole_networks_says_which_modes_it_has(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="zeroshot has no mode 'full'"):
+        adapt.run(**arguments(place, tmp_path, task="zeroshot", mode="full"))

@@ -143,6 +143,34 @@ def test_run_again_it_skips_what_is_done_and_heals_what_is_damaged(scans: Path, 
     assert manifest(tmp_path / "out") == table
 
 
+def test_fomo_s_probes_find_one_vector_a_case_under_the_name_of_its_file(scans: Path, tmp_path: Path):
+    out, how = tmp_path / "out", EmbedConfig(layout="fomo")
+    embed.run([scans], weights=weights(tmp_path), out=out, how=how)
+    given = {path.stem: np.load(path) for path in out.glob("*.npy")}
+    kept = {path.stem: np.load(path)["scan"] for path in out.glob("*.npz")}
+    assert given.keys() == {f"{TOKENS[0]}_one", f"other_{TOKENS[0]}"}
+    assert sorted(row.tolist() for row in given.values()) == sorted(row.tolist() for row in kept.values())
+    assert all(row.dtype == np.float32 and row.ndim == 1 for row in given.values())
+    for path in out.glob("*.npy"):
+        path.unlink()
+    embed.run([scans], weights=tmp_path / "weights0", out=out, how=how)  # what is embedded is not embedded again
+    assert {path.stem for path in out.glob("*.npy")} == given.keys()
+
+
+def test_subject_and_contrast_are_written_apart_where_the_network_tells_them_apart(tmp_path: Path):
+    architecture = {"name": "disentangled", "width": 2, "levels": 2, "latent": 3, "block_ijk": (8, 8, 8)}
+    spec = InputSpec(spacing_mm=(6.0, 6.0, 6.0), block_ijk=(8, 8, 8))
+    made = make_model(Card(architecture=architecture, spec=spec), seed=0)
+    write_weights(tmp_path / "weights", made.backbone.state_dict(), made.card)
+    (tmp_path / "scans").mkdir()
+    scan(tmp_path / "scans" / "case7.nii.gz", 1)
+    out = tmp_path / "out"
+    embed.run([tmp_path / "scans"], weights=tmp_path / "weights", out=out, how=EmbedConfig(layout="fomo", pool="cls"))
+    whole, subject, contrast = (np.load(out / part / "case7.npy") for part in ("", "subject", "contrast"))
+    assert np.array_equal(whole, np.concatenate([subject, contrast]))
+    assert subject.shape == contrast.shape == (3,)
+
+
 def test_tokens_asked_for_later_are_added(scans: Path, tmp_path: Path):
     where = {"weights": weights(tmp_path), "out": tmp_path / "out"}
     embed.run([scans / "other"], **where)
@@ -323,6 +351,7 @@ embed.run([Path(sys.argv[1])], weights=sys.argv[2], out=Path(sys.argv[3]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_write_what_one_would(scans: Path, tmp_path: Path):
     where = weights(tmp_path)
     scan(scans / "third" / "ct.nii.gz", 7)

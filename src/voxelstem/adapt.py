@@ -1,4 +1,4 @@
-"""Adapt: frozen weights + few labels -> a task head, in a run folder that `evaluate` and `predict` can read."""
+"""Adapt: weights + few labels -> a task head, in a run folder for `evaluate`. Only mode `full` changes the weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from voxelstem.aligned import Aligned, read_aligned
-from voxelstem.card import check_commercial, link_files, members, read_card, write_weights
+from voxelstem.card import Card, check_commercial, link_files, members, read_card, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.embed import embed_volume_cached
 from voxelstem.embedding import Embedding
 from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Features, Head, Task
 from voxelstem.store import Record, Store
 from voxelstem.table import closest
 from voxelstem.tasks import TASKS
-from voxelstem.truth import Truth, class_names, draw, is_aligned, read_truth
+from voxelstem.truth import Truth, class_names, draw, is_aligned, of_contrast, read_truth
 from voxelstem.weights.hub import fetch, load
 
+FULL = "full"
+"""The mode that leaves nothing frozen; tasks say by `tunable` that they know it."""
 FeaturesOf = Callable[[str], Features]
 """Gives the frozen features of the volume with this key."""
 
@@ -50,6 +54,8 @@ class AdaptConfig:
     """Claim commercial use, here and when this run is evaluated: weights whose licence forbids it are refused."""
     features: str | None = None
     """Folder in which features rest, for several runs to share; inside the run if None."""
+    full: FinetuneConfig | None = None
+    """How the whole network is trained, in mode `full`."""
     head: Any
     """The task's own settings."""
 
@@ -112,19 +118,12 @@ def run(
             hint="choose another --out, or remove this folder first",
         )
     opened = Store.open(store)
-    fitting = _aligned_fitting if is_aligned(config.head) else _plain_fitting
     work = out.with_name(f".{out.name}.unfinished")
-    plan = fitting(weights, config, opened, labels)
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        rest = Path(config.features) if config.features else work / "features"
-        features = plan.features(rest)
-        with progress("adapt: embed", len(plan.records)) as advance:
-            taken = examples_of(opened, plan.records, plan.truth, features, config.head)
-            examples = list(_counted(taken, advance))
-        head, model, records = plan.fit(examples), plan.model, plan.records
-        _write(work, config, head, model, records)
-        _keep_weights(work / "weights", weights, model, text=is_aligned(config.head))
+        if config.mode == FULL:
+            _tune_whole(weights, config, opened, labels, work)
+        else:
+            _fit_head(weights, config, opened, labels, work)
         if out.exists():
             out.rmdir()
         work.rename(out)
@@ -136,6 +135,41 @@ def run(
             hint="check the folder's rights and free some space, then run the same command again",
         ) from error
     return out
+
+
+def _fit_head(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> None:
+    """Embed the labelled scans, fit the head and write the run."""
+    fitting = _aligned_fitting if is_aligned(config.head) else _plain_fitting
+    plan = fitting(weights, config, store, labels)
+    work.mkdir(parents=True, exist_ok=True)
+    rest = Path(config.features) if config.features else work / "features"
+    features = plan.features(rest)
+    with progress("adapt: embed", len(plan.records)) as advance:
+        taken = examples_of(store, plan.records, plan.truth, features, config.head)
+        examples = list(_counted(taken, advance))
+    _write(work, config, plan.fit(examples), plan.model.card, plan.records)
+    _keep_weights(work / "weights", weights, plan.model, text=is_aligned(config.head))
+
+
+def _tune_whole(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> None:
+    """Train network and head together and write the run, its weights being the trained ones."""
+    model, truth, records, classes = _labelled(weights, config, store, labels)
+    asked, full = Asked.of(config.task, config.head, truth, classes), config.full or FinetuneConfig()
+    head, card, tensors = tune(model, store, records, asked, full, seed=config.seed)
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work / "weights", ignore_errors=True)
+    card = write_weights(work / "weights", tensors, card)
+    _write(work, config, head, card, records)
+
+
+def speaker(adapted: Adapted, model: Model, store: Store) -> FeaturesOf:
+    """What the network of a run in mode `full` says of scans, by the InputSpec that it was trained with.
+
+    Raises:
+        CheckpointError: head and weights belong to different runs.
+    """
+    asked = Asked(task=adapted.config.task, voxels=adapted.task.voxels, classes=adapted.head.classes, targets={})
+    return Speaker(model, adapted.head, store, asked, adapted.config.full or FinetuneConfig())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,12 +185,7 @@ class _Plan:
 
 def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
     task: Task = config.head
-    if labels is None:
-        raise ConfigError(f"{config.task} learns from labels", hint="add --labels")
-    model = _model(weights, config)
-    truth = read_truth(store, labels, task, model.spec)
-    records = draw(truth, config.budget, config.seed, voxels=task.voxels)
-    classes = class_names(truth, records, voxels=task.voxels)
+    model, truth, records, classes = _labelled(weights, config, store, labels)
     return _Plan(
         model=model,
         truth=truth,
@@ -164,6 +193,21 @@ def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, label
         features=lambda folder: embedder(model, store, folder, tokens=task.voxels),
         fit=lambda examples: task.fit(examples, classes, mode=config.mode, seed=config.seed),
     )
+
+
+def _labelled(
+    weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None
+) -> tuple[Model, Truth, tuple[Record, ...], tuple[str, ...]]:
+    """The model, what is known, whose scans are learned from, and the classes."""
+    task: Task = config.head
+    if labels is None:
+        raise ConfigError(f"{config.task} learns from labels", hint="add --labels")
+    model = _model(weights, config)
+    truth = read_truth(store, labels, task, model.spec)
+    if config.full is not None:
+        truth = of_contrast(truth, config.full.contrasts)
+    records = draw(truth, config.budget, config.seed, voxels=task.voxels)
+    return model, truth, records, class_names(truth, records, voxels=task.voxels)
 
 
 def _aligned_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
@@ -196,14 +240,16 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         ConfigError: unknown task, a mode that this task has not, or a setting that does not exist.
     """
     kind = TASKS[task]
-    if mode not in kind.modes:
-        raise ConfigError(f"task {task} has no mode '{mode}'", hint=closest(mode, list(kind.modes)))
+    modes = [*kind.modes, *([FULL] if getattr(kind, "tunable", False) else [])]
+    if mode not in modes:
+        raise ConfigError(f"task {task} has no mode '{mode}'", hint=closest(mode, modes))
     taken = {"task", "mode", "budget"} & set(settings)
     if taken:
         name = sorted(taken)[0]
         raise ConfigError(f"'{name}' is not a setting here", hint=f"use --{name}")
     try:
-        config = AdaptConfig(task=task, mode=mode, budget=budget, head=kind())
+        full = FinetuneConfig() if mode == FULL else None
+        config = AdaptConfig(task=task, mode=mode, budget=budget, full=full, head=kind())
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return overlay(config, settings)
@@ -220,6 +266,7 @@ def examples_of(
             features=features(record.key),
             affine_ras=record.affine_ras,
             label=truth.labels.get(record.subject),
+            value=truth.values.get(record.subject),
             findings=truth.findings.get(record.subject),
             labels=store.labels(record.key) if task.voxels else None,
         )
@@ -279,8 +326,8 @@ def read_run(folder: Path) -> Adapted:
         about = json.loads((folder / "head.json").read_text(encoding="utf-8"))
         arrays = load_file(folder / "head.safetensors")
         settings = read_toml(folder / "config.toml")
-        bare = AdaptConfig(task=str(settings["task"]), mode=str(settings["mode"]), head=TASKS[settings["task"]]())
-        config = overlay(bare, settings)
+        _check_spec(folder, facts["spec"])
+        config = overlay(resolve(str(settings["task"]), str(settings["mode"]), budget=None, settings={}), settings)
         return Adapted(
             name=folder.name,
             config=config,
@@ -293,6 +340,17 @@ def read_run(folder: Path) -> Adapted:
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the run '{folder.name}' is damaged: {error}", hint="adapt again") from error
+
+
+def _check_spec(folder: Path, fitted: Mapping[str, Any]) -> None:
+    """See that scans are fed to a head as they were when it was fitted."""
+    now = json.loads(json.dumps(dataclasses.asdict(read_card(folder / "weights").spec)))
+    other = sorted(name for name, value in fitted.items() if now.get(name) != value)
+    if other:
+        raise CheckpointError(
+            f"the run '{folder.name}' was fitted to scans fed with another {other[0]} than its weights now say",
+            hint="put the run's own weights back: spacing and normalisation belong to the head",
+        )
 
 
 def _model(weights: str | Path, config: AdaptConfig) -> Model:
@@ -314,7 +372,7 @@ def _counted(items: Iterator[Example], advance: Callable[[], None]) -> Iterator[
         advance()
 
 
-def _write(folder: Path, config: AdaptConfig, head: Head, model: Model, records: Sequence[Record]) -> None:
+def _write(folder: Path, config: AdaptConfig, head: Head, card: Card, records: Sequence[Record]) -> None:
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     save_file({name: np.ascontiguousarray(array) for name, array in head.arrays.items()}, folder / "head.safetensors")
     (folder / "head.safetensors").chmod(0o644)
@@ -324,8 +382,8 @@ def _write(folder: Path, config: AdaptConfig, head: Head, model: Model, records:
         "labelled": [record.key for record in records],
         "subjects": sorted({record.subject for record in records}),
         "classes": head.classes,
-        "sha256": model.card.sha256,
-        "spec": dataclasses.asdict(model.spec),
+        "sha256": card.sha256,
+        "spec": dataclasses.asdict(card.spec),
     }
     (folder / "adapt.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

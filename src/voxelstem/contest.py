@@ -11,15 +11,18 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float
 
-from voxelstem import baselines
-from voxelstem.adapt import FeaturesOf, embedder, examples_of, projector
+from voxelstem import baselines, metrics
+from voxelstem.adapt import AdaptConfig, FeaturesOf, embedder, examples_of, projector
 from voxelstem.aligned import Aligned
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
 from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Example, Head, Task
 from voxelstem.store import Record, Store
-from voxelstem.study import InputSpec
+from voxelstem.study import VOLUME_LABEL, InputSpec
 from voxelstem.tasks.classify import Classify, Guess, majority
+from voxelstem.tasks.regress import Measured
 from voxelstem.tasks.segment import compare, numbered
 from voxelstem.tasks.zeroshot import HALF, Answer, Zeroshot, shares, truth_of
 from voxelstem.truth import Truth
@@ -34,6 +37,16 @@ class Blind:
     tokens_affine_ras: None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vector:
+    """Features of a scan that are numbers somebody measured."""
+
+    scan: Float[np.ndarray, " column"]
+    tokens: None = None
+    tokens_affine_ras: None = None
+
+
+MORPHOMETRY = "morphometry"
 INITS = 3
 """How many untrained networks stand for `scratch`."""
 Outcomes = dict[str, Any]
@@ -66,9 +79,13 @@ class Contest:
         return self._join((example.subject, self.task.outcome(head, example)) for example in examples)
 
     def fit_and_score(self, features: FeaturesOf) -> Outcomes:
-        """Fit the task's head to these features of the labelled scans, then score it."""
+        """Fit the task's head to these features of the labelled scans, then score it.
+
+        What competes with a network that was trained whole is fitted in the task's usual mode.
+        """
         examples = list(examples_of(self.store, self.labelled, self.truth, features, self.task))
-        head = self.task.fit(examples, self.classes, mode=self.mode, seed=self.seed)
+        mode = self.mode if self.mode in self.task.modes else self.task.modes[0]
+        head = self.task.fit(examples, self.classes, mode=mode, seed=self.seed)
         return self.score(head, features)
 
     def calibrated(self, head: Head, features: FeaturesOf) -> Head:
@@ -96,6 +113,26 @@ class Contest:
             (record.subject, Guess(truth=self.classes.index(self.truth.labels[record.subject]), scores=shares))
             for record in self.tested
         )
+
+    def average(self) -> Outcomes:
+        """Say of every scan the mean of the labelled subjects' numbers."""
+        values = self.truth.values
+        mean = metrics.mean([values[subject] for subject in sorted({record.subject for record in self.labelled})])
+        return self._join(
+            (record.subject, Measured(truth=values[record.subject], predicted=mean)) for record in self.tested
+        )
+
+    def morphometry(self) -> Outcomes | None:
+        """What volumes of structures alone can do; None where no volume is known of all scans."""
+        records = (*self.labelled, *self.tested)
+        shared = set[str].intersection(*(set(record.labels) for record in records))
+        columns = sorted(name for name in shared if name.startswith(VOLUME_LABEL))
+        if not columns:
+            return None
+        rows = {
+            record.key: Vector(scan=np.array([float(record.labels[name]) for name in columns])) for record in records
+        }
+        return self.fit_and_score(rows.__getitem__)
 
     def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:
         """Carry the labels of the labelled scan with the most similar body over each held-out scan."""
@@ -139,13 +176,36 @@ def plain_baselines(contest: Contest, model: Model, folder: Path) -> dict[str, R
         for seed in range(INITS):
             fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=voxels)
             untrained.append(contest.fit_and_score(counted(fresh, advance, note="scratch")))
-        bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
-        bright = contest.fit_and_score(counted(bright, advance, note="intensity"))
-        floor = once(contest.atlas(model.spec, advance) if voxels else contest.majority())
-        if not voxels:
-            advance(scans, note="majority")
+        simple = simple_baselines(contest, model, advance)
     scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
-    return {"scratch": scratch, "intensity": once(bright), "atlas" if voxels else "majority": floor}
+    return {"scratch": scratch} | simple
+
+
+def tuned_baselines(contest: Contest, model: Model, config: AdaptConfig) -> dict[str, Repeats]:
+    """What a network that was trained whole must beat: itself from scratch, with the same labels, steps and seed."""
+    untrained, full = model.scratch(seed=config.seed), config.full or FinetuneConfig()
+    asked = Asked.of(config.task, contest.task, contest.truth, contest.classes)
+    head, card, tensors = tune(untrained, contest.store, contest.labelled, asked, full, seed=config.seed)
+    untrained.backbone.load_state_dict(tensors)
+    speaker = Speaker(dataclasses.replace(untrained, card=card), head, contest.store, asked, full)
+    scans = len(contest.labelled) + len(contest.tested)
+    with progress("evaluate: baselines", 2 * scans + len(contest.tested)) as advance:
+        scratch = once(contest.score(head, counted(speaker, advance, note="scratch")))
+        return {"scratch": scratch} | simple_baselines(contest, model, advance)
+
+
+def simple_baselines(contest: Contest, model: Model, advance: Advance) -> dict[str, Repeats]:
+    """What can be done without a network: by intensities, by what is usual, and by volumes where they are known."""
+    voxels = contest.task.voxels
+    bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
+    found = {"intensity": once(contest.fit_and_score(counted(bright, advance, note="intensity")))}
+    if voxels:
+        return found | {"atlas": once(contest.atlas(model.spec, advance))}
+    name, usual = ("mean", contest.average) if contest.truth.values else ("majority", contest.majority)
+    found[name] = once(usual())
+    advance(len(contest.labelled) + len(contest.tested), note=name)
+    measured = contest.morphometry()
+    return found | ({} if measured is None else {MORPHOMETRY: once(measured)})
 
 
 def zeroshot_baselines(contest: Contest, head: Head, space: Aligned, folder: Path) -> dict[str, Repeats]:

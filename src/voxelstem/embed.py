@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from voxelstem.cluster import Cluster
 from voxelstem.distributed import ranks
@@ -39,6 +42,8 @@ from voxelstem.workers import Lost
 SECONDS_BETWEEN_SAVES = 30.0
 BLOCKS_A_SCAN = 50
 """About how many; it decides whether a way that takes seconds to begin is worth trying."""
+ENDINGS = (".gz", ".nii", ".nrrd", ".mha", ".b2nd", ".zip")
+"""Of files with scans, taken off in this order."""
 Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 
@@ -100,22 +105,30 @@ def run(
     def settle() -> Computing:
         return computing_once(named, how, claim(out, _settings(model, feeding, how), choose, here))
 
+    parts = parts_of(model, feeding)
+    also = (lambda task, key: write_vector(out, task, key, parts)) if how.layout == "fomo" else None
     try:
         done = read_rows(out)
         tasks = (replace(task, known=_known(task, done.get(task.name), out, how, key)) for task in found)
         embedder = Embedder(weights=named, sha256=model.card.sha256, how=how, out=out.resolve(), key=key)
         with show("embed", len(found)) as advance:
             if how.cluster is None:
-                return _collect(embedder.map(tasks, settle), out, advance)
+                return _collect(embedder.map(tasks, settle), out, advance, also=also)
             with Cluster(replace(embedder, way=settle().name), how.cluster) as cluster:
-                return _collect(cluster.map(tasks), out, advance)
+                return _collect(cluster.map(tasks), out, advance, also=also)
     except OSError as error:
         raise StoreError(
             f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
         ) from error
 
 
-def _collect(outcomes: Iterable[tuple[Task, Outcome | Lost]], out: Path, advance: Advance) -> EmbedReport:
+def _collect(
+    outcomes: Iterable[tuple[Task, Outcome | Lost]],
+    out: Path,
+    advance: Advance,
+    *,
+    also: Callable[[Task, str], None] | None,
+) -> EmbedReport:
     """Write what comes, and the manifest every now and then."""
     rows: list[Row] = []
     refusals: list[Refused] = []
@@ -132,6 +145,8 @@ def _collect(outcomes: Iterable[tuple[Task, Outcome | Lost]], out: Path, advance
             assert isinstance(outcome, Outcome)  # what is lost has a code
             if outcome.packed:
                 write_whole(out / f"{outcome.row['key']}.npz", outcome.packed)
+            if also is not None:
+                also(task, outcome.row["key"])
             rows.append({**outcome.row, "source": task.name, "code": ""})
             kept, skipped = kept + 1, skipped + outcome.skipped
             for doubt in filter(None, outcome.row.get("warnings", "").split("; ")):
@@ -148,6 +163,35 @@ def _collect(outcomes: Iterable[tuple[Task, Outcome | Lost]], out: Path, advance
     return EmbedReport(kept=kept, skipped=skipped, refused=len(refusals), refusals=tuple(refusals), warnings=warnings)
 
 
+def parts_of(model: Model, feeding: Feeding) -> dict[str, slice]:
+    """Parts of a scan's vector that mean something by themselves: whose scan it is, and in which contrast."""
+    latent = model.backbone.config.latent if hasattr(model.backbone, "latents_of") else 0
+    if not latent or feeding.pool == "mean":
+        return {}
+    return {"subject": slice(0, latent), "contrast": slice(latent, 2 * latent)}
+
+
+def write_vector(out: Path, task: Task, key: str, parts: Mapping[str, slice]) -> None:
+    """Write what FOMO's probes read: `<id>.npy` with one float32 vector a case, and each part in a folder of its name.
+
+    The id is the scan's path below its source, without the ending and with `_` for `/`; of a store the volume's key.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    embedding = read(out / f"{key}.npz")
+    assert embedding is not None  # it was written, or found whole, just now
+    plain = task.relative if task.source else key
+    for ending in ENDINGS:
+        plain = plain.removesuffix(ending)
+    name = plain.strip("/").replace("/", "_") + ".npy"
+    for folder, part in {"": slice(None), **parts}.items():
+        packed = io.BytesIO()
+        np.save(packed, embedding.scan[part].astype(np.float32))
+        (out / folder).mkdir(exist_ok=True)
+        write_whole(out / folder / name, packed.getvalue())
+
+
 def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, tokens: bool) -> Embedding:
     """Embed one volume of the store in fp32, or read what was embedded before by the same weights.
 
@@ -159,7 +203,7 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
         IngestError: the volume is refused.
     """
     card = model.card
-    what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), model.use_scan_level, key, tokens]
+    what = [card.sha256, sorted(card.architecture.items()), card.spec.mark, model.use_scan_level, key, tokens]
     path = cache / (hashlib.sha256(json.dumps(what).encode()).hexdigest() + ".npz")
     known = read(path)
     if known is None:
@@ -182,7 +226,7 @@ def _settings(model: Model, feeding: Feeding, how: EmbedConfig) -> dict[str, obj
         "architecture": dict(sorted(model.card.architecture.items())),
         "scan_level": model.use_scan_level,
         "modality": spec.modality,
-        "window_hu": (spec.low_hu, spec.high_hu),
+        "window_hu": spec.normalisation if spec.per_volume else (spec.low_hu, spec.high_hu),
         "block_ijk": spec.block_ijk,
         "precision": how.precision,
         "spacing_mm": spec.spacing_mm if spec.resampling == "spacing" else spec.resampling,

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -57,6 +57,8 @@ class EmbedConfig:
     """Address of a Ray cluster that embeds in place of this process, see `cluster.Cluster`."""
     commercial: bool = False
     """Claim commercial use: weights whose licence forbids it are refused."""
+    layout: Literal["npz", "fomo"] = "npz"
+    """Only the .npz of each scan, or also `<id>.npy` as FOMO's probes read it: these names come from the files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

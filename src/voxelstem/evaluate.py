@@ -18,9 +18,11 @@ from voxelstem.adapt import (
     open_space,
     projector,
     read_run,
+    speaker,
 )
 from voxelstem.contest import (
     INITS,
+    MORPHOMETRY,
     Contest,
     Outcomes,
     Repeats,
@@ -29,6 +31,7 @@ from voxelstem.contest import (
     once,
     plain_baselines,
     remembered,
+    tuned_baselines,
     zeroshot_baselines,
 )
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
@@ -40,7 +43,7 @@ from voxelstem.report import page
 from voxelstem.store import Record, Store
 from voxelstem.store.leakage import common
 from voxelstem.study import InputSpec
-from voxelstem.truth import Truth, class_names, draw, is_aligned, read_truth
+from voxelstem.truth import Truth, class_names, draw, is_aligned, of_contrast, read_truth
 from voxelstem.weights.hub import load
 
 __all__ = [
@@ -57,7 +60,7 @@ __all__ = [
 ]
 
 REFERENCES = ("scratch", "intensity")
-RESERVED = (*REFERENCES, "atlas", "majority")
+RESERVED = (*REFERENCES, "atlas", "majority", "mean", MORPHOMETRY)
 """Names of baselines, which a run may not carry in the table."""
 
 
@@ -120,6 +123,7 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
             "no subject, scan or identical voxels of this store on both sides of the split; "
             "what the weights saw elsewhere is not checked",
             "baselines fitted to the same labelled scans as each run",
+            *_floor(finished, known),
         ),
         asked=tuple(asked),
     )
@@ -239,13 +243,31 @@ def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commer
             mark=_mark(adapted, space.model) + space.sha256 + str(adapted.head.facts["prompts_sha256"]),
         )
     model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
-    contest = _contest(adapted, store, read_truth(store, labels, adapted.task, model.spec))
+    truth = read_truth(store, labels, adapted.task, model.spec)
+    if adapted.config.full is not None:
+        contest = _contest(adapted, store, of_contrast(truth, adapted.config.full.contrasts))
+        return _Entry(
+            contest=contest,
+            features=speaker(adapted, model, store),
+            baselines=lambda: tuned_baselines(contest, model, adapted.config),
+            mark=_mark(adapted, model),
+        )
+    contest = _contest(adapted, store, truth)
     return _Entry(
         contest=contest,
         features=embedder(model, store, folder, tokens=adapted.task.voxels),
         baselines=lambda: plain_baselines(contest, model, folder),
         mark=_mark(adapted, model),
     )
+
+
+def _floor(finished: Sequence[Adapted], known: Mapping[str, Mapping[str, Repeats]]) -> tuple[str, ...]:
+    """What volumes of structures alone can do of a scan-level task must be known before anything is said of a model."""
+    if all(adapted.task.voxels or is_aligned(adapted.task) for adapted in finished):
+        return ()
+    if any(MORPHOMETRY in baselines for baselines in known.values()):
+        return ("morphometry: a head on volumes of structures alone, fitted to the same labels",)
+    return ("morphometry floor: NOT MEASURED, not every scan of the store has the same `volume:<structure>` labels",)
 
 
 def _question(adapted: Adapted, contest: Contest, name: str) -> dict[str, Any]:

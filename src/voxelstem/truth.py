@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.prompts import Prompts
 from voxelstem.protocols import Task
 from voxelstem.store import Record, Store
-from voxelstem.store.labels import match, read_labels, read_table
+from voxelstem.store.labels import Kind, Label, match, read_labels, read_table
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import InputSpec
 from voxelstem.table import closest
@@ -35,6 +35,8 @@ class Truth:
     """Scan level: every label that occurs. Voxel level: the organs asked for, empty for all that are named."""
     findings: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     """Subject to what is there and what not, for tasks that ask for many things; what nobody knows is not named."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Subject to a number, for tasks that predict one."""
 
     def of(self, split: str) -> tuple[Record, ...]:
         """The labelled scans of one split."""
@@ -59,6 +61,10 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
         truth = Truth(records=_annotated(records, wanted, labels.name), labels={}, classes=wanted)
     elif is_aligned(task):
         return _asked(records, labels, task, spec)
+    elif is_number(task):
+        values = {subject: cast(float, value) for subject, value in _one_each(records, labels, "regress", spec).items()}
+        records = [record for record in records if record.subject in values]
+        truth = Truth(records=tuple(records), labels={}, classes=(), values=values)
     else:
         by_subject = _one_label(records, labels, spec)
         records = [record for record in records if record.subject in by_subject]
@@ -74,6 +80,23 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
 def is_aligned(task: Task) -> bool:
     """Whether a task compares scans with texts, for which weights must have learned from reports: `aligned` says so."""
     return bool(getattr(task, "aligned", False))
+
+
+def is_number(task: Task) -> bool:
+    """Whether a task predicts a number of each scan: `numbers` says so."""
+    return bool(getattr(task, "numbers", False))
+
+
+def of_contrast(truth: Truth, contrasts: Sequence[str]) -> Truth:
+    """Only the scans of the first contrast, which carry the labels of a session; all of them if none is named."""
+    kept = [record for record in truth.records if not contrasts or record.acquisition.contrast == contrasts[0]]
+    if not kept:
+        known = ", ".join(sorted({record.acquisition.contrast for record in truth.records} - {""})) or "not named"
+        raise ConfigError(
+            f"no labelled scan is {contrasts[0]}; the contrasts are {known}",
+            hint="name the contrast that carries the labels first in full.contrasts",
+        )
+    return replace(truth, records=tuple(kept))
 
 
 def draw(
@@ -96,7 +119,7 @@ def draw(
     order = [subjects[index] for index in np.random.default_rng([seed, 11]).permutation(len(subjects))]
     if truth.findings:
         _check_kinds([truth.findings[subject] for subject in order], truth.classes, word)
-    elif not voxels:
+    elif truth.labels and not voxels:
         order = _take_turns(order, truth.labels)
         kinds = len({truth.labels[subject] for subject in order})
         if kinds < 2:  # noqa: PLR2004
@@ -131,9 +154,13 @@ def class_names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tup
 
 def _one_label(records: Sequence[Record], labels: Path, spec: InputSpec) -> dict[str, str]:
     """Subject to label, for those of the records' subjects that have one."""
-    read = match(read_labels(labels, "classify", site_key()), {record.subject for record in records})
+    return {subject: str(label) for subject, label in _one_each(records, labels, "classify", spec).items()}
+
+
+def _one_each(records: Sequence[Record], labels: Path, kind: Kind, spec: InputSpec) -> Mapping[str, Label]:
+    read = match(read_labels(labels, kind, site_key()), {record.subject for record in records})
     _tell_missing(read.missing, read.missing + len(read.labels), spec)
-    return {subject: str(label) for subject, label in read.labels.items()}
+    return read.labels
 
 
 def _tell_missing(missing: int, total: int, spec: InputSpec) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelstem.store.splits import SPLITS, Fractions, split_of
+from voxelstem.store.splits import SPLITS, Fractions, folds, split_of
 
 
 def test_shares_are_met_on_average():
@@ -36,3 +36,19 @@ def test_a_known_subject_stays_where_it_was_in_every_version():
 def test_shares_that_make_no_sense_are_refused(shares):
     with pytest.raises(ValueError, match="add up to 1"):
         Fractions(train=shares[0], validation=shares[1], test=shares[2])
+
+
+@given(count=st.integers(2, 6), more=st.integers(0, 30), seed=st.integers(0, 3))
+def test_folds_hold_everybody_out_once_and_are_of_nearly_equal_size(count: int, more: int, seed: int) -> None:
+    subjects = [f"s{index}" for index in range(count + more)]
+    found = folds(subjects, count, seed=seed)
+    assert sorted(subject for fold in found for subject in fold) == sorted(subjects)
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert folds(subjects[::-1], count, seed=seed) == found
+
+
+def test_other_seeds_make_other_folds_and_too_few_subjects_none() -> None:
+    subjects = [f"s{index}" for index in range(20)]
+    assert folds(subjects, 5, seed=0) != folds(subjects, 5, seed=1)
+    with pytest.raises(ValueError, match="a subject for each"):
+        folds(subjects[:2], 3)

@@ -55,8 +55,10 @@ MEANING = {
     "intensity": "how bright the body (or each patch) is, and nothing else",
     "atlas": "labels of the most similar labelled scan, laid over so that the bodies' boxes match",
     "majority": "the shares of the classes among the labelled scans, without looking at the scan",
+    "mean": "the mean of the labelled subjects' numbers, without looking at the scan",
+    "morphometry": "a head on volumes of structures, as somebody else measured them",
 }
-LESS_IS_BETTER = ("ece",)
+LESS_IS_BETTER = ("ece", "mae")
 NOT_A_DEVICE = "Not a medical device. Nothing here is validated for any diagnosis or treatment."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,3 +45,18 @@ def split_of(subject: str, fractions: Fractions = DEFAULT_FRACTIONS) -> Split:
     if draw < fractions.train:
         return "train"
     return "validation" if draw < fractions.train + fractions.validation else "test"
+
+
+def folds(subjects: Collection[str], count: int, *, seed: int = 0) -> tuple[tuple[str, ...], ...]:
+    """Share subjects out to folds as equal as can be; each subject is held out by exactly one.
+
+    The order in which they are given changes nothing.
+
+    Raises:
+        ValueError: fewer than two folds, or fewer subjects than folds.
+    """
+    known = sorted(set(subjects))
+    if not 2 <= count <= len(known):  # noqa: PLR2004 - one fold holds nobody out
+        raise ValueError(f"need at least 2 folds and a subject for each, got {count} folds of {len(known)} subjects")
+    dealt = sorted(known, key=lambda subject: hashlib.sha256(f"voxelstem fold {seed} {subject}".encode()).digest())
+    return tuple(tuple(sorted(dealt[fold::count])) for fold in range(count))

@@ -8,6 +8,7 @@ TASKS = Table(
     "task",
     {
         "classify": "voxelstem.tasks.classify:Classify",
+        "regress": "voxelstem.tasks.regress:Regress",
         "segment": "voxelstem.tasks.segment:Segment",
         "zeroshot": "voxelstem.tasks.zeroshot:Zeroshot",
     },

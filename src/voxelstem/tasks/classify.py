@@ -31,6 +31,7 @@ class Classify:
     modes: ClassVar[tuple[str, ...]] = ("probe", "knn")
     metrics: ClassVar[tuple[str, ...]] = ("auroc", "balanced_accuracy")
     voxels: ClassVar[bool] = False
+    tunable: ClassVar[bool] = True
 
     neighbours: int = 5
     """How many labelled scans vote in `knn` (fewer if there are fewer)."""

@@ -31,6 +31,7 @@ class Segment:
     modes: ClassVar[tuple[str, ...]] = ("probe",)
     metrics: ClassVar[tuple[str, ...]] = ("dice",)
     voxels: ClassVar[bool] = True
+    tunable: ClassVar[bool] = True
 
     sub: int = 2
     """A token decides on this many cells along each axis of its patch."""

@@ -1,0 +1,83 @@
+"""A window that slides over a scan: places that cover all of it, and what is said there joined to one answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Triple = tuple[int, int, int]
+SIGMA = 0.125
+"""Width of the weights' bell, as a share of the window (nnU-Net, Isensee et al. 2021)."""
+LEAST = 1e-3
+"""Least weight of a voxel: at the scan's corners nothing else says anything."""
+
+
+def starts(size: int, window: int, *, overlap: float) -> list[int]:
+    """Where windows begin along one axis: as few as cover it, evenly spread, overlapping by at least the share.
+
+    >>> starts(10, 4, overlap=0.5), starts(3, 4, overlap=0.5)
+    ([0, 2, 4, 6], [0])
+
+    Raises:
+        ValueError: a window without extent, or an overlap outside [0, 1).
+    """
+    if window < 1 or not 0 <= overlap < 1:
+        raise ValueError(f"need a window of at least 1 voxel and 0 <= overlap < 1, got {window} and {overlap}")
+    left = max(size - window, 0)
+    steps = -(-left // max(int(window * (1 - overlap)), 1))
+    return [round(left * step / max(steps, 1)) for step in range(steps + 1)]
+
+
+def pad(image: Float[Tensor, "channel i j k"], window: Triple, *, outside: float) -> Float[Tensor, "channel a b c"]:
+    """The image, filled up behind with `outside` to at least a window along each axis."""
+    short = [max(want - have, 0) for have, want in zip(image.shape[1:], window, strict=True)]
+    return F.pad(image, [0, short[2], 0, short[1], 0, short[0]], value=outside) if any(short) else image
+
+
+def places(shape_ijk: Triple, window: Triple, *, overlap: float) -> list[Triple]:
+    """The low corner of every window over a scan that is at least as large as one."""
+    over_i, over_j, over_k = (starts(size, side, overlap=overlap) for size, side in zip(shape_ijk, window, strict=True))
+    return list(itertools.product(over_i, over_j, over_k))
+
+
+def bell(window: Triple) -> Float[Tensor, "i j k"]:
+    """Weights of a window's voxels: 1 in its middle, falling off as a Gaussian, nowhere below `LEAST`."""
+    sides = [torch.exp(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (SIGMA * side)).square()) for side in window]
+    return torch.einsum("i,j,k->ijk", *sides).clamp_min(LEAST)
+
+
+def slide(
+    look: Callable[[Float[Tensor, "row channel i j k"]], Float[Tensor, "row kind i j k"]],
+    image: Float[Tensor, "channel i j k"],
+    window: Triple,
+    *,
+    overlap: float = 0.5,
+    outside: float = 0.0,
+) -> Float[Tensor, "kind i j k"]:
+    """What `look` says of every voxel: its answers at all windows, averaged under `bell`.
+
+    Args:
+        look: Gives values on the grid of the window that it is shown.
+        image: One scan, on any device; a scan smaller than the window is padded, and the answer cut again.
+        window: Voxels along each axis.
+        overlap: Share of a window that the next one sees too.
+        outside: What padding holds.
+    """
+    whole = pad(image, window, outside=outside)
+    i, j, k = whole.shape[1:]
+    weights = bell(window).to(image)
+    total, weight = whole.new_zeros(0), whole.new_zeros((i, j, k))
+    for low in places((i, j, k), window, overlap=overlap):
+        box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
+        said = look(whole[(slice(None), *box)][None])[0].to(whole.dtype)
+        if not len(total):
+            total = whole.new_zeros((len(said), i, j, k))
+        total[(slice(None), *box)] += said * weights
+        weight[box] += weights
+    a, b, c = image.shape[1:]
+    return (total / weight)[:, :a, :b, :c]

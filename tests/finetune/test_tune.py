@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from voxelstem.contest import Contest
+from voxelstem.errors import CheckpointError
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, Speaker, tune
+from voxelstem.model import Model, load, make_model
+from voxelstem.protocols import Example, Head
+from voxelstem.store import Record, Store
+from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.regress import Regress
+from voxelstem.tasks.segment import Segment
+from voxelstem.truth import Truth
+
+CONFIG = FinetuneConfig(steps=40, lr=5e-3)
+BALL = Asked(task="segment", voxels=True, classes=("ball",), targets={})
+
+
+def labelled(store: Store) -> list[Record]:
+    return [record for record in store if record.acquisition.contrast == "T1w"]
+
+
+def speaker(model: Model, store: Store, asked: Asked, config: FinetuneConfig) -> tuple[Head, Speaker]:
+    """Tune, and open again what was kept, as `evaluate` does."""
+    head, card, tensors = tune(model, store, labelled(store), asked, config, seed=0)
+    again = make_model(card, seed=9)
+    again.backbone.load_state_dict(tensors)
+    return head, Speaker(replace(again, card=card), head, store, asked, config)
+
+
+def example(store: Store, record: Record, said: object, **truth: object) -> Example:
+    return Example(
+        subject=record.subject,
+        key=record.key,
+        features=said,
+        affine_ras=record.affine_ras,
+        labels=store.labels(record.key),
+        **truth,
+    )
+
+
+def test_a_tuned_network_labels_the_ball_where_it_is(store: Store, unet: Model) -> None:
+    head, say = speaker(unet, store, BALL, CONFIG)
+    task, record = Segment(), labelled(store)[3]
+    said = say(record.key)
+    assert said.tokens is not None
+    assert said.tokens.shape == (18, 20, 14, 2)
+    assert task.outcome(head, example(store, record, said))["ball"] > 0.7
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_two_contrasts_are_seen_together_from_training_to_prediction(store: Store, unet: Model, fusion: str) -> None:
+    config = replace(CONFIG, contrasts=("T1w", "FLAIR"), fusion=fusion, steps=80, lr=2e-2)
+    head, say = speaker(unet, store, BALL, config)
+    record = labelled(store)[3]
+    assert Segment().outcome(head, example(store, record, say(record.key)))["ball"] > 0.5
+
+
+def test_classes_of_scans_are_said_as_probabilities(store: Store, unet: Model) -> None:
+    records = labelled(store)
+    targets = {record.subject: int(int(record.labels["volume:ball"]) > 180) for record in records}
+    asked = Asked(task="classify", voxels=False, classes=("small", "large"), targets=targets)
+    head, say = speaker(unet, store, asked, replace(CONFIG, steps=2))
+    guess = Classify().outcome(head, example(store, records[0], say(records[0].key), label="small"))
+    assert sum(guess.scores) == pytest.approx(1.0)
+
+
+def test_numbers_come_back_in_the_unit_of_the_labels(store: Store, unet: Model) -> None:
+    records = labelled(store)
+    targets = {record.subject: float(record.labels["volume:ball"]) for record in records}
+    asked = Asked(task="regress", voxels=False, classes=(), targets=targets)
+    head, say = speaker(unet, store, asked, replace(CONFIG, steps=1, lr=1e-6))
+    found = [Regress().outcome(head, example(store, one, say(one.key), value=targets[one.subject])) for one in records]
+    # Hardly trained, it says about the mean of what it was shown: not a number near 0.
+    assert np.mean([one.predicted for one in found]) == pytest.approx(np.mean([one.truth for one in found]), rel=0.5)
+
+
+def test_volumes_alone_are_a_floor_where_all_scans_have_them_and_none_where_one_lacks_them(store: Store) -> None:
+    records = labelled(store)
+    sizes = {record.subject: 2 * float(record.labels["volume:ball"]) for record in records}
+    truth = Truth(records=tuple(records), labels={}, classes=(), values=sizes)
+    contest = Contest(
+        store=store,
+        truth=truth,
+        task=Regress(),
+        mode="full",
+        classes=(),
+        labelled=tuple(records[:4]),
+        tested=tuple(records[4:]),
+        seed=0,
+    )
+    found, mean = contest.morphometry(), contest.average()
+    assert found is not None
+    error = Regress().statistic("mae")
+    assert error(list(found.values())) < error(list(mean.values()))
+    without = (*records[:3], replace(records[3], labels={}))
+    assert replace(contest, labelled=without).morphometry() is None
+
+
+def test_a_head_and_weights_of_two_runs_are_refused(store: Store, unet: Model) -> None:
+    asked = Asked(task="regress", voxels=False, classes=(), targets={r.subject: 1.0 for r in labelled(store)})
+    head, _, _ = tune(unet, store, labelled(store), asked, replace(CONFIG, steps=1), seed=0)
+    with pytest.raises(CheckpointError, match="does not fit the weights"):
+        Speaker(unet, head, store, replace(asked, classes=("a", "b")), CONFIG)
+
+
+def test_the_model_that_tuning_begins_with_stays_as_it_was(store: Store, unet: Model) -> None:
+    before = {name: tensor.clone() for name, tensor in unet.backbone.state_dict().items()}
+    tune(unet, store, labelled(store), BALL, replace(CONFIG, steps=1), seed=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.backbone.state_dict().items())
+
+
+@pytest.mark.slow
+def test_pretrained_weights_reach_a_dice_in_fewer_steps_than_scratch_on_eight_labelled_brains(tmp_path: Path) -> None:
+    from voxelstem import pretrain, recipes
+    from voxelstem.config import overlay
+    from voxelstem.ingest import ingest_studies
+    from voxelstem.sources.brain import brain_subject
+
+    studies = [study for seed in range(32) for study in brain_subject(seed, sessions=1, contrasts=("T1w",))]
+    ingest_studies(studies, tmp_path / "store")
+    quiet = {"objective.anatomy_weight": 0.0, "objective.pathology_weight": 0.0, "views.pair": None, "steps": 600}
+    config = overlay(recipes.named("brain_mri.tiny_ssl3d"), quiet)
+    pretrain.run(config, store=tmp_path / "store", out=tmp_path / "run")
+    trained, opened = load(tmp_path / "run" / "weights"), Store.open(tmp_path / "store")
+    train, test = ([record for record in opened if record.split == split] for split in ("train", "test"))
+    classes = tuple(sorted(train[0].classes.values()))
+    asked = Asked(task="segment", voxels=True, classes=classes, targets={})
+
+    def reached(model: Model, steps: int) -> float:
+        head, card, tensors = tune(model, opened, train[:8], asked, replace(CONFIG, steps=steps, lr=2e-3), seed=0)
+        again = make_model(card, seed=0)
+        again.backbone.load_state_dict(tensors)
+        say = Speaker(replace(again, card=card), head, opened, asked, CONFIG)
+        outcomes = [Segment().outcome(head, example(opened, record, say(record.key))) for record in test[:4]]
+        return float(np.mean([np.mean(list(outcome.values())) for outcome in outcomes]))
+
+    target = reached(trained.scratch(seed=0), 200)
+    assert reached(trained, 100) > target

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxelstem.views import slide
+
+SIDES = st.integers(1, 40)
+
+
+@given(size=SIDES, window=SIDES, overlap=st.floats(0, 0.9))
+def test_windows_cover_every_voxel_and_stay_inside(size: int, window: int, overlap: float) -> None:
+    found = slide.starts(size, window, overlap=overlap)
+    assert {at for start in found for at in range(start, start + window)} >= set(range(size))
+    assert found == sorted(set(found))
+    assert found[-1] == max(size - window, 0)
+
+
+@given(size=SIDES, window=st.integers(2, 40))
+def test_neighbours_share_at_least_half_of_a_window(size: int, window: int) -> None:
+    found = slide.starts(size, window, overlap=0.5)
+    # Evenly spread starts are rounded: a voxel less at most.
+    assert all(after - before <= window // 2 + 1 for before, after in pairwise(found))
+
+
+@settings(max_examples=25)
+@given(shape=st.tuples(SIDES, SIDES, SIDES), value=st.floats(-5, 5))
+def test_a_network_that_says_one_thing_says_it_everywhere(shape: tuple[int, int, int], value: float) -> None:
+    said = slide.slide(lambda rows: torch.full((1, 2, *rows.shape[2:]), value), torch.zeros(1, *shape), (8, 6, 8))
+    assert said.shape == (2, *shape)
+    assert torch.allclose(said, torch.tensor(value), atol=1e-5)
+
+
+def test_a_network_that_copies_gives_the_scan_back() -> None:
+    image = torch.randn(3, 19, 9, 23, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(slide.slide(lambda rows: rows, image, (8, 10, 8)), image, atol=1e-5)
+
+
+def test_a_scan_smaller_than_the_window_is_padded_with_what_lies_outside() -> None:
+    seen: list[torch.Tensor] = []
+
+    def look(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(rows)
+        return rows
+
+    said = slide.slide(look, torch.ones(1, 3, 4, 5), (8, 4, 8), outside=-2.0)
+    assert said.shape == (1, 3, 4, 5)
+    (rows,) = seen
+    assert rows.shape == (1, 1, 8, 4, 8)
+    assert rows[0, 0, 3:].eq(-2).all()
+    assert rows[0, 0, :, :, 5:].eq(-2).all()
+
+
+@pytest.mark.slow  # importing MONAI's inferers takes longer than all of these tests
+def test_it_agrees_with_monai_where_windows_lie_at_the_same_places() -> None:
+    from monai.inferers.utils import sliding_window_inference
+
+    weight = torch.randn(2, 1, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def look(rows: torch.Tensor) -> torch.Tensor:
+        return torch.conv3d(rows, weight, padding=1)
+
+    image = torch.randn(1, 16, 24, 20, generator=torch.Generator().manual_seed(0))
+    theirs = sliding_window_inference(image[None], (8, 8, 8), 1, look, overlap=0.5, mode="gaussian")
+    assert torch.allclose(slide.slide(look, image, (8, 8, 8)), theirs[0], atol=1e-4)
+
+
+def test_the_middle_of_a_window_counts_most_and_nothing_counts_nothing() -> None:
+    weights = slide.bell((7, 9, 11))
+    assert weights.max() == weights[3, 4, 5] == 1
+    assert weights.min() >= slide.LEAST
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(0, 0.5), (4, 1.0), (4, -0.1)])
+def test_windows_without_sense_are_refused(window: int, overlap: float) -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        slide.starts(10, window, overlap=overlap)
