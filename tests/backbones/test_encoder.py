@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from voxelstem.backbones.encoder import Encoder, EncoderConfig
-from voxelstem.backbones.layers import grid_positions, rope_turns
+from voxelstem.backbones.layers import grid_positions, place_code, rope_turns
 from voxelstem.chance import Chance
 
 CONFIG = EncoderConfig(dim=24, depth=2, heads=2, registers=3)
@@ -70,6 +70,21 @@ def test_each_row_of_a_batch_may_have_its_own_places() -> None:
         cls_alone, out_alone = encoder(x[row : row + 1], both[row : row + 1])
         torch.testing.assert_close(cls[row : row + 1], cls_alone)
         torch.testing.assert_close(out[row : row + 1], out_alone)
+
+
+def test_with_codes_a_token_knows_its_own_place() -> None:
+    encoder, (x, positions) = make(dataclasses.replace(CONFIG, place_codes=4)), tokens()
+    assert encoder.place is not None
+    code = encoder.place(place_code(positions, 4))
+    plain = make()
+    plain.load_state_dict({name: value for name, value in encoder.state_dict().items() if name != "place.weight"})
+    for found, wanted in zip(encoder(x, positions), plain(x + code, positions), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert 0.2 < float(code.detach().square().mean().sqrt()) < 0.5
+    # One token by itself has nobody to be turned against; only its code tells where it is.
+    alone, elsewhere = positions[:, :1], positions[:, 3:4]
+    moved = encoder.intermediates(x[:, :1], alone, [2])[0][1] - encoder.intermediates(x[:, :1], elsewhere, [2])[0][1]
+    assert moved.abs().max() > 0.01
 
 
 def test_weights_start_small_and_biases_at_zero() -> None:

@@ -14,6 +14,7 @@ from voxelstem.backbones.layers import (
     grid_positions,
     move_positions,
     pair_order,
+    place_code,
     rope_turns,
     rotate,
     scaled_linear,
@@ -185,3 +186,20 @@ def test_the_first_tokens_looks_are_the_shares_that_attention_mixes_by() -> None
         value = attention.qkv(x)[..., 48:].unflatten(-1, (2, 12))
         mixed = torch.einsum("bht,bthd->bhd", looks, value).flatten(1)
         torch.testing.assert_close(attention.proj(mixed), attention(x, turns, torch.ones(24))[:, 0])
+
+
+def test_a_place_s_code_is_its_waves_one_after_another():
+    positions = random_positions(5)
+    found = place_code(positions, 4)
+    assert found.shape == (1, 5, 24)
+    waves = [math.pi * 2 ** (-2 + 4 * k / 3) for k in range(4)]
+    for at, place in enumerate(positions[0]):
+        angles = [wave * float(p) for p in place for wave in waves]
+        wanted = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        torch.testing.assert_close(found[0, at], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_cells_of_a_grid_have_codes_of_their_own():
+    codes = place_code(grid_positions((6, 5, 6)), 8)
+    gaps = torch.cdist(codes, codes) + 9 * torch.eye(len(codes))
+    assert gaps.min() > 0.5

@@ -123,3 +123,19 @@ def test_a_backbone_without_scan_level_has_no_lean_one() -> None:
     alone = dataclasses.replace(CONFIG, scan=dataclasses.replace(CONFIG.scan, depth=0))
     with pytest.raises(ValueError, match="no scan level"):
         LeanScan(ScanVit(alone))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_codes_of_places_are_added_in_every_form(form: Form) -> None:
+    coded = {
+        "block": dataclasses.replace(CONFIG.block, place_codes=4),
+        "scan": dataclasses.replace(CONFIG.scan, place_codes=3),
+    }
+    backbone, blocks, positions = make(dataclasses.replace(CONFIG, **coded)), blocks_of(), grid_positions((2, 3, 1))
+    for found, wanted in zip(LeanVit(backbone, form)(blocks), backbone.encode_blocks(blocks), strict=True):
+        assert relative_error(found, wanted) < 1e-5
+    described = torch.randn(2, 6, 2 * backbone.dim, generator=torch.Generator().manual_seed(7))
+    for found, wanted in zip(
+        LeanScan(backbone, form)(described, positions), backbone.look_at_scan(described, (2, 3, 1)), strict=True
+    ):
+        assert relative_error(found, wanted) < 1e-5

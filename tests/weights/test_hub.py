@@ -187,7 +187,7 @@ def test_a_weights_folder_goes_before_a_known_name(tmp_path: Path, monkeypatch: 
     ("name", "said"),
     [
         ("spectre-lage", "did you mean 'spectre-large'"),
-        ("nowhere", "known: .*i3resnet-152, spectre-large.*hub:owner/name"),
+        ("nowhere", "known: .*i3resnet-152, .*spectre-large.*hub:owner/name"),
         ("runs/nowhere", "nowhere is not a weights folder"),
         ("/nowhere", "nowhere is not a weights folder"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from voxelstem.backbones.layers import Block, move_positions, rope_turns
+from voxelstem.backbones.layers import Block, move_positions, place_code, rope_turns
 from voxelstem.chance import Chance
 
 
@@ -29,6 +29,8 @@ class EncoderConfig:
     eps: float = 1e-5
     layer_scale: float = 1.0
     rope_base: float = 1000.0
+    place_codes: int = 0
+    """Waves along each axis that tell a token its own place, see `layers.place_code`; 0: rotary positions alone."""
     registers: int = 0
     """Extra tokens that belong to no place (Darcet et al. 2023)."""
     rope_shift: float = 0.0
@@ -45,10 +47,10 @@ class EncoderConfig:
         Raises:
             ValueError: a size out of range, or a head dimension that does not divide by 6 (three axes of pairs).
         """
-        if min(self.dim, self.heads) < 1 or min(self.depth, self.registers) < 0:
+        if min(self.dim, self.heads) < 1 or min(self.depth, self.registers, self.place_codes) < 0:
             raise ValueError(
-                f"need dim >= 1, heads >= 1, depth >= 0 and registers >= 0, got "
-                f"{self.dim}, {self.heads}, {self.depth}, {self.registers}"
+                f"need dim >= 1, heads >= 1, depth >= 0, registers >= 0 and place_codes >= 0, got "
+                f"{self.dim}, {self.heads}, {self.depth}, {self.registers}, {self.place_codes}"
             )
         if not (1 <= self.dim * self.mlp_ratio < math.inf and self.eps > 0 and self.rope_base > 0):
             raise ValueError(
@@ -86,8 +88,12 @@ class Encoder(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.place = nn.Linear(6 * config.place_codes, config.dim, bias=False) if config.place_codes else None
         nn.init.trunc_normal_(self.prefix, std=0.02)
         self.apply(init_linear)
+        if self.place is not None:
+            # As large as what tokens see: a third of a standardised number.
+            nn.init.trunc_normal_(self.place.weight, std=0.35 / math.sqrt(3 * config.place_codes))
 
     def forward(
         self,
@@ -144,6 +150,8 @@ class Encoder(nn.Module):
         """Prefix and tokens before the first block and after each."""
         keep = None if chance is None else self._kept(chance)
         turns = self._turns(positions)
+        if self.place is not None:
+            x = x + self.place(place_code(positions, self.config.place_codes).to(x.dtype))
         x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         yield x
         for index, block in enumerate(self.blocks):

@@ -19,6 +19,17 @@ def grid_positions(grid: tuple[int, int, int]) -> Float[Tensor, "cells 3"]:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
+def place_code(positions: Float[Tensor, "*batch token 3"], count: int) -> Float[Tensor, "*batch token codes"]:
+    """Sines and cosines of places in (-1, 1), `count` of each along each axis, from a quarter to two periods in all.
+
+    After Vaswani et al. 2017, in three dimensions. Rotary positions tell a token where others lie; this tells it where
+    it lies itself.
+    """
+    frequencies = math.pi * torch.logspace(-2, 2, count, base=2.0, device=positions.device)
+    angles = (positions[..., None].float() * frequencies).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def move_positions(
     positions: Float[Tensor, "#batch token 3"], chance: Chance, *, shift: float, jitter: float, rescale: float
 ) -> Float[Tensor, "rows token 3"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelstem.backbones.encoder import Encoder
-from voxelstem.backbones.layers import Block, grid_positions, pair_order, rope_turns
+from voxelstem.backbones.layers import Block, grid_positions, pair_order, place_code, rope_turns
 from voxelstem.backbones.scan_vit import ScanVit, patchify
 
 Kernel = Literal["fused", "plain"]
@@ -139,12 +139,16 @@ class LeanEncoder(nn.Module):
             ("norm_bias", encoder.norm.bias),
         ):
             self.register_buffer(name, tensor.detach().to(form.device), persistent=False)
+        place = None if encoder.place is None else encoder.place.weight.detach().to(form.device)
+        self.register_buffer("place", place, persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "row token dim"], table: Table
+        self, x: Float[Tensor, "row token dim"], table: Table, positions: Float[Tensor, "token 3"]
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row token dim"]]:
-        """The cls token and the others, fp32; `table` as made by `table`."""
+        """The cls token and the others, fp32; `table` as made by `table` of the same positions."""
         own: Any = self
+        if own.place is not None:
+            x = x.float() + F.linear(place_code(positions.to(self.form.device), self.config.place_codes), own.place)
         x = torch.cat([own.prefix.expand(x.shape[0], -1, -1), x.float()], dim=1)
         for block in self.blocks:
             x = block(x, table)
@@ -193,7 +197,8 @@ class LeanVit(nn.Module):
         patches = patchify(blocks.to(self.form.dtype), self.patch_ijk)
         sizes = [size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True)]
         table = self.table((sizes[0], sizes[1], sizes[2]))
-        return self.encoder(F.linear(patches, own.embed_weight, own.embed_bias), table)
+        positions = grid_positions((sizes[0], sizes[1], sizes[2]))
+        return self.encoder(F.linear(patches, own.embed_weight, own.embed_bias), table, positions)
 
     def table(self, grid: tuple[int, int, int]) -> Table:
         """Rotary turns of a block's patches, made once for each grid."""
@@ -225,7 +230,7 @@ class LeanScan(nn.Module):
         """The scan's token and one for each block; `positions` as by `layers.grid_positions`."""
         own: Any = self
         x = F.linear(described.to(self.form.dtype), own.project_weight, own.project_bias)
-        return self.encoder(x, self.encoder.table(positions))
+        return self.encoder(x, self.encoder.table(positions), positions)
 
 
 def _turn(looks: Tensor, turns: Tensor, *, width: int) -> Tensor:

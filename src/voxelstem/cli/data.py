@@ -48,6 +48,17 @@ class Reading:
     qc: tuple[Path, ...] = ()
     """Tables of scores for these volumes."""
 
+    def check(self) -> None:
+        """Refuse options that mean nothing without another.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if self.keep_native and self.spacing is None:
+            raise ConfigError("--keep-native keeps the scan beside the resampled one", hint="add --spacing a,b,c")
+        if self.qc and not self.volumes:
+            raise ConfigError("--qc scores volumes, and there are none", hint="add --volumes FILE")
+
 
 def ingest(
     sources: list[Path],
@@ -83,10 +94,7 @@ def ingest(
     how = how or Reading()
     if workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {workers}")
-    if how.keep_native and how.spacing is None:
-        raise ConfigError("--keep-native keeps the scan beside the resampled one", hint="add --spacing a,b,c")
-    if how.qc and not how.volumes:
-        raise ConfigError("--qc scores volumes, and there are none", hint="add --volumes FILE")
+    how.check()
     config = IntakeConfig(
         modality=how.modality, spacing_mm=spacing_mm(how.spacing), keep_native=how.keep_native, repair=how.repair
     )

@@ -83,7 +83,7 @@ class Checkpoint:
 class LeftOut:
     """Stands where a file has an object that is neither a tensor nor plain: takes anything, keeps and does nothing."""
 
-    def __new__(cls, *_args: object, **_named: object) -> LeftOut:
+    def __new__(cls, *_args: object) -> LeftOut:
         """Forget whatever the object was to be made of."""
         return super().__new__(cls)
 
