@@ -126,6 +126,7 @@ def tiny() -> PretrainConfig:
     - A window of soft tissue: at -1000 HU a small network sees no organ.
     - Matrices learn by Muon. With AdamW alone scans and reports agree on the contrast agent for a thousand steps
       before they find an organ: each side's part of a direction waits for the other's.
+    - Tokens know their own place: what a report says is of one place in the body.
     - Heads are standardised over the batch and the temperature is low: small batches of fresh networks would become
       all alike.
     - A frozen tower reads sentence by sentence, so that a prompt of one sentence is nothing new, and whole reports, for
@@ -139,8 +140,8 @@ def tiny() -> PretrainConfig:
         backbone=ScanVitConfig(
             patch_ijk=(8, 8, 8),
             block_ijk=(24, 40, 24),
-            block=EncoderConfig(dim=96, depth=2, heads=4),
-            scan=EncoderConfig(dim=144, depth=1, heads=6, rope_base=100.0),
+            block=EncoderConfig(dim=96, depth=2, heads=4, place_codes=8),
+            scan=EncoderConfig(dim=144, depth=1, heads=6, rope_base=100.0, place_codes=8),
         ),
         objective=SiglipConfig(
             text=TowerConfig(each="sentence"),
