@@ -26,7 +26,7 @@ from voxelstem.model import load
 from voxelstem.resampling import resample
 from voxelstem.study import InputSpec, Provenance, Volume
 from voxelstem.views.intensity import limits, window
-from voxelstem.views.slide import slide
+from voxelstem.views.slide import pad, slide
 
 SAME_PLACE_MM = 0.5
 """Two grids are one where their corners lie no farther apart."""
@@ -192,7 +192,10 @@ def change_map(
     def look(box: Float[Tensor, "row 2 i j k"]) -> Tensor:
         return follower.expected(box[:, :1], box[:, 1:], years=years, age_years=age_years)
 
-    expected = slide(look, torch.cat(scans), spec.block_ijk).numpy()
+    # Each by its own air: the two begin at values of their own.
+    padded = torch.cat([pad(scan, spec.block_ijk, outside=float(scan.min())) for scan in scans])
+    i, j, k = scans[0].shape[1:]
+    expected = slide(look, padded, spec.block_ijk)[:, :i, :j, :k].numpy()
     observed = scans[1].numpy()
     notes = ("made by a network: no measurement", *second.provenance.notes)
     said = {"expected": expected, "observed": observed, "difference": observed - expected}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from voxelstem import baselines, metrics
 from voxelstem.adapt import AdaptConfig, FeaturesOf, embedder, examples_of, projector
 from voxelstem.aligned import Aligned
+from voxelstem.engine.targets import volume_mm3
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
@@ -124,14 +126,17 @@ class Contest:
 
     def morphometry(self) -> Outcomes | None:
         """What volumes of structures alone can do; None where no volume is known of all scans."""
-        records = (*self.labelled, *self.tested)
-        shared = set[str].intersection(*(set(record.labels) for record in records))
-        columns = sorted(name for name in shared if name.startswith(VOLUME_LABEL))
+        told = {
+            record.key: {
+                name: volume_mm3(text) for name, text in record.labels.items() if name.startswith(VOLUME_LABEL)
+            }
+            for record in (*self.labelled, *self.tested)
+        }
+        known = [{name for name, volume in volumes.items() if math.isfinite(volume)} for volumes in told.values()]
+        columns = sorted(set[str].intersection(*known))
         if not columns:
             return None
-        rows = {
-            record.key: Vector(scan=np.array([float(record.labels[name]) for name in columns])) for record in records
-        }
+        rows = {key: Vector(scan=np.array([volumes[name] for name in columns])) for key, volumes in told.items()}
         return self.fit_and_score(rows.__getitem__)
 
     def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:

@@ -164,7 +164,7 @@ def note_volumes(
         sources: What was ingested: the tables name files, and a store knows none.
         store: The store that they are in.
         volumes: Tables such as SynthSeg's, see `store.volumes.read_volumes`. A scan is named by its path below a
-            source, or by its file's name where only one scan has it.
+            source, or by its file's name, where only one scan has it.
         qc: Tables of scores for them, or none.
 
     Raises:
@@ -174,14 +174,18 @@ def note_volumes(
     """
     key, table = site_key(), read_volumes(volumes, qc)
     found = [source for source, _ in _find(sources, _Laid(Masks()))]
+    places = Counter(stem(source.relative) for source in found)
     names = Counter(stem(source.relative.rpartition("/")[2]) for source in found)
     used: set[str] = set()
     scans: set[str] = set()
     with Writer(Path(store)) as writer:
         check_key(writer, key)
         for source in found:
-            name = stem(source.relative.rpartition("/")[2])
-            told = table.find((stem(source.relative), *([name] if names[name] == 1 else [])))
+            place, name = stem(source.relative), stem(source.relative.rpartition("/")[2])
+            # What two scans of different people may be called says nothing of either.
+            told = table.find(
+                tuple(each for each, count in ((place, places[place]), (name, names[name])) if count == 1)
+            )
             done = writer.catalogue.done(_name(source.path, key, source.series))
             if told is None or done is None:
                 continue

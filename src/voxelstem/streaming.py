@@ -175,7 +175,7 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
 def _measured(scan: Scan, spec: InputSpec) -> tuple[Limits, str]:
     """How a scan's values are normalised, and what is doubtful of them; only the window of HU needs no look at them."""
     # What has several channels has no per-volume normaliser, and `limits` says so.
-    if spec.modality == "CT" or (scan.channels > 1 and not spec.per_volume):
+    if not spec.per_volume and (spec.modality == "CT" or scan.channels > 1):
         return limits(None, spec), ""
     stats = measure(scan.slab, scan.shape_ijk[0])
     return limits(stats, spec), doubt(stats, spec)

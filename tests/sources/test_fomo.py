@@ -67,7 +67,7 @@ def test_a_folder_without_data_sets_above_the_subjects_is_read_too(tmp_path: Pat
     nifti.write(place, np.zeros((4, 4, 4), np.int16), np.eye(4))
     found = said("sub_7/ses_1/t1.nii.gz", read_folder(tmp_path / "FOMO"))
     assert found is not None
-    assert found.subject == "sub_7"
+    assert found.subject == "FOMO/sub_7"
 
 
 def test_other_folders_and_other_files_mean_nothing(folder: Path, tmp_path: Path):

@@ -173,7 +173,9 @@ def encode_set(
             present.view(*present.shape, *[1] * (part.ndim - 1)), part
         )
 
-    subject = Gaussian(mean=spread(latents.subject_mean), logvar=spread(latents.subject_logvar))
+    mean, logvar = latents.subject_mean, latents.subject_logvar
+    # Without variances all contrasts are equally sure.
+    subject = Gaussian(mean=spread(mean), logvar=spread(torch.zeros_like(mean) if logvar is None else logvar))
     return SetLatents(subject=subject, contrast=spread(latents.contrast_mean), index=index)
 
 

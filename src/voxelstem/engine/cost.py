@@ -21,6 +21,7 @@ from voxelstem.backbones.disentangled import DisentangledConfig
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.heads import Projector, ProjectorConfig
 from voxelstem.backbones.layers import Block
+from voxelstem.backbones.trajectory import TrajectoryConfig
 from voxelstem.backbones.unet import UNetConfig
 from voxelstem.engine.targets import blank_targets
 from voxelstem.protocols import Batch
@@ -66,18 +67,23 @@ class SampleCost:
         return self.forward_flops + self.backward_flops + (self.block_flops if recompute else 0.0)
 
 
+_SMALL: dict[type, dict[str, float]] = {
+    EncoderConfig: {"dim": 12, "heads": 2},
+    ProjectorConfig: {"hidden": 8, "bottleneck": 4, "prototypes": 8},
+    DisentangledConfig: {"width": 1, "latent": 2},
+    # Of two channels each side keeps one.
+    TrajectoryConfig: {"state_share": 0.5, "hidden": 2},
+}
+
+
 def miniature(config: Any) -> Any:
     """The same config with networks a few numbers wide; everything else, depths too, as it is."""
-    if isinstance(config, EncoderConfig):
-        return replace(config, dim=12, heads=2)
-    if isinstance(config, ProjectorConfig):
-        return replace(config, hidden=8, bottleneck=4, prototypes=8)
+    if type(config) in _SMALL:
+        return replace(config, **_SMALL[type(config)])
     if isinstance(config, UNetConfig):
         # Stages of equal width stay so: where it changes there are convolutions that are not elsewhere.
         widths = sorted(set(config.features))
         return replace(config, features=tuple(2 + widths.index(width) for width in config.features))
-    if isinstance(config, DisentangledConfig):
-        return replace(config, width=1, latent=2)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         return config
     inner = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}

@@ -209,7 +209,7 @@ def _shares(
             f"no training scan has a volume of '{strange[0]}', which views.pair.structures names",
             hint=closest(strange[0], sorted(known)) if known else "ingest volumes of the scans, or name no structures",
         )
-    read = [{name: _positive(each.get(name)) for name in (*columns, config.icv)} for each in told]
+    read = [{name: volume_mm3(each.get(name)) for name in (*columns, config.icv)} for each in told]
     unreadable = sum(
         name in each and math.isnan(row[name]) for each, row in zip(told, read, strict=True) for name in row
     )
@@ -226,7 +226,7 @@ def _shares(
     return columns, shares, unreadable
 
 
-def _positive(text: str | None) -> float:
+def volume_mm3(text: str | None) -> float:
     """A volume in mm3; NaN for anything that is none."""
     try:
         volume = float(text or "nan")

@@ -97,7 +97,7 @@ def companions(store: Store, records: Sequence[Record], contrasts: tuple[str, ..
     for record in store:
         there.setdefault((*_visit(record), record.acquisition.contrast), record.key)
     found = {
-        record.key: tuple(there.get((*_visit(record), name), "") for name in contrasts)
+        record.key: (record.key, *(there.get((*_visit(record), name), "") for name in contrasts[1:]))
         for record in records
         if record.acquisition.contrast == contrasts[0]
     }

@@ -149,7 +149,7 @@ def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneC
         box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
         rows.append(net(image[(slice(None), *box)][None])[0].float().cpu())
     answers = torch.stack(rows)
-    joined = answers.log_softmax(dim=1).mean(dim=0) if asked.classes else answers.median(dim=0).values
+    joined = answers.log_softmax(dim=1).mean(dim=0) if asked.classes else answers.quantile(0.5, dim=0)
     return Said(scan=joined.numpy())
 
 

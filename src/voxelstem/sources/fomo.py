@@ -95,10 +95,11 @@ def said(relative: str, dataset: object) -> Told | None:
         return None
     named = found["dataset"] or ""
     known = {each for each, _, _ in dataset.rows}
-    # The folder above a subject is FOMO's data set, or just where somebody put everything.
-    person = (named,) if DATASET.fullmatch(named) or named in known else ()
+    # The folder above a subject is FOMO's data set, or where a site put everybody: both count from sub_1.
+    person = (named,) if named else ()
+    listed = named if DATASET.fullmatch(named) or named in known else ""
     subject, session = found["subject"], found["session"]
-    row = dataset.rows.get(("".join(person), subject, session)) or dataset.rows.get(("", subject, session)) or Row()
+    row = dataset.rows.get((listed, subject, session)) or dataset.rows.get(("", subject, session)) or Row()
     kind = _RUN.sub("", found["name"])
     facts = Acquisition(
         age_years=row.age_years,

@@ -63,7 +63,7 @@ def read_collection(root: Path) -> Nnssl | None:
     if not (root / FILE).is_file():
         return None
     images: dict[str, Told] = {}
-    for number, (told, path) in enumerate(_entries(_read(root / FILE)), start=1):
+    for number, (told, path) in enumerate(_entries(_read(root / FILE), root.resolve().name), start=1):
         place = _place(path, root)
         if place is None:
             raise _malformed(
@@ -85,15 +85,16 @@ def said(relative: str, dataset: object) -> Told | None:
     return dataset.images.get(relative) if isinstance(dataset, Nnssl) else None
 
 
-def _entries(content: Mapping[str, Any]) -> Iterator[tuple[Told, str]]:
-    collection = str(content.get("collection_name", ""))
+def _entries(content: Mapping[str, Any], fallback: str) -> Iterator[tuple[Told, str]]:
+    collection = str(content.get("collection_name") or fallback)
     for index, dataset in _part(content, "datasets").items():
         for subject, person in _part(dataset, "subjects").items():
             # Data sets count their subjects each from one.
             whose = (collection, str(index), str(subject))
             info = _part(person, "subject_info")
             for session, visit in _part(person, "sessions").items():
-                told = {**info, **_part(visit, "session_info")}
+                said = _part(visit, "session_info")
+                told = {**info, **{name: value for name, value in said.items() if value is not None}}
                 images: Any = visit.get("images", [])
                 if not isinstance(images, list):
                     raise _bad_shape("images")
@@ -127,6 +128,8 @@ def _part(content: Any, name: str) -> dict[str, Any]:
 
 def _place(path: str, root: Path) -> str | None:
     """Where an image lies below the folder; None outside of it. Links are not followed, as nowhere in a list."""
+    if not path.isprintable():
+        return None
     top = Path(os.path.abspath(root))
     variable = _VARIABLE.match(path)
     if variable is None:

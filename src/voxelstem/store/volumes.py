@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ PLAUSIBLE_MM3 = (0.9e6, 2.6e6)
 """Of the inside of the skull."""
 MISSING = ("", "nan", "n/a", "na", "none")
 SUBJECT = "subject"
+_NO_STRUCTURE = re.compile(r"(^|[\W_])(id|mrn|pid|age|date|sex|session|number|accession)([\W_]|$)", re.IGNORECASE)
+"""Words of columns that say who somebody is; a column without a name is left out anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,8 +159,13 @@ def volumes_of(labels: LabelMap, voxel_mm3: float, *, inside: Collection[str] = 
 
 def _rows(path: Path, *, needed: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Numbers by scan and column; columns without a name are left out."""
-    table = read_table(path, needed[:1])
+    table = list(read_table(path, needed[:1]))
     _check_form(path, needed)
+    if len(needed) > 1 and (strange := [name for name in (table[0][1] if table else {}) if _NO_STRUCTURE.search(name)]):
+        raise ConfigError(
+            f"{path.name}: row 1 names the column '{strange[0]}', which is no structure",
+            hint="keep the subject and the volumes only: every column is stored by its name",
+        )
     rows: dict[str, dict[str, float]] = {}
     for row, cells in table:
         scan = _scan(cells[SUBJECT])

@@ -94,8 +94,9 @@ class Regress:
 def pearson(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float:
     """Linear correlation; NaN where one side does not vary."""
     a, b = one - one.mean(), other - other.mean()
-    spread = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / spread if spread > 1e-12 * max(len(one), 1) else math.nan
+    # Rounding alone makes a spread of equal numbers; how large it is goes with the numbers.
+    vary = all(np.abs(gap).max() > 1e-9 * np.abs(side).max() for gap, side in ((a, one), (b, other)))
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) if vary else math.nan
 
 
 def ridge(

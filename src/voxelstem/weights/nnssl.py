@@ -222,7 +222,10 @@ def read_plan(path: Path, found: Checkpoint) -> Plan:
 
 def _plan(said: Mapping[str, Any]) -> Plan:
     pretraining = said["pretrain_plan"]
-    configuration = next(iter(pretraining["configurations"].values()))
+    configuration, *others = pretraining["configurations"].values()
+    fed = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
+    if any(other.get(name) != configuration.get(name) for other in others for name in fed):
+        raise ValueError("it has several configurations, and does not say which one trained the weights")
     schemes = configuration.get("normalization_schemes", [_ZSCORE])
     if set(schemes) != {_ZSCORE} or any(configuration.get("use_mask_for_norm", ())):
         raise ValueError(f"normalisation {one_line(schemes)[:80]}, and only z-scores of whole volumes are done here")
