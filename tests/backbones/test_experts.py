@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.experts import (
     ABSENT,
     ContrastSet,
@@ -238,3 +239,11 @@ def test_a_prototype_is_the_mean_of_its_contrast_and_synthesis_uses_it() -> None
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"contrasts|dim|drop"):
         SetConfig(**changes)
+
+
+def test_a_network_without_variances_is_equally_sure_of_all_contrasts() -> None:
+    config = DisentangledConfig(width=2, levels=3, latent=4, block_ijk=(16, 16, 16), vae=False)
+    torch.manual_seed(0)
+    found = encode_set(Disentangled(config), torch.rand(1, 2, 1, 16, 16, 16), torch.tensor([[0, 1]]))
+    assert found.subject.logvar.eq(0).all()
+    assert not found.subject.mean.eq(0).all()

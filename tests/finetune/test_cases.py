@@ -65,6 +65,20 @@ def test_a_session_without_one_of_the_contrasts_is_refused(store: Store) -> None
         companions(store, list(store), ("DWI", "T1w"))
 
 
+def test_two_scans_of_the_first_contrast_are_each_seen_themselves(tmp_path: Path, store: Store) -> None:
+    one = store.record(of(store, "T1w")[0].key)
+    both = Store.create(tmp_path / "store", fractions=Fractions(train=1.0, validation=0.0, test=0.0))
+    for contrast, more in (("T1w", 0.0), ("T1w", 1.0), ("FLAIR", 2.0)):
+        volume = store.volume(one.key)
+        said = replace(volume.acquisition, contrast=contrast)
+        changed = replace(volume, array=volume.array + more, acquisition=said, labels=None)
+        write(both, Study(subject=one.subject, volumes=(changed,)))
+    (flair,) = of(both, "FLAIR")
+    found = companions(both, of(both, "T1w"), ("T1w", "FLAIR"))
+    assert found == {record.key: (record.key, flair.key) for record in of(both, "T1w")}
+    assert len(found) == 2
+
+
 def test_contrasts_on_two_grids_are_refused_and_named_by_their_keys(
     tmp_path: Path, unet: Model, shifted: Study, plain: Study
 ) -> None:

@@ -107,3 +107,10 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, studies):
     (tmp_path / "made").write_text("a file")
     with pytest.raises(VoxelstemError, match="cannot be written into 'made'"):
         brain_files(tmp_path / "made", studies)
+
+
+def test_a_name_that_scans_of_two_people_have_tells_of_neither(tmp_path, studies):
+    one, two = (brain_files(tmp_path / name, studies[:1]) for name in ("one", "two"))
+    ingest([one.scans], tmp_path / "store")
+    noted = note_volumes([one.scans, two.scans], tmp_path / "store", volumes=[one.volumes])
+    assert (noted.scans, noted.unmatched) == (0, 1)

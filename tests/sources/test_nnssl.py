@@ -70,6 +70,30 @@ def test_the_list_tells_subject_session_contrast_age_sex_and_health(folder: Path
     assert [each.labels for each in told if each] == [{"pathology": "no"}] * 3 + [{}]
 
 
+def test_what_a_session_leaves_open_its_person_s_entry_says(folder: Path):
+    content = listed()
+    content["datasets"]["1"]["subjects"]["sub-1"]["sessions"]["ses-1"]["session_info"] = {"age": None, "sex": "female"}
+    write(folder, content)
+    told = said(PLACES[0], read_collection(folder))
+    assert told is not None
+    assert (told.acquisition.age_years, told.acquisition.sex, told.labels) == (61.0, "F", {"pathology": "no"})
+
+
+def test_people_of_two_lists_without_a_name_are_told_apart_by_their_folders(folder: Path):
+    write(folder, {name: part for name, part in listed().items() if name != "collection_name"})
+    told = said(PLACES[0], read_collection(folder))
+    assert told is not None
+    assert told.subject == "Dataset001_Brains/1/sub-1"
+
+
+def test_a_path_that_no_file_can_have_is_refused(folder: Path):
+    content = listed()
+    content["datasets"]["1"]["subjects"]["sub-1"]["sessions"]["ses-1"]["images"][0]["image_path"] = "a\0b.nii.gz"
+    write(folder, content)
+    with pytest.raises(ConfigError, match="does not lie below"):
+        read_collection(folder)
+
+
 def test_images_are_ingested_and_their_masks_are_not(folder: Path, tmp_path: Path):
     done = ingest([folder], tmp_path / "store")
     assert (done.kept, done.refused, done.subjects) == (4, 0, 2)

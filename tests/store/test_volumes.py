@@ -142,6 +142,7 @@ SECRET = "mueller_T1w"
         ([("scan", INTRACRANIAL), (SECRET, "3")], "row 1 must name the columns subject"),
         ([(*HEADER, "csf"), (SECRET, "1e6", "3", "4", "5", "6")], "names the column 'csf' twice"),
         ([HEADER, ("", "1e6", "3", "4", "5")], "row 2: 'subject' is empty"),
+        ([(*HEADER, "patient_id"), (SECRET, "1e6", "3", "4", "5", "6")], "names the column 'patient_id', which is no"),
     ],
 )
 def test_damaged_tables_are_refused_with_the_row_and_without_anybodys_name(tmp_path, rows, said):

@@ -71,6 +71,9 @@ def test_pearson_is_numpys_and_undefined_where_nothing_varies() -> None:
     one, other = rng.normal(size=(2, 9))
     assert pearson(one, other) == pytest.approx(np.corrcoef(one, other)[0, 1])
     assert math.isnan(pearson(np.ones(4), np.arange(4.0)))
+    # In any unit: a constant whose mean is off by its last bit does not vary, and small numbers that do, do.
+    assert math.isnan(pearson(1.4e6 + 1e5 * one, np.full(9, 1234567.1)))
+    assert pearson(1e-10 * one, 1e-10 * other) == pytest.approx(np.corrcoef(one, other)[0, 1])
 
 
 def test_several_scans_of_a_subject_are_averaged() -> None:

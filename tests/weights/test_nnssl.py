@@ -247,6 +247,7 @@ def damaged(change: Any) -> dict[str, Any]:
         lambda _, configuration: configuration.update(spacing=[0, 1, 1]),
         lambda _, configuration: configuration.update(normalization_schemes=["CTNormalization"]),
         lambda _, configuration: configuration.update(use_mask_for_norm=[True]),
+        lambda plan, one: plan["pretrain_plan"]["configurations"].update(noresample={**one, "spacing": None}),
     ],
 )
 def test_a_plan_that_cannot_be_followed_is_refused(change: Any, tmp_path: Path):
