@@ -333,9 +333,27 @@ def test_the_facts_of_a_stretched_scan_count_the_air_that_was_cut_off():
     assert by_spacing.warnings == ("spacing: fed at 4 x 3 x 2.5 mm, the weights saw each scan fit to one block",)
 
 
-def test_a_centre_crop_of_what_fits_one_block_is_refused():
+@pytest.mark.parametrize("spec", [FIT, replace(SPEC, frame_ijk=(16, 16, 16))])
+def test_a_centre_crop_of_what_fits_one_block_or_a_frame_is_refused(spec: InputSpec):
     with pytest.raises(ConfigError, match="like_spectre has no meaning"):
-        model(spec=FIT).embed(volume((16, 16, 16)), like_spectre=True)
+        model(spec=spec).embed(volume((16, 16, 16)), like_spectre=True)
+
+
+def test_a_frame_warns_of_what_it_leaves_out_and_of_scans_fed_without_it():
+    scan = volume((40, 24, 20), spacing=(8.0, 8.0, 8.0))
+    scan.array[:] = -1000.0
+    scan.array[0, 4:36, 2:18, 2:18] = 100.0
+    framed = replace(SPEC, frame_ijk=(16, 16, 16))
+    embedding = model(spec=framed).embed(scan, tokens=True)
+    assert embedding.facts is not None
+    assert embedding.facts.warnings == ("cut: the frame about the body leaves 50.0% of its box out",)
+    assert embedding.coverage == pytest.approx(16**3 / (40 * 24 * 20))
+    assert embedding.tokens_affine_ras is not None
+    # The first patch of 4 voxels begins at voxel 12 of the scan along i, and at 2 along j and k.
+    assert np.allclose(embedding.tokens_affine_ras @ [0, 0, 0, 1], scan.affine_ras @ [13.5, 3.5, 3.5, 1])
+    whole = model(spec=framed).embed(scan, spec=SPEC).facts
+    assert whole is not None
+    assert whole.warnings[-1] == "frame: fed in whole, the weights saw a box of (16, 16, 16) voxels about the body"
 
 
 def test_values_that_are_no_hounsfield_units_are_recorded_and_warned_of():

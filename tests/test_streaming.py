@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import contextlib
-import threading
 import tracemalloc
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +15,15 @@ from voxelstem.errors import ConfigError, IngestError
 from voxelstem.resampling import grid_coordinates, resampled_count
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Store, write
-from voxelstem.streaming import ahead, columns, lay, of_store, of_volume, with_spacing
+from voxelstem.store.encoding import body_box
+from voxelstem.streaming import columns, lay, of_store, of_volume, with_spacing
 from voxelstem.study import INPUT_SPECS, InputSpec, Provenance, Study, Volume
 from voxelstem.views import resample
+from voxelstem.views.augment import AugmentConfig
+from voxelstem.views.crop import Crop, ViewKind
 from voxelstem.views.intensity import limits, window
-from voxelstem.views.tile import tile
+from voxelstem.views.multicrop import Region, ViewsConfig, draw_changes, draw_sample, make_views
+from voxelstem.views.tile import split_blocks, tile
 
 SPEC = InputSpec(spacing_mm=(2.0, 2.0, 3.0), block_ijk=(8, 8, 4))
 sizes = st.tuples(st.integers(1, 21), st.integers(1, 21), st.integers(1, 13))
@@ -198,6 +199,68 @@ def test_the_stretched_block_fills_the_box_in_the_patient(data: st.DataObject, s
         assert np.allclose(ours, scan.affine_ras @ [*(np.array(box_edge) - 0.5), 1], atol=1e-9)
 
 
+FRAME = replace(SPEC, frame_ijk=(16, 8, 8))
+AS_IT_IS = ViewsConfig(
+    global_=ViewKind(count=1, size_ijk=(16, 8, 8)),
+    augment=AugmentConfig(flip_axes=(), noise_std=0.0, gamma=0.0, shift=0.0),
+    region_scale=1.0,
+)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a store's record says of a scan."""
+
+    shape_ijk: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    body_start_ijk: tuple[int, int, int]
+    body_size_ijk: tuple[int, int, int]
+
+
+@given(st.data(), sizes, edges, st.sampled_from("CF"))
+@settings(max_examples=60)
+def test_a_frame_shows_in_use_exactly_what_training_showed(data: st.DataObject, shape, spacing, order: str):
+    scan = in_air(shape, box_slices(data, shape), spacing, order=order)
+    ground = Ground(shape, scan.spacing_mm, *body_box(scan))
+    views = draw_sample(AS_IT_IS, FRAME, ground, np.random.default_rng(0))
+    region = Region(
+        voxels=np.ascontiguousarray(scan.array),
+        crop=Crop(start_ijk=(0, 0, 0), size_ijk=shape),
+        spacing_mm=scan.spacing_mm,
+        views=views,
+        changes=draw_changes(AS_IT_IS.augment, views, np.random.default_rng(0)),
+    )
+    taught = make_views([region], FRAME, AS_IT_IS)["global"][0, 0]
+    laid = lay(of_volume(scan), FRAME)
+    assert torch.allclose(
+        torch.cat(list(columns(of_volume(scan), laid, FRAME))), split_blocks(taught, (8, 8, 4)), atol=2e-6
+    )
+
+
+@given(st.data(), sizes, edges)
+@settings(max_examples=20)
+def test_a_frame_lies_about_the_middle_of_the_body_and_says_what_it_leaves_out(data: st.DataObject, shape, spacing):
+    scan = in_air(shape, box_slices(data, shape), spacing)
+    scan.affine_ras[:3, 3] = -50.0, 20.0, 300.0
+    start, size = (np.array(edge) for edge in body_box(scan))
+    laid = lay(of_volume(scan), FRAME)
+    middle_ras = scan.affine_ras @ [*(start + size / 2 - 0.5), 1]
+    assert np.allclose(laid.affine_ras @ [*(np.array([16, 8, 8]) / 2 - 0.5), 1], middle_ras, atol=1e-9)
+    wide, body = np.array([32.0, 16.0, 24.0]), size * spacing
+    assert laid.cut == pytest.approx(1 - np.prod(np.minimum(wide, body) / body))
+
+
+def test_a_frame_of_a_store_is_that_of_memory_and_a_brain_s_is_about_the_volume(tmp_path: Path):
+    store = Store.create(tmp_path / "store")
+    (key,) = write(store, replace(phantom(PhantomConfig(seed=2, spacing_mm=(9.0, 8.0, 10.0))), subject="s" + "0" * 24))
+    spec = replace(FRAME, spacing_mm=(11.0, 5.0, 10.0))
+    one, two = of_store(store, key), of_volume(store.volume(key))
+    assert torch.equal(*[torch.cat(list(columns(scan, lay(scan, spec), spec))) for scan in (one, two)])
+    brain = mr((9, 8, 7), (2.0, 2.0, 3.0))
+    laid = lay(of_volume(brain), replace(FRAME, modality="MR"))
+    assert np.allclose(laid.affine_ras @ [7.5, 3.5, 3.5, 1], brain.affine_ras @ [4.0, 3.5, 3.0, 1])
+
+
 def test_a_scan_of_nothing_but_air_is_stretched_whole():
     scan = volume((9, 9, 9), (2.0, 2.0, 2.0))
     scan.array[:] = -1000.0
@@ -270,6 +333,8 @@ def test_a_spacing_is_named_or_measured():
     stage = with_spacing(SPEC, "ct-stage1")
     assert (stage.spacing_mm, stage.preset, stage.block_ijk) == ((0.5, 0.5, 1.0), "ct-stage1", SPEC.block_ijk)
     assert with_spacing(SPEC, "native").grid_spacing_mm((1.0, 2.0, 7.0), (1, 1, 1)) == (1.0, 2.0, 7.0)
+    for spacing in ("ct-stage1", "native", (1.0, 1.0, 2.0)):
+        assert with_spacing(FRAME, spacing).frame_ijk is None  # whose voxels were of another size
     native = INPUT_SPECS["ct-native"]
     assert with_spacing(native, (1.0, 1.0, 2.0)).grid_spacing_mm((5.0, 5.0, 5.0), (1, 1, 1)) == (1.0, 1.0, 2.0)
 
@@ -290,48 +355,3 @@ def test_a_preset_of_another_normaliser_is_no_spacing():
 def test_ct_presets_are_no_spacing_for_mr():
     with pytest.raises(ConfigError, match="for MR"):
         with_spacing(replace(SPEC, modality="MR"), "ct-stage1")
-
-
-def test_items_are_made_in_another_thread_and_never_too_far_ahead():
-    made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for item in range(20):
-            assert threading.current_thread() is not threading.main_thread()
-            made.append(item)
-            yield item
-
-    with ahead(items(), 2) as found:
-        for item in found:
-            assert len(made) <= item + 1 + 2 + 2  # in use, in line, being made and being put
-    assert made == list(range(20))
-
-
-def test_what_a_maker_raises_comes_in_its_turn():
-    def items() -> Iterator[int]:
-        yield 1
-        raise KeyError("two")
-
-    with ahead(items(), 4) as found:
-        assert next(found) == 1
-        with pytest.raises(KeyError, match="two"):
-            next(found)
-
-
-def test_it_begins_before_anybody_asks():
-    begun = threading.Event()
-
-    def items() -> Iterator[int]:
-        begun.set()
-        yield 1
-
-    with ahead(items(), 1):
-        assert begun.wait(10)
-
-
-def test_who_stops_early_leaves_no_thread_behind():
-    with ahead(iter(range(1000)), 1) as found:
-        assert next(found) == 0
-    with contextlib.suppress(ConfigError), ahead(iter(range(1000)), 1):
-        raise ConfigError("before the first one was asked for")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

@@ -63,6 +63,9 @@ def test_two_studies_do_not_share_their_labels():
         ({"normalisation": "zscore", "low_hu": -200.0}, "'zscore' has no window"),
         ({"normalisation": "unit99", "high_hu": 1.0}, "'unit99' has no window"),
         ({"normalisation": "unit99", "resampling": "fit"}, "'unit99' has none"),
+        ({"frame_ijk": (64, 48, 64)}, "whole blocks"),
+        ({"frame_ijk": (64, 0, 64)}, "whole blocks"),
+        ({"frame_ijk": (32, 32, 32), "resampling": "native"}, "needs resampling 'spacing'"),
     ],
 )
 def test_an_input_spec_guards_its_numbers(changes: dict, message: str):
@@ -88,6 +91,7 @@ def test_each_family_of_brain_weights_is_bound_to_its_own_normaliser():
 def test_digests_from_before_there_was_a_choice_hold():
     told = "InputSpec(modality='CT', spacing_mm=(3.0, 3.0, 3.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(32, 32, 32)"
     assert InputSpec().mark == told + ", preset='', resampling='spacing')"
+    assert InputSpec(frame_ijk=(32, 32, 64)).mark == told + ", preset='', resampling='spacing', frame_ijk=(32, 32, 64))"
     assert InputSpec(normalisation="unit99").mark == told + ", preset='', resampling='spacing', normalisation='unit99')"
 
 

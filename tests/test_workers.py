@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from voxelstem.errors import IngestError, VoxelstemError
-from voxelstem.workers import Lost, Workers
+from voxelstem.errors import ConfigError, IngestError, VoxelstemError
+from voxelstem.workers import Lost, Workers, ahead
 
 FAULTS = """
 import os, signal, sys, time
@@ -244,3 +247,48 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_items_are_made_in_another_thread_and_never_too_far_ahead():
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            assert threading.current_thread() is not threading.main_thread()
+            made.append(item)
+            yield item
+
+    with ahead(items(), 2) as found:
+        for item in found:
+            assert len(made) <= item + 1 + 2 + 2  # in use, in line, being made and being put
+    assert made == list(range(20))
+
+
+def test_what_a_maker_raises_comes_in_its_turn():
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyError("two")
+
+    with ahead(items(), 4) as found:
+        assert next(found) == 1
+        with pytest.raises(KeyError, match="two"):
+            next(found)
+
+
+def test_it_begins_before_anybody_asks():
+    begun = threading.Event()
+
+    def items() -> Iterator[int]:
+        begun.set()
+        yield 1
+
+    with ahead(items(), 1):
+        assert begun.wait(10)
+
+
+def test_who_stops_early_leaves_no_thread_behind():
+    with ahead(iter(range(1000)), 1) as found:
+        assert next(found) == 0
+    with contextlib.suppress(ConfigError), ahead(iter(range(1000)), 1):
+        raise ConfigError("before the first one was asked for")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

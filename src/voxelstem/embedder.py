@@ -28,9 +28,10 @@ from voxelstem.sources.gates import FEWEST_VOXELS
 from voxelstem.store import Store
 from voxelstem.store.encoding import content_key
 from voxelstem.store.subjects import keyed_id, pseudonym
-from voxelstem.streaming import ahead, of_store, with_spacing
+from voxelstem.streaming import of_store, with_spacing
 from voxelstem.study import Study
 from voxelstem.weights import hub
+from voxelstem.workers import ahead
 
 NO_MEMORY = "can't allocate memory"
 COLUMNS_AHEAD = 2

@@ -126,11 +126,15 @@ class Feeding:
         """Guard the pool and the way of feeding.
 
         Raises:
-            ConfigError: no such pool, or whole blocks about the middle of what fits one block.
+            ConfigError: no such pool, or whole blocks about the middle of what fits one block or has a frame.
         """
         if self.like_spectre and self.spec.resampling == "fit":
             raise ConfigError(
                 "like_spectre has no meaning here: these weights take each scan as one block", hint="leave it out"
+            )
+        if self.like_spectre and self.spec.frame_ijk is not None:
+            raise ConfigError(
+                "like_spectre has no meaning here: these weights saw a frame about the body", hint="leave it out"
             )
         if self.pool not in POOLS:
             raise ConfigError(f"pool must be one of {', '.join(POOLS)}, got '{self.pool}'")
@@ -146,8 +150,8 @@ class Underway:
         self._scan: Scan | None = scan
         tiling = laid.tiling
         self.count = self.left = tiling.grid[0] * tiling.grid[1] * tiling.grid[2]
-        # Like the original, which averages over its padding too.
-        whole = feeding.like_spectre
+        # Like the original, which averages over its padding too; and in a frame so does training.
+        whole = feeding.like_spectre or feeding.spec.frame_ijk is not None
         self.share = None if whole else patch_share(tiling, model.backbone.patch_ijk)
         self.described = torch.empty(self.count, 2 * model.backbone.dim)
         self.tokens: list[Tensor | None] = [None] * self.count if feeding.tokens else []
@@ -252,10 +256,18 @@ class Underway:
                 yield f"small: {size} of the {block} voxels of a block {name} are scan, the rest is padding"
         if (within := self._within()) < 1:
             yield f"cut: the centre crop leaves {1 - within:.1%} of the scan out"
+        yield from self._frame_warnings()
         if self.laid.doubt:
             yield self.laid.doubt
         if self.hu not in (FITS, UNJUDGED):
             yield f"hu: the values are not Hounsfield units ({self.hu})"
+
+    def _frame_warnings(self) -> Iterator[str]:
+        taught, fed = self.model.spec.frame_ijk, self.feeding.spec.frame_ijk
+        if self.laid.cut > 0:
+            yield f"cut: the frame about the body leaves {self.laid.cut:.1%} of its box out"
+        if taught is not None and fed is None:
+            yield f"frame: fed in whole, the weights saw a box of {taught} voxels about the body"
 
     def _tokens_affine(self) -> Float[np.ndarray, "4 4"]:
         grid_ras = self.laid.affine_ras

@@ -75,7 +75,7 @@ class Model:
         pool: Pool = "cls-mean",
         computing: Computing | None = None,
     ) -> Embedding:
-        """Embed a whole scan: resample, window, tile, encode. Only a scan to `fit` loses air about it.
+        """Embed a whole scan: resample, window, tile, encode. Only a box to `fit`, or a frame, leaves some of it out.
 
         Args:
             scan: A volume, a study of one, or a `streaming.Scan` that is read as it goes.

@@ -6,14 +6,9 @@ exists in floats at the network's spacing. At 0.5 x 0.5 x 1 mm that would be 800
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +18,13 @@ from torch import Tensor
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.resampling import area_weights, grid_affine, grid_coordinates, resampled_count, steps_ijk, weights
 from voxelstem.store import Store
+from voxelstem.store.encoding import AIR_HU
 from voxelstem.study import INPUT_SPECS, InputSpec, Volume
 from voxelstem.views.intensity import Limits, doubt, limits, measure, window
 from voxelstem.views.tile import Tiling, centre_crop, cover
 
 Triple = tuple[int, int, int]
-Item = TypeVar("Item")
+Edges = Float[np.ndarray, " 3"]
 ROWS = 32
 """Output planes made by one multiplication: the matrices of resampling are banded, and few rows see few columns."""
 MOST_BLOCKS = 1 << 14
@@ -48,6 +44,8 @@ class Scan:
     channels: int
     slab: Callable[[int, int], Float[np.ndarray, "channel row j k"]]
     """The rows from one index along i to another, in HU or intensity."""
+    body_ijk: tuple[Triple, Triple] | None = None
+    """First voxel and size of the box around the patient; None where it has not been looked for."""
 
 
 def of_volume(volume: Volume) -> Scan:
@@ -77,6 +75,7 @@ def of_store(store: Store, key: str) -> Scan:
         modality=record.modality,
         channels=record.channels,
         slab=lambda low, high: store.crop(key, (low, 0, 0), (high - low, j, k)),
+        body_ijk=(record.body_start_ijk, record.body_size_ijk),
     )
 
 
@@ -94,7 +93,7 @@ def with_spacing(spec: InputSpec, spacing: str | tuple[float, float, float] | No
             hint="leave the spacing out",
         )
     if spacing == "native":
-        return replace(spec, preset="", resampling="native")
+        return replace(spec, preset="", resampling="native", frame_ijk=None)
     if isinstance(spacing, str):
         known = {
             name: other
@@ -107,10 +106,10 @@ def with_spacing(spec: InputSpec, spacing: str | tuple[float, float, float] | No
                 hint=f"say one of {', '.join([*known, 'native'])}, or three lengths in mm",
             )
         wanted = known[spacing]
-        return replace(spec, preset=spacing, spacing_mm=wanted.spacing_mm, resampling=wanted.resampling)
+        return replace(spec, preset=spacing, spacing_mm=wanted.spacing_mm, resampling=wanted.resampling, frame_ijk=None)
     if len(spacing) != 3 or not all(LEAST_MM <= edge <= MOST_MM for edge in spacing):  # noqa: PLR2004 - three axes
         raise ConfigError(f"a spacing is three lengths from {LEAST_MM} to {MOST_MM:g} mm, got {spacing}")
-    return replace(spec, preset="", spacing_mm=spacing, resampling="spacing")
+    return replace(spec, preset="", spacing_mm=spacing, resampling="spacing", frame_ijk=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -125,13 +124,15 @@ class Laid:
     limits: Limits
     """How the scan's values are normalised, and what lies outside of it."""
     share: float = 1.0
-    """Of the scan's voxels, how many are laid out: fewer than all where air about a box was cut off (`fit`)."""
+    """Of the scan, how much is laid out: less than all where air about a box was cut off (`fit`), or in a frame."""
+    cut: float = 0.0
+    """Share of the box around the patient that a frame leaves out."""
     doubt: str = ""
     """What a person should know of the scan's values; mostly nothing."""
 
 
 def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
-    """Lay a scan out at the spec's spacing; both grids begin at the same low corner, or at that of the box to fit.
+    """Lay a scan out at the spec's spacing; both grids begin at the same low corner, or at that of the box or frame.
 
     Args:
         scan: Only its facts are read; its voxels too to fit a box, to normalise by the whole volume, or where values
@@ -146,6 +147,8 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
     _check_spacing(scan)
     if spec.resampling == "fit":
         return _lay_box(scan, spec)
+    if spec.frame_ijk is not None:
+        return _lay_frame(scan, spec, spec.frame_ijk)
     steps = steps_ijk(scan.affine_ras, scan.shape_ijk, spec.grid_spacing_mm(scan.spacing_mm, scan.shape_ijk))
     i, j, k = (resampled_count(size, 1.0, step) for size, step in zip(scan.shape_ijk, steps, strict=True))
     tiling = (centre_crop if like_spectre else cover)((i, j, k), spec.block_ijk)
@@ -170,6 +173,44 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
         limits=found,
         doubt=doubtful,
     )
+
+
+def _lay_frame(scan: Scan, spec: InputSpec, frame_ijk: Triple) -> Laid:
+    """Lay out a box about the middle of the body exactly where `views.multicrop` takes its view in training."""
+    spacing, wanted = np.asarray(scan.spacing_mm), np.asarray(spec.spacing_mm)
+    body, size = (np.asarray(edge) * spacing for edge in scan.body_ijk or _body(scan))
+    wide = np.asarray(frame_ijk) * wanted
+    start = body + size / 2 - wide / 2
+    corner = scan.affine_ras.astype(np.float64)
+    corner[:3, 3] += corner[:3, :3] @ (start / spacing)
+    over_i, over_j, over_k = (
+        torch.from_numpy(weights(grid_coordinates(out, start=low, step=step), have, step=step)).float()
+        for out, low, step, have in zip(frame_ijk, start / spacing, wanted / spacing, scan.shape_ijk, strict=True)
+    )
+    i, j, k = wanted / spacing
+    found, doubtful = _measured(scan, spec)
+    return Laid(
+        tiling=cover(frame_ijk, spec.block_ijk),
+        affine_ras=grid_affine(corner, (i, j, k)),
+        matrices=(over_i, over_j, over_k),
+        limits=found,
+        share=_overlap(start, wide, np.zeros(3), np.asarray(scan.shape_ijk) * spacing),
+        cut=1 - _overlap(start, wide, body, size),
+        doubt=doubtful,
+    )
+
+
+def _overlap(start: Edges, extent: Edges, of: Edges, size: Edges) -> float:
+    """Share of the second box (from a corner on, of a size) that lies in the first."""
+    return float(np.prod((np.minimum(start + extent, of + size) - np.maximum(start, of)) / size))
+
+
+def _body(scan: Scan) -> tuple[Triple, Triple]:
+    """What a store would have noted as the box around the patient."""
+    if scan.modality != "CT":
+        return (0, 0, 0), scan.shape_ijk
+    i, j, k = _box(scan, AIR_HU)
+    return (i.start, j.start, k.start), (len(i), len(j), len(k))
 
 
 def _measured(scan: Scan, spec: InputSpec) -> tuple[Limits, str]:
@@ -354,41 +395,3 @@ def _along(part: Tensor, axis: int, matrix: Tensor | None, rows: slice) -> Tenso
         else:
             made.append(some @ piece if axis == 2 else piece @ some.T)  # noqa: PLR2004 - (channel, i, j, k)
     return torch.cat(made, dim=axis) if len(made) > 1 else made[0]
-
-
-@contextlib.contextmanager
-def ahead(items: Iterable[Item], depth: int) -> Generator[Iterator[Item]]:
-    """Make items in a background thread from now on: `depth` wait in line and one more is being made.
-
-    Leaving the block ends the thread after the item that it is at. Whatever making an item raised is raised by the
-    iterator, in its turn.
-    """
-    ready: queue.Queue[Item | None] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: Item | None) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
-        try:
-            all(put(item) for item in items)
-        finally:
-            put(None)
-
-    def give() -> Iterator[Item]:
-        while (item := ready.get()) is not None:
-            yield item
-        made.result()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        made = pool.submit(make)
-        try:
-            yield give()
-        finally:
-            closed.set()

@@ -180,6 +180,10 @@ class InputSpec:
     """Scans are brought to `spacing_mm`; or fed on the grid that they come with (`native`); or the box of all that lies
     above `low_hu` is stretched to exactly one block by averaging areas (`fit`). Of the last two, `spacing_mm` only says
     what to expect."""
+    frame_ijk: tuple[int, int, int] | None = None
+    """Whole scans are shown as a box of this many voxels about the middle of the patient's body, in training and
+    wherever the model is used: what lies beyond is cut off, what is missing is air. None: the blocks cover all of a
+    scan, from its low corner on."""
     normalisation: Normalisation = "window"
     """How values become the network's: [`low_hu`, `high_hu`] of every scan to [0, 1], or by what is measured of the
     whole volume (`PER_VOLUME` says each in words). Then the window means nothing, and keeps its defaults."""
@@ -203,6 +207,14 @@ class InputSpec:
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
         if min(self.block_ijk) < 1:
             raise ValueError(f"block_ijk must be at least one voxel, got {self.block_ijk}")
+        if self.frame_ijk is not None:
+            self._check_frame(self.frame_ijk)
+
+    def _check_frame(self, frame_ijk: tuple[int, int, int]) -> None:
+        if any(edge < 1 or edge % block for edge, block in zip(frame_ijk, self.block_ijk, strict=True)):
+            raise ValueError(f"frame_ijk must be whole blocks of {self.block_ijk} voxels, got {frame_ijk}")
+        if self.resampling != "spacing":
+            raise ValueError(f"frame_ijk needs resampling 'spacing', got '{self.resampling}'")
 
     def grid_spacing_mm(
         self, have_mm: tuple[float, float, float], shape_ijk: tuple[int, int, int]
@@ -231,8 +243,8 @@ class InputSpec:
 
     @property
     def mark(self) -> str:
-        """All numbers in one text, for digests. The window, once all there was, is not named: digests of then hold."""
-        return repr(self).replace(", normalisation='window'", "")
+        """All numbers in one text, for digests. What once was all there was is not named: digests of then hold."""
+        return repr(self).replace(", normalisation='window'", "").replace(", frame_ijk=None", "")
 
     @property
     def values_in_words(self) -> str:

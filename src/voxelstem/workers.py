@@ -1,4 +1,7 @@
-"""Processes that work through a list of tasks. One that dies or hangs is replaced and takes nothing else with it."""
+"""Processes that work through a list of tasks. One that dies or hangs is replaced and takes nothing else with it.
+
+`ahead` is the thread that makes the next things while these are used.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from voxelstem.errors import ConfigError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 AHEAD_FOR_EACH_WORKER = 2
 SECONDS_TO_START = 300.0
 """On a busy machine and a slow disk, importing a large library may take minutes."""
@@ -334,3 +338,41 @@ def _leave_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+@contextmanager
+def ahead(items: Iterable[Item], depth: int) -> Generator[Iterator[Item]]:
+    """Make items in a background thread from now on: `depth` wait in line and one more is being made.
+
+    Leaving the block ends the thread after the item that it is at. Whatever making an item raised is raised by the
+    iterator, in its turn.
+    """
+    ready: queue.Queue[Item | None] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Item | None) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            all(put(item) for item in items)
+        finally:
+            put(None)
+
+    def give() -> Iterator[Item]:
+        while (item := ready.get()) is not None:
+            yield item
+        made.result()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        made = pool.submit(make)
+        try:
+            yield give()
+        finally:
+            closed.set()

@@ -17,7 +17,7 @@ def draw(rows: int, grid: tuple[int, int, int], ratio: float, seed: int = 0) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(grid=GRIDS, ratio=st.floats(0, 1), seed=st.integers(0, 99))
+@given(grid=GRIDS, ratio=st.floats(0, 1, width=32), seed=st.integers(0, 99))  # ratios travel as float32
 def test_every_row_hides_exactly_its_share(grid: tuple[int, int, int], ratio: float, seed: int) -> None:
     masks = draw(3, grid, ratio, seed)
     patches = grid[0] * grid[1] * grid[2]

@@ -220,6 +220,33 @@ def test_views_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]) -> None:
         ViewsConfig(**wrong)
 
 
+def test_a_frame_is_jittered_about_the_middle_of_the_body_however_long_that_is() -> None:
+    spec = replace(SPEC, block_ijk=(4, 4, 3), frame_ijk=(8, 8, 6))
+    one = ViewsConfig(global_=ViewKind(count=1, size_ijk=(8, 8, 6)), region_scale=1.25)
+    rng = np.random.default_rng(0)
+    plans = [draw_sample(one, spec, SCAN, rng)["global"][0] for _ in range(200)]
+    middles = np.array([np.add(plan.start_mm, np.divide(plan.extent_mm, 2)) for plan in plans])
+    offset = middles - (np.array([2, 3, 0]) + np.array([25, 20, 20]) / 2) * SCAN.spacing_mm
+    free = 0.25 / 2 * np.array([16.0, 16.0, 18.0])
+    assert (np.abs(offset) <= free + 1e-9).all()
+    assert (np.abs(offset).max(axis=0) > 0.8 * free).all()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"global_": ViewKind(count=1, size_ijk=(8, 8, 3))},
+        {"local": ViewKind(count=2, size_ijk=(4, 4, 3))},
+        {"central_mm": (100.0, 100.0, 100.0)},
+    ],
+)
+def test_views_other_than_the_frame_are_refused(other: dict[str, Any]) -> None:
+    spec = replace(SPEC, block_ijk=(4, 4, 3), frame_ijk=(8, 8, 6))
+    config = replace(ViewsConfig(global_=ViewKind(count=1, size_ijk=(8, 8, 6))), **other)
+    with pytest.raises(ConfigError, match="frame of"):
+        draw_sample(config, spec, SCAN, np.random.default_rng(0))
+
+
 def test_a_spec_without_a_spacing_is_refused() -> None:
     with pytest.raises(ConfigError, match="views need a spacing"):
         draw_sample(CONFIG, InputSpec(resampling="fit"), SCAN, np.random.default_rng(0))

@@ -99,7 +99,7 @@ def base() -> PretrainConfig:
         start,
         recipe="ct.align",
         steps=30_000,
-        spec=InputSpec(spacing_mm=(1.0, 1.0, 2.0), block_ijk=ct.BLOCK),
+        spec=InputSpec(spacing_mm=(1.0, 1.0, 2.0), block_ijk=ct.BLOCK, frame_ijk=(384, 384, 256)),
         backbone=replace(
             start.backbone, scan=replace(start.backbone.block, depth=4, registers=0, drop_path=0.0, rope_base=100.0)
         ),
@@ -136,7 +136,9 @@ def tiny() -> PretrainConfig:
     return PretrainConfig(
         recipe="tiny.align",
         steps=2800,
-        spec=InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(24, 40, 24)),
+        spec=InputSpec(
+            spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(24, 40, 24), frame_ijk=(48, 40, 48)
+        ),
         backbone=ScanVitConfig(
             patch_ijk=(8, 8, 8),
             block_ijk=(24, 40, 24),

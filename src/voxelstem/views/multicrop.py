@@ -154,16 +154,30 @@ def draw_sample(config: ViewsConfig, spec: InputSpec, ground: Ground, rng: np.ra
         ConfigError: the spec has no spacing, or its values are not in [0, 1] as the changes want them.
     """
     check_spacing(spec)
+    _check_frame(config, spec)
     _check_changes(config.augment, spec)
     size_ijk, scale = config.global_.size_ijk, config.region_scale
     region = ViewKind(size_ijk=size_ijk, min_scale=scale, max_scale=scale)
     wide = np.asarray(size_ijk) * np.asarray(spec.spacing_mm) * scale
-    shared = draw_views(region, spec, _where(config, ground, wide), rng)[0]
+    shared = draw_views(region, spec, _where(config, spec, ground, wide), rng)[0]
     box = (shared.start_mm, shared.extent_mm)
     plans = {"global": draw_views(config.global_, spec, box, rng)}
     if config.local.count:
         plans["local"] = draw_views(config.local, spec, box, rng)
     return plans
+
+
+def _check_frame(config: ViewsConfig, spec: InputSpec) -> None:
+    """What is shown in training must be what is shown in use."""
+    if spec.frame_ijk is None:
+        return
+    if config.global_.size_ijk != spec.frame_ijk or config.local.count or config.central_mm is not None:
+        raise ConfigError(
+            f"the spec shows whole scans in a frame of {spec.frame_ijk} voxels about the body, and the views are "
+            f"{config.global_.size_ijk} voxels, {config.local.count} local ones, central_mm {config.central_mm}",
+            hint="set views.global_.size_ijk to spec.frame_ijk, local.count=0 and central_mm=none, or "
+            "spec.frame_ijk=none",
+        )
 
 
 def _check_changes(config: AugmentConfig, spec: InputSpec) -> None:
@@ -240,10 +254,16 @@ def _cut_view(
     )
 
 
-def _where(config: ViewsConfig, ground: Ground, wide_mm: Float[np.ndarray, "3"]) -> tuple[Triple, Triple]:
+def _where(
+    config: ViewsConfig, spec: InputSpec, ground: Ground, wide_mm: Float[np.ndarray, "3"]
+) -> tuple[Triple, Triple]:
     """Start and extent of the part of the scan that regions of this width lie in."""
     spacing = np.asarray(ground.spacing_mm)
-    if config.central_mm is None:
+    if spec.frame_ijk is not None:
+        # Nowhere else, however long the body: so does whoever uses the model.
+        middle = (np.asarray(ground.body_start_ijk) + np.asarray(ground.body_size_ijk) / 2) * spacing
+        start, extent = middle - wide_mm / 2, wide_mm
+    elif config.central_mm is None:
         start = np.asarray(ground.body_start_ijk) * spacing - config.overhang * wide_mm
         extent = np.asarray(ground.body_size_ijk) * spacing + 2 * config.overhang * wide_mm
     else:
