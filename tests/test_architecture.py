@@ -115,6 +115,7 @@ def test_every_mirrored_test_has_its_module():
         "end_to_end",
         "faults",
         "parity",
+        "phantom_brains",
         "planted",
         "real_brains",
         "torchrun",

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from voxelstem import errors
-from voxelstem.errors import ConfigError, IngestError, VoxelstemError
+from voxelstem.errors import ConfigError, IngestError, StoreError, VoxelstemError
 
 
 def test_an_error_shows_the_cause_before_the_next_step():
@@ -22,6 +24,12 @@ def test_a_refusal_carries_the_code_that_the_ledger_counts():
 def test_a_refusal_needs_a_code():
     with pytest.raises(TypeError, match="code"):
         IngestError("cut in half")  # pyright: ignore[reportCallIssue]
+
+
+def test_a_store_s_error_has_a_code_where_values_are_at_fault():
+    assert StoreError("cut off").code == ""
+    there = pickle.loads(pickle.dumps(StoreError("scored", code="z-scored", hint="give it raw")))
+    assert (there.problem, there.code, there.hint) == ("scored", "z-scored", "give it raw")
 
 
 def test_every_error_is_caught_at_the_one_door():

@@ -13,6 +13,7 @@ from voxelstem import adapt, evaluate
 from voxelstem.adapt import read_truth
 from voxelstem.baselines import Intensity, intensity
 from voxelstem.card import Card, write_weights
+from voxelstem.contest import Contest
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
@@ -147,6 +148,33 @@ def test_runs_that_share_labels_share_their_baselines(place: Path, tmp_path: Pat
     )
     names = [score.name for score in found.scores if score.metric == "auroc"]
     assert names == ["contrast", "scratch", "intensity", "majority", "untrained"]
+
+
+def test_the_floor_of_volumes_is_told_of_each_run_and_not_of_one_for_all(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task="classify",
+        mode="probe",
+        out=tmp_path / "three",
+        budget=3,
+    )
+    # Volumes are known of the few scans of one run, and of the other's not.
+    few = len(adapt.read_run(place / "contrast").labelled)
+    monkeypatch.setattr(Contest, "morphometry", lambda self: self.majority() if len(self.labelled) == few else None)
+
+    def floors(*runs: Path) -> list[str]:
+        found = evaluate.run(runs, store=place / "store", labels=place / "contrast.csv", out=tmp_path / "report")
+        return [line for line in found.checked if line.startswith("morphometry")]
+
+    measured, missing = floors(place / "contrast", tmp_path / "three")
+    assert measured.startswith("morphometry of contrast: a head on volumes")
+    assert missing.startswith("morphometry floor of three: NOT MEASURED")
+    assert floors(tmp_path / "three") == [missing.replace(" of three", "")]
+    assert floors(place / "contrast") == [measured.replace(" of contrast", "")]
 
 
 def test_an_untrained_run_scores_exactly_like_the_scratch_baseline_of_its_seed(place: Path, tmp_path: Path) -> None:

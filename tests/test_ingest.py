@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -553,3 +554,74 @@ def test_each_data_set_of_another_program_brings_its_own_masks(paths):
     assert take(src / "one", src / "two", store=root).refused == 0
     store = Store.open(root)
     assert sorted(int(store.labels(record.key).array.sum()) for record in store) == sorted(sizes.values())
+
+
+def bids_scan(root: Path, place: str, *, name: str | None, seed: int) -> Path:
+    path = root / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).gamma(2.0, 200.0, (8, 8, 8)).astype(np.int16)
+    Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(path)
+    if name is not None:
+        (root / "dataset_description.json").write_text(json.dumps({"Name": name, "BIDSVersion": "1.10.0"}))
+    return path
+
+
+FIRST, SECOND = "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz"
+
+
+@pytest.mark.parametrize("way", ["each", "both", "above"])
+def test_sub_01_of_two_data_sets_is_two_people_however_they_come_in(tmp_path, way):
+    for seed, name in enumerate(("A", "B")):
+        bids_scan(tmp_path / "raw" / name, FIRST, name=name, seed=seed)
+        bids_scan(tmp_path / "raw" / name, SECOND, name=name, seed=seed + 10)
+    a, b, store = tmp_path / "raw/A", tmp_path / "raw/B", tmp_path / "store"
+    for sources in {"each": [[a], [b]], "both": [[a, b]], "above": [[tmp_path / "raw"]]}[way]:
+        ingest(sources, store)
+    opened = Store.open(store)
+    assert set(opened.subjects()) == {pseudonym(f"{name}/sub-01", site_key()) for name in "AB"}
+    assert sorted(Counter(record.subject for record in opened).values()) == [2, 2]
+
+
+def test_a_data_set_that_moved_or_comes_in_parts_keeps_its_people(tmp_path):
+    store, root = tmp_path / "store", tmp_path / "here"
+    bids_scan(root, FIRST, name="A", seed=0)
+    ingest([root], store)
+    root = root.rename(tmp_path / "there")
+    later = bids_scan(root, SECOND, name="A", seed=1)
+    derived = bids_scan(root, "derivatives/prog/sub-01/anat/sub-01_T1w.nii.gz", name=None, seed=2)
+    (root / "derivatives/prog/dataset_description.json").write_text('{"Name": "prog"}')
+    for number, part in enumerate((later, later.parent, root / "sub-01", derived, derived.parents[2], root)):
+        ingest([part], store)
+        assert Store.open(store).subjects() == (pseudonym("A/sub-01", site_key()),), number
+    assert len(Store.open(store)) == 3
+
+
+def test_a_data_set_under_another_name_is_refused_as_a_copy_and_makes_nobody_new(tmp_path):
+    store, root = tmp_path / "store", tmp_path / "raw"
+    bids_scan(root, FIRST, name="A", seed=0)
+    ingest([root], store)
+    bids_scan(root, FIRST, name="Z", seed=0)
+    assert [refused.code for refused in ingest([root], store).refusals] == ["duplicate"]
+    assert Store.open(store).subjects() == (pseudonym("A/sub-01", site_key()),)
+
+
+def test_a_store_that_was_begun_without_data_sets_keeps_its_people_and_says_so(tmp_path, caplog):
+    store, root = tmp_path / "store", tmp_path / "raw"
+    Store.create(store)
+    with sqlite3.connect(store / "catalogue.sqlite") as catalogue:
+        catalogue.execute("DELETE FROM meta WHERE name = 'subjects'")
+    bids_scan(root, FIRST, name="A", seed=0)
+    ingest([root], store)
+    bids_scan(root, SECOND, name="A", seed=1)
+    assert (ingest([root], store).kept, len(Store.open(store))) == (1, 2)
+    assert Store.open(store).subjects() == (pseudonym("sub-01", site_key()),)
+    told = [record.getMessage() for record in caplog.records if "data sets" in record.getMessage()]
+    assert len(told) == 2
+    assert str(tmp_path) not in "".join(told)
+
+
+def test_scans_of_no_described_data_set_are_named_as_before_and_without_a_warning(tmp_path, caplog):
+    bids_scan(tmp_path / "raw", FIRST, name=None, seed=0)
+    ingest([tmp_path / "raw"], tmp_path / "store")
+    assert Store.open(tmp_path / "store").subjects() == (pseudonym("sub-01", site_key()),)
+    assert "data sets" not in caplog.text

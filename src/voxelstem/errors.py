@@ -40,7 +40,12 @@ class IngestError(VoxelstemError):
 
 
 class StoreError(VoxelstemError):
-    """A store cannot be opened, read or written."""
+    """A store cannot be opened, read or written. `code` is there where the values of a scan are at fault."""
+
+    def __init__(self, problem: str, *, hint: str = "", code: str = "") -> None:
+        """`code` is the reason by which doors refuse such values, `z-scored` for one."""
+        super().__init__(problem, hint=hint)
+        self.code = code
 
 
 class CheckpointError(VoxelstemError):

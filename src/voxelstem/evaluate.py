@@ -101,6 +101,7 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
     known: dict[str, dict[str, Repeats]] = {}
     contests: list[Contest] = []
     asked: list[Mapping[str, Any]] = []
+    floors: list[tuple[str, bool]] = []
     for adapted in finished:
         name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
         entry = _enter(adapted, opened, labels, out / "features", commercial=commercial)
@@ -111,6 +112,8 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
         fresh = entry.mark not in known
         if fresh:
             known[entry.mark] = entry.baselines()
+        if not (adapted.task.voxels or is_aligned(adapted.task)):
+            floors.append((name, MORPHOMETRY in known[entry.mark]))
         table = table_of(contest, mine | known[entry.mark], task=adapted.config.task, budget=adapted.config.budget)
         scores += [score for score in table if fresh or score.name == name]
         asked += [_question(adapted, contest, name)] if is_aligned(adapted.task) else []
@@ -123,7 +126,7 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
             "no subject, scan or identical voxels of this store on both sides of the split; "
             "what the weights saw elsewhere is not checked",
             "baselines fitted to the same labelled scans as each run",
-            *_floor(finished, known),
+            *_floor(floors),
         ),
         asked=tuple(asked),
     )
@@ -261,13 +264,19 @@ def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commer
     )
 
 
-def _floor(finished: Sequence[Adapted], known: Mapping[str, Mapping[str, Repeats]]) -> tuple[str, ...]:
-    """What volumes of structures alone can do of a scan-level task must be known before anything is said of a model."""
-    if all(adapted.task.voxels or is_aligned(adapted.task) for adapted in finished):
-        return ()
-    if any(MORPHOMETRY in baselines for baselines in known.values()):
-        return ("morphometry: a head on volumes of structures alone, fitted to the same labels",)
-    return ("morphometry floor: NOT MEASURED, not every scan of the store has the same `volume:<structure>` labels",)
+def _floor(measured: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
+    """What volumes of structures alone can do of a scan-level task must be known before anything is said of a model.
+
+    `measured` says of each run with such a task whether that is known: of its own labels, not of another run's.
+    """
+    said = {
+        True: "morphometry{}: a head on volumes of structures alone, fitted to the same labels",
+        False: "morphometry floor{}: NOT MEASURED, not every scan of the store has the same `volume:<structure>` "
+        "labels",
+    }
+    names = {known: [name for name, floor in measured if floor is known] for known in said}
+    mixed = all(names.values())
+    return tuple(line.format(f" of {', '.join(names[known])}" * mixed) for known, line in said.items() if names[known])
 
 
 def _question(adapted: Adapted, contest: Contest, name: str) -> dict[str, Any]:

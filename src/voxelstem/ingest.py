@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from voxelstem.progress import Advance, progress
 from voxelstem.reports import Reports, read_reports
 from voxelstem.sources import Source, iterate, stem
 from voxelstem.sources.nnssl import read_collection
-from voxelstem.store.catalogue import Refusal, is_store
+from voxelstem.store.catalogue import SUBJECTS, Refusal, is_store
 from voxelstem.store.reader import Store
 from voxelstem.store.subjects import key_mark, site_key, source_name
 from voxelstem.store.volumes import read_volumes
@@ -28,6 +29,7 @@ from voxelstem.study import Study
 from voxelstem.workers import Lost, Workers
 
 AS_IT_IS = IntakeConfig()
+_log = logging.getLogger(__name__)
 Show = Callable[[str, int], AbstractContextManager[Advance]]
 
 
@@ -108,6 +110,7 @@ def ingest(
     with Writer(root) as writer, show("ingest", len(found)) as advance:
         check_key(writer, key)
         _check_spacing(writer, config)
+        found = _as_before(found, writer)
         with readers:
             tasks = (_task(source, dataset, writer, laid, key) for source, dataset in found)
             for task, outcome in readers.map(tasks):
@@ -232,6 +235,17 @@ def _check_spacing(writer: Writer, config: IntakeConfig) -> None:
             f"the store '{writer.path}' keeps every scan {named}, and now {wanted} is asked for",
             hint="leave --spacing as it was, or ingest into another store",
         )
+
+
+def _as_before(found: list[tuple[Source, int]], writer: Writer) -> list[tuple[Source, int]]:
+    """Leave subjects the ids that a store knows them by: one begun before data sets were told apart has bare ones."""
+    if writer.catalogue.meta(SUBJECTS) is not None or not any(source.dataset for source, _ in found):
+        return found
+    _log.warning(
+        "this store was begun before BIDS data sets were told apart: in it `sub-01` of one is `sub-01` of every other. "
+        "Nobody in it becomes somebody else by that, but bring another data set into a new store"
+    )
+    return [(replace(source, dataset=""), number) for source, number in found]
 
 
 class _Laid:

@@ -129,7 +129,8 @@ class Intake:
         said = bids.said(relative, dataset) if isinstance(dataset, Bids) else _told(relative, dataset)
         classes = sorted(task.classes.items()) if task.mask else None
         mask = _content([task.mask]) if task.mask else ""
-        return hashlib.sha256(repr((self.config, said, classes, mask)).encode()).hexdigest()
+        wished = (self.config, said, classes, mask, *filter(None, [task.source.dataset]))
+        return hashlib.sha256(repr(wished).encode()).hexdigest()
 
     def _encode(self, task: Task, fingerprint: str) -> Outcome:
         study = _choose(task.source.read(repair=self.config.repair), self.config.modality)
@@ -206,7 +207,8 @@ def scrub(message: str, path: Path, source: Source | None = None) -> str:
     """Take out of a message every name that may be a person's: of files, of folders, of members of a zip."""
     names = {str(path), str(path.resolve()), path.name, path.stem, path.name.split(".")[0]}
     if source is not None:
-        names |= {source.subject, source.relative, *source.relative.split("/"), *(file.name for file in source.files)}
+        names |= {source.subject, source.person, source.relative, *source.relative.split("/")}
+        names |= {file.name for file in source.files}
     # What is damaged enough to be refused may not let itself be listed either.
     with contextlib.suppress(*UNREADABLE):
         if path.is_dir():

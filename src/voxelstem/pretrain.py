@@ -32,6 +32,7 @@ from voxelstem.engine.lock import locked
 from voxelstem.engine.loop import LoopConfig, Surroundings, train
 from voxelstem.engine.monitor import HealthConfig, Monitor, draw_blocks, draw_probe_set
 from voxelstem.engine.optim import OptimConfig
+from voxelstem.engine.pair_counts import shares
 from voxelstem.engine.parallel import ParallelConfig, Trainee
 from voxelstem.engine.plan import Plan, plan
 from voxelstem.engine.scans import Chosen, choose
@@ -189,7 +190,7 @@ def _train(
             f"run '{run.name}' was started on other scans ({before['count']} then, {scans['count']} now)",
             hint="resume on the store as it was, or choose a new --out",
         )
-    loader.quarantine(_quarantined(start))
+    _go_back(loader, start)
     begun = [] if start.step else list(notes)
     look = _monitor(config, trainee, loader, probe, run=run, begins=not start.step)
     # Lines of steps that run again count too: what they took is spent.
@@ -210,7 +211,8 @@ def _train(
         def health() -> dict[str, Any]:
             energy = meter.kwh()
             spent = {"kwh": sum(distributed.each(energy.kwh)), "energy": energy.source}
-            return trainee.look(lambda: look(trainee.objective)) | loader.speed() | spent
+            came = loader.speed() | shares(distributed.each(loader.pairs.facts()))
+            return trainee.look(lambda: look(trainee.objective)) | came | spent
 
         def notes_of_step() -> list[dict[str, Any]]:
             meter.kwh()  # counters of processors begin anew within minutes
@@ -226,8 +228,8 @@ def _train(
             show=show,
             names=lambda step: [name for names in distributed.each(loader.names(step)) for name in names],
             notes=notes_of_step,
-            facts=lambda: {"quarantined": distributed.each(sorted(loader.quarantined)), "scans": scans},
-            back=lambda start: loader.quarantine(_quarantined(start)),
+            facts=lambda: {"scans": scans, **_known(loader)},
+            back=lambda start: _go_back(loader, start),
         )
         train(trainee, around, run=run, start=start, config=settings)
 
@@ -257,11 +259,18 @@ def _scans(loader: Loader) -> dict[str, Any]:
     return {"count": len(loader.keys), "sha256": hashlib.sha256(loader.known.encode()).hexdigest()}
 
 
-def _quarantined(start: Resumed) -> list[str]:
-    """What this process had put aside at the checkpoint; with another number of processes, what any of them had."""
-    each: list[list[str]] = start.facts.get("quarantined", [])
-    here = distributed.here()
-    return each[here.rank] if len(each) == here.count else [key for keys in each for key in keys]
+def _known(loader: Loader) -> dict[str, Any]:
+    return {
+        "quarantined": distributed.each(sorted(loader.quarantined)),
+        "pairs": distributed.each(loader.pairs.facts()),
+    }
+
+
+def _go_back(loader: Loader, start: Resumed) -> None:
+    """What this process had put aside and counted at the checkpoint; of another number of processes, what all had."""
+    each, here = start.facts.get("quarantined", []), distributed.here()
+    loader.quarantine(each[here.rank] if len(each) == here.count else [key for keys in each for key in keys])
+    loader.pairs.restore(start.facts.get("pairs", []), here)
 
 
 def _monitor(

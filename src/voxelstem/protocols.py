@@ -27,6 +27,11 @@ class Batch:
     `texts` are what was said about each sample's scan, where a recipe asks for reports; otherwise there are none.
     `targets` are named facts of each sample's scans, where a recipe asks for them (`views/pair.py` lists the names):
     NaN where nobody knows.
+
+    `known` says how many values each term of a loss rests on in a micro-batch, on average over all micro-batches and
+    processes of the step, where that changes from sample to sample. Who cuts a batch into micro-batches gets it from
+    the objective, which may have `known(batch)` for it, before the first of them; a term that is not named here rests
+    on what is known in the batch itself.
     """
 
     views: Mapping[str, Float[Tensor, "sample view channel i j k"]]
@@ -35,6 +40,7 @@ class Batch:
     first: int = 0
     texts: tuple[str, ...] = ()
     targets: Mapping[str, Float[Tensor, "sample value"]] = field(default_factory=dict[str, Tensor])
+    known: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict[str, Tensor])
 
     def __len__(self) -> int:
         """Samples of this share."""

@@ -55,6 +55,7 @@ def _make_targets(samples: int, generator: torch.Generator) -> dict[str, Tensor]
     volumes[0, -1] = math.nan
     contrast = torch.stack([count % 2, (count + 1) % 2], 1).float()
     return {
+        "subject": count.float()[:, None],
         "copy": copy,
         "same_session": (years == 0).float(),
         "contrast": torch.where(copy > 0, contrast[:, :1], contrast),

@@ -46,3 +46,9 @@ def test_a_moved_batch_is_the_same() -> None:
     assert moved.seed == batch.seed
     assert all(torch.equal(moved.views[name], batch.views[name]) for name in batch.views)
     assert all(torch.equal(moved.places_mm[name], batch.places_mm[name]) for name in batch.places_mm)
+
+
+def test_all_tensors_of_a_batch_move() -> None:
+    moved = device.move(make_batch((8, 8, 8)), torch.device("meta"))
+    for part in (moved.views, moved.places_mm, moved.targets):
+        assert {tensor.device.type for tensor in part.values()} == {"meta"}

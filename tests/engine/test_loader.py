@@ -272,6 +272,27 @@ def test_a_brain_that_cannot_be_normalised_is_put_aside_with_the_reason(brains: 
     (note,) = [note for note in source.notes() if "quarantined" in note]
     assert note["quarantined"] == bad[:16]
     assert "z-scored over tissue alone" in note["reason"]
+    assert note["code"] == "z-scored"
+
+
+def test_where_values_are_at_fault_the_disk_is_not_blamed(brains: Store, tmp_path: Path):
+    """A window for raw values, and a store of scans that were z-scored before."""
+    store = Store.create(tmp_path / "store")
+    for record in brains:
+        raw = brains.volume(record.key)
+        scored = replace(raw, array=((raw.array - raw.array.mean()) / raw.array.std()).astype(np.float32))
+        write(store, Study(subject=record.subject, volumes=(scored,)))
+    spec = InputSpec(modality="MR", spacing_mm=SPEC.spacing_mm, block_ijk=(8, 8, 8), low_hu=0.0, high_hu=2000.0)
+    config = LoaderConfig(batch=2)
+    source = Loader(store, keys(store), spec, views=VIEWS, config=config, seed=0)
+    with pytest.raises(StoreError, match=r"scans cannot be used; the last one: .*look z-scored") as caught:
+        list(source.batches(0, 4))
+    assert "disk" not in caught.value.hint
+    assert "normalised" in caught.value.hint
+    only = Loader(store, keys(store)[:1], spec, views=VIEWS, config=replace(config, repeat=True), seed=0)
+    with pytest.raises(StoreError, match="no scan to train on can be read") as alone:
+        only.batch(0)
+    assert alone.value.hint == caught.value.hint
 
 
 def test_processes_draw_for_their_samples_what_one_process_draws_for_all(phantoms: Store):

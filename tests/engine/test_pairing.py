@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.engine.brains import SHAPE, filled, key_of, scan
 
+from voxelstem.distributed import Ranks
 from voxelstem.engine.cost import blank_batch
 from voxelstem.engine.footprint import view_bytes
 from voxelstem.engine.loader import Loader, LoaderConfig
@@ -143,6 +144,7 @@ def test_targets_and_views_of_a_batch_belong_together(store: Store):
         "pathology": (6, 1),
         "contrast": (6, 2),
         "age": (6, 2),
+        "subject": (6, 1),
     }
     torch.testing.assert_close(batch.part(2, 4).targets["age"], batch.targets["age"][2:4], equal_nan=True)
 
@@ -176,7 +178,7 @@ def test_a_recipe_without_pairs_draws_the_views_that_it_always_drew(store: Store
 def test_without_a_second_scan_the_targets_are_there_all_the_same(store: Store):
     alone = loader(store, views=replace(VIEWS, pair=PairConfig(same_session=0.0))).batch(0)
     assert set(alone.views) == {"global"}
-    assert set(alone.targets) == {"contrast", "age", "pathology"}
+    assert set(alone.targets) == {"contrast", "age", "pathology", "subject"}
 
 
 def test_copies_and_refusals_are_told_in_the_journal(store: Store):
@@ -192,6 +194,46 @@ def test_copies_and_refusals_are_told_in_the_journal(store: Store):
     assert 0.5 <= made.speed()["copy_share"] < 0.8
     assert made.speed()["pairs_refused"] >= len(refused) > 0
     assert "copy_share" not in loader(store, views=replace(VIEWS, pair=None)).speed()
+
+
+def counts_by_step(made: Loader, start: int, stop: int) -> list[tuple[int, int, int]]:
+    return [(made.pairs.drawn, made.pairs.copies, made.pairs.refused) for _ in made.batches(start, stop)]
+
+
+def alone(store: Store, stop: int, *, each: int) -> list[tuple[int, int, int]]:
+    """The same counts, from loaders that were asked for one step each and so had nothing to read ahead."""
+    found, total = list[tuple[int, int, int]](), (0, 0, 0)
+    for step in range(stop):
+        made = loader(store, config=LoaderConfig(batch=3, samples_per_open=each, ahead=1))
+        (own,) = counts_by_step(made, step, step + 1)
+        total = (total[0] + own[0], total[1] + own[1], total[2] + own[2])
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"ahead": 9}, {"threads": 3, "ahead": 5}], ids=str)
+def test_pairs_are_counted_as_steps_use_them_however_far_is_read_ahead(store: Store, changes):
+    made = loader(store, config=LoaderConfig(batch=3, samples_per_open=3, **changes))
+    made.batch(0)
+    assert made.pairs.drawn == 0, "a look at a batch uses none of it"
+    found = counts_by_step(made, 0, 7)
+    assert found == alone(store, 7, each=3)
+    assert found[0][0] == 3
+    assert found[-1][2] > 0
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_counts_of_pairs_go_on_after_a_resume_and_nothing_is_told_twice(store: Store, stop: int):
+    config = LoaderConfig(batch=3, samples_per_open=3)
+    whole = loader(store, config=config)
+    counts, told = counts_by_step(whole, 0, 7), whole.notes()
+    before, after = loader(store, config=config), loader(store, config=config)
+    first = counts_by_step(before, 0, stop)
+    after.pairs.restore([before.pairs.facts()], Ranks())
+    assert first + counts_by_step(after, stop, 7) == counts
+    twice = [note for made in (before, after) for note in made.notes()]
+    assert [note for note in twice if "unpaired" in note] == [note for note in told if "unpaired" in note] != []
+    assert after.speed()["pairs_refused"] == whole.speed()["pairs_refused"]
 
 
 def damaged(store: Store, folder: Path, key: str) -> Store:

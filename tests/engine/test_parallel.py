@@ -12,15 +12,22 @@ from tests.processes import run_together
 from torch import Tensor
 
 from voxelstem import distributed
+from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.encoder import Encoder, EncoderConfig
 from voxelstem.backbones.heads import ProjectorConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
+from voxelstem.backbones.trajectory import TrajectoryConfig
+from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.engine.parallel import ParallelConfig, Trainee
 from voxelstem.errors import ConfigError
+from voxelstem.objectives.anatomy import Anatomy, AnatomyConfig
 from voxelstem.objectives.dino import Dino, DinoConfig
+from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
+from voxelstem.objectives.longitudinal import Longitudinal, LongitudinalConfig
 from voxelstem.objectives.mae import Mae, MaeConfig
 from voxelstem.protocols import Batch
+from voxelstem.testing import make_batch as make_pairs
 
 CPU = torch.device("cpu")
 STEPS, SAMPLES = 3, 8
@@ -192,6 +199,93 @@ def test_micro_batches_of_one_process_give_the_step_of_the_whole_batch(one: Any)
     done = train(None, replace(DDP, accumulate=4))
     assert furthest(done["gradients"], one("mae ddp")["gradients"]) <= EQUAL
     assert done["said"][-1] == pytest.approx(one("mae ddp")["said"][-1], abs=EQUAL)
+
+
+BRAINS = ("anatomy", "disentangle", "longitudinal")
+ROWS = torch.arange(SAMPLES)[:, None]
+
+
+def make_brain(name: str) -> Any:
+    """An objective with all terms that rest on what is known of some scans only; none that compares samples."""
+    edge, ours = (8, 8, 8), {"columns": 3, "mask_ratio": 0.5, "background": "ignored", "pathology_weight": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "longitudinal":
+            trajectory = TrajectoryConfig(hidden=8, columns=3)
+            pairs = Disentangled(DisentangledConfig(width=4, levels=2, latent=6, block_ijk=edge))
+            return Longitudinal(LongitudinalConfig(identity=0.0, trajectory=trajectory), pairs)
+        network = UNet(UNetConfig(features=(4, 10), depths=(1, 1), strides=(1, 2), block_ijk=edge))
+        if name == "anatomy":
+            return Anatomy(AnatomyConfig(mask_block=4, visible_weight=0.5, **ours), network)
+        return Disentangle(DisentangleConfig(latent=6, masked_weight=1.0, anatomy_weight=1.0, **ours), network)
+
+
+def make_labelled() -> Batch:
+    """This process's share of pairs of which little is known, and not as much in each micro-batch."""
+    made = make_pairs((8, 8, 8), samples=SAMPLES)
+    targets = made.targets | {
+        "pathology": torch.where(ROWS == 5, 1.0, torch.nan),
+        "volumes": torch.where(ROWS < 3, made.targets["volumes"].nan_to_num(0.5), torch.nan),
+        "volumes_other": torch.where(ROWS < 4, made.targets["volumes"].flip(0).nan_to_num(0.5), torch.nan),
+        "copy": ((ROWS == 0) | (ROWS > 5)).float(),
+        "years": torch.where(ROWS == 1, torch.nan, 0.3 * (ROWS + 1)),
+    }
+    views = {"global": made.views["global"][:, :1], "other": made.views["other"].clone()}
+    views["other"][2, ..., :5] = 0.0
+    # Doubles: gradients of biases before a norm are what rounding leaves of sums that cancel.
+    whole = replace(
+        made,
+        views={name: view.double() for name, view in views.items()},
+        targets={name: values.double() for name, values in targets.items()},
+    )
+    here = distributed.here()
+    return whole.part(here.rank * SAMPLES // here.count, (here.rank + 1) * SAMPLES // here.count)
+
+
+def one_backward(name: str, accumulate: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The loss and its terms, and gradients; counts are of the whole batch."""
+    trainee = Trainee(
+        make_brain(name).double(), OptimConfig(), replace(DDP, accumulate=accumulate), device=CPU, precision="fp32"
+    )
+    output = trainee.backward(make_labelled(), progress=0.5)
+    parts = accumulate * distributed.here().count
+    said = {name: value * (parts if name.startswith("known/") else 1) for name, value in output.scalars.items()}
+    said.pop("loss/identity", None)  # compares samples within a micro-batch, and weighs nothing here
+    gradients = {name: each.grad for name, each in trainee.objective.named_parameters() if each.grad is not None}
+    return said | {"loss": float(output.loss)}, gradients
+
+
+def both_ways() -> list[tuple[dict[str, float], dict[str, Tensor]]]:
+    return [one_backward(name, accumulate) for name in BRAINS for accumulate in (1, 2)]
+
+
+@pytest.mark.parametrize("name", BRAINS)
+def test_what_is_known_of_some_samples_weighs_alike_in_micro_batches(name: str):
+    said, gradients = one_backward(name, 1)
+    assert 0 < min(value for term, value in said.items() if term.startswith("known/"))
+    cut, others = one_backward(name, 4)
+    assert cut == pytest.approx(said, rel=1e-6, abs=1e-6)
+    assert furthest(others, gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("name", BRAINS)
+def test_an_objective_counts_what_its_terms_rest_on(name: str):
+    objective, batch = make_brain(name).double(), make_labelled()
+    known = {term: float(count) for term, count in objective.known(batch).items()}
+    scalars = objective.step(batch, progress=0.5).scalars
+    assert known == {term: scalars[f"known/{term}"] for term in known}
+    constant = {name.removeprefix("known/") for name in scalars if name.startswith("known/")} - known.keys()
+    halves = [objective.step(batch.part(at, at + 4), progress=0.5).scalars for at in (0, 4)]
+    assert all(halves[0][f"known/{term}"] == halves[1][f"known/{term}"] for term in constant), "all have as many"
+
+
+@pytest.mark.slow
+def test_what_is_known_of_some_samples_weighs_alike_in_processes(tmp_path: Path):
+    together = run_together(both_ways, 2, tmp_path)[0]
+    for (said, gradients), name in zip(together, [name for name in BRAINS for _ in (1, 2)], strict=True):
+        alone, others = one_backward(name, 1)
+        assert said == pytest.approx(alone, rel=1e-6, abs=1e-6)
+        assert furthest(gradients, others) <= 1e-6
 
 
 def test_recomputing_changes_no_gradient(one: Any):

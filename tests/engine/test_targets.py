@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.engine.brains import filled, key_of, scan
 
-from voxelstem.engine.targets import Facts, blank_targets, read_facts
+from voxelstem.engine.targets import Facts, blank_targets, number_of, read_facts
 from voxelstem.errors import StoreError
 from voxelstem.store import Store
 from voxelstem.views.pair import PairConfig
@@ -89,6 +89,20 @@ def test_targets_say_what_is_known_of_both_scans(store: Store):
     assert found.targets(t1, t2)["contrast"].tolist() == [0.0, 1.0]
     assert found.targets(t1, t2)["same_session"] == [1.0]
     assert found.targets(t1, t2)["years"] == [0.0]
+
+
+def test_a_subject_s_scans_share_a_number_that_no_process_draws_anew(store: Store):
+    found = facts(store)
+    numbers = {scan.key: float(found.targets(scan.key, scan.key)["subject"][0]) for scan in found.scans}
+    of_each = {
+        scan.subject: {numbers[each.key] for each in found.scans if each.subject == scan.subject}
+        for scan in found.scans
+    }
+    assert all(len(shared) == 1 for shared in of_each.values())
+    assert len(set(numbers.values())) == len(of_each) > 1
+    # The polynomial of Ethernet, zip and PNG: the check value of all its tables.
+    assert number_of("123456789") == 0xCBF43926 % 2**24
+    assert all(number_of(f"s{at:024x}") == np.float32(number_of(f"s{at:024x}")) < 2**24 for at in range(200))
 
 
 def test_a_copy_is_marked(store: Store):
@@ -208,7 +222,7 @@ def test_one_contrast_only_gives_no_pair_and_is_an_error_that_says_so(tmp_path: 
 
 def test_alone_a_scan_has_targets_of_its_own(store: Store):
     told = facts(store, PairConfig(same_session=0.0)).targets(key_of(store, "FLAIR"))
-    assert sorted(told) == ["age", "contrast", "pathology", "volumes"]
+    assert sorted(told) == ["age", "contrast", "pathology", "subject", "volumes"]
     assert told["contrast"].shape == told["age"].shape == (1,)
 
 

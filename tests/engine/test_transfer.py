@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from voxelstem.engine import transfer
 from voxelstem.engine.transfer import Choice, Crops, GdsReader, MapReader, PreadReader, choose, read_crop
-from voxelstem.errors import ConfigError, StoreError
+from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Store, write
 from voxelstem.store.tiles import ALIGNMENT, Tiles, write_all, write_tiles
+from voxelstem.streaming import lay, of_store
 from voxelstem.study import InputSpec, Study
 from voxelstem.views.intensity import measure
 
@@ -233,7 +234,7 @@ def test_a_volume_is_measured_once_and_whole_from_either_source(
     assert elsewhere.stats(key, MRI) == want
     monkeypatch.setattr(Crops, "read", None)
     assert crops.stats(key, MRI) == want
-    assert crops.stats("0" * 64, InputSpec()) is None, "a window asks nothing"
+    assert crops.stats("0" * 64, InputSpec()) is None, "a window of HU asks nothing"
 
 
 def test_few_measures_are_remembered_where_little_memory_is_allowed(brains: Store, monkeypatch: pytest.MonkeyPatch):
@@ -252,6 +253,23 @@ def test_a_volume_that_cannot_be_normalised_is_named_by_its_key(tmp_path: Path):
     (key,) = write(store, Study(subject="s" + "0" * 24, volumes=(flat,)))
     with pytest.raises(StoreError, match=f"'{key[:16]}': all voxels have one value"):
         Crops(store, "blosc2").stats(key, MRI)
+
+
+def test_what_a_window_for_raw_values_is_given_is_asked_for_z_scores(brains: Store, tmp_path: Path):
+    """As where a scan is embedded: the same code and sentence."""
+    raw = brains.volume(min(record.key for record in brains))
+    scored = replace(raw, array=((raw.array - raw.array.mean()) / raw.array.std()).astype(np.float32))
+    store = Store.create(tmp_path / "store")
+    good, bad = (write(store, Study(subject="s" + "0" * 24, volumes=(each,)))[0] for each in (raw, scored))
+    window = InputSpec(modality="MR", spacing_mm=(6.0, 6.0, 8.0), low_hu=0.0, high_hu=2000.0)
+    assert Crops(store, "blosc2").stats(good, window) == Crops(store, "blosc2").stats(good, MRI)
+    with pytest.raises(StoreError) as trained:
+        Crops(store, "blosc2").stats(bad, window)
+    with pytest.raises(IngestError) as embedded:
+        lay(of_store(store, bad), window)
+    assert trained.value.code == embedded.value.code == "z-scored"
+    assert trained.value.problem == f"volume '{bad[:16]}': {embedded.value.problem}"
+    assert Crops(store, "blosc2").stats(bad, replace(window, low_hu=-3.0, high_hu=5.0)) is not None, "made for them"
 
 
 def test_a_choice_without_refusals_says_only_what_it_is():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.losses.contrast import nt_xent, vicreg
+from voxelstem.losses.contrast import nt_xent, same_subject, vicreg
 
 
 @pytest.fixture
@@ -16,13 +16,17 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return one, one + 0.5 * torch.randn(5, 4, generator=generator)
 
 
-def naive_nt_xent(one: np.ndarray, other: np.ndarray, temperature: float) -> float:
-    """Chen et al. 2020, equation 1, one view after another."""
+def naive_nt_xent(
+    one: np.ndarray, other: np.ndarray, temperature: float, subjects: tuple[float, ...] = (0, 1, 2, 3, 4)
+) -> float:
+    """Chen et al. 2020, equation 1, one view after another; views of one's own subject are no others."""
     views = [row / np.linalg.norm(row) for row in np.concatenate([one, other]).astype(float)]
     count, costs = len(one), []
     for i, view in enumerate(views):
-        others = [math.exp(float(view @ views[k]) / temperature) for k in range(len(views)) if k != i]
-        own = math.exp(float(view @ views[(i + count) % len(views)]) / temperature)
+        partner = (i + count) % len(views)
+        asked = [k for k in range(2 * count) if k == partner or subjects[k % count] != subjects[i % count]]
+        others = [math.exp(float(view @ views[k]) / temperature) for k in asked]
+        own = math.exp(float(view @ views[partner]) / temperature)
         costs.append(-math.log(own / sum(others)))
     return sum(costs) / len(costs)
 
@@ -31,6 +35,18 @@ def naive_nt_xent(one: np.ndarray, other: np.ndarray, temperature: float) -> flo
 def test_nt_xent_equals_its_naive_twin(pair, temperature: float) -> None:
     expected = naive_nt_xent(*(side.numpy() for side in pair), temperature)
     assert float(nt_xent(*pair, temperature=temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("subjects", [(0, 1, 2, 3, 4), (0, 1, 0, 1, 1), (3, 3, 3, 3, 3)])
+def test_other_samples_of_the_same_subject_are_no_negatives(pair, subjects: tuple[int, ...]) -> None:
+    expected = naive_nt_xent(*(side.numpy() for side in pair), 0.5, subjects)
+    same = same_subject(torch.tensor(subjects).float()[:, None])
+    assert float(nt_xent(*pair, same=same, temperature=0.5)) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_nobody_knows_whose_scan_it_is_and_so_it_is_like_no_other(pair) -> None:
+    same = same_subject(torch.full((5, 1), math.nan))
+    assert float(nt_xent(*pair, same=same)) == float(nt_xent(*pair))
 
 
 def test_nt_xent_has_its_closed_forms() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelstem.losses.terms import Counted, Term, add_up, alone, counted_mean
+from voxelstem.losses.terms import Counted, Term, add_up, counted_mean
 
 Cells = st.lists(st.tuples(st.floats(-5, 5, width=32), st.booleans()), min_size=1, max_size=20)
 
@@ -21,12 +21,10 @@ def test_the_mean_is_over_what_is_known(cells: list[tuple[float, bool]]) -> None
 
 
 @given(shares=st.lists(Cells, min_size=2, max_size=4))
-def test_the_mean_over_processes_is_the_mean_over_all_that_any_of_them_knows(shares: list) -> None:
+def test_the_mean_over_parts_is_the_mean_over_all_that_any_of_them_knows(shares: list) -> None:
     counts = torch.tensor([float(sum(flag for _, flag in cells)) for cells in shares])
     parts = [
-        counted_mean(
-            torch.tensor([v for v, _ in cells]), torch.tensor([f for _, f in cells]), average=lambda _: counts.mean()
-        )
+        counted_mean(torch.tensor([v for v, _ in cells]), torch.tensor([f for _, f in cells]), count=counts.mean())
         for cells in shares
     ]
     kept = [value for cells in shares for value, flag in cells if flag]
@@ -51,9 +49,3 @@ def test_losses_are_said_unweighed_and_weighed_in_the_sum() -> None:
     out = add_up({"a": Term(weight=0.1, value=torch.tensor(4.0)), "b": Term.of(2.0, some)})
     assert float(out.loss) == pytest.approx(1.4)
     assert out.scalars == {"loss/a": 4.0, "loss/b": 0.5, "known/b": 3.0}
-
-
-def test_alone_a_statistic_is_its_own_mean_and_carries_no_graph() -> None:
-    value = torch.tensor(3.0, requires_grad=True)
-    assert float(alone(value)) == 3.0
-    assert not alone(value).requires_grad

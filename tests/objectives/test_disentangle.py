@@ -180,6 +180,22 @@ def test_subjects_are_told_apart_by_the_mean_over_their_latents_cells(batch: Bat
     assert found == pytest.approx(float(nt_xent(one, other, temperature=0.5).detach()), rel=1e-5)
 
 
+def test_a_subject_that_is_in_a_batch_twice_is_not_told_from_itself(batch: Batch) -> None:
+    objective = disentangle(mask_ratio=0.0, nt_xent_weight=1.0).eval()
+    twice = {"global": torch.cat([batch.views["global"][:2]] * 2), "other": torch.cat([batch.views["other"][:2]] * 2)}
+    subject = torch.tensor([[7.0], [8.0], [7.0], [8.0]])
+    given = replace(batch, views=twice, targets=batch.targets | {"subject": subject})
+    found = objective.step(given, progress=0.5).scalars["loss/nt_xent"]
+    # The two samples of a subject are equal: without them each view has the others of the other subject twice.
+    one, other = (
+        objective.backbone.latents(twice[name][:2, 0]).subject_mean.mean(dim=(2, 3, 4)) for name in ("global", "other")
+    )
+    views = torch.nn.functional.normalize(torch.cat([one, other]).detach().double(), dim=1)
+    near = (views @ views.T / 0.1).exp()
+    costs = [-(near[i, i ^ 2] / (near[i, i ^ 2] + 2 * near[i, i ^ 1] + 2 * near[i, i ^ 3])).log() for i in range(4)]
+    assert found == pytest.approx(float(torch.stack(costs).mean()), rel=1e-4)
+
+
 def test_air_does_not_count_where_it_is_ignored(batch: Batch) -> None:
     views = {name: view.clone() for name, view in batch.views.items()}
     for view in views.values():

@@ -154,6 +154,16 @@ def test_identity_gets_no_gradient_from_time_and_state_none_from_identity() -> N
         assert torch.equal(touched, expected)
 
 
+def test_two_pairs_of_one_subject_are_not_told_apart() -> None:
+    """A subject's twin in the batch is no negative: a batch of one subject alone leaves nothing to tell apart."""
+    alone = torch.full((5, 1), 3.0)
+    assert terms(batch(subject=alone))["loss/identity"] == pytest.approx(0.0, abs=1e-6)
+    own = terms(batch(subject=torch.arange(5.0)[:, None]))["loss/identity"]
+    assert own == terms(batch())["loss/identity"]
+    two = terms(batch(subject=torch.tensor([[0.0], [1], [2], [3], [0]])))["loss/identity"]
+    assert 0 < two < own
+
+
 def test_the_divergence_rises_over_its_share_of_the_run() -> None:
     made, given = objective(vae=True, kl=1.0, kl_warm_up=0.5), batch()
     losses = [made.step(given, progress=progress) for progress in (0.0, 0.25, 0.5, 1.0)]

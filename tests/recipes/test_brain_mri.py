@@ -42,6 +42,7 @@ def test_what_is_released_turns_off_what_we_correct() -> None:
     assert (AnatomyConfig().anatomy_form, AnatomyConfig().unknown_pathology) == ("huber", "left_out")
     ssl3d = brain_mri.ssl3d().objective
     assert replace(ssl3d, anatomy_form="huber", unknown_pathology="left_out") == AnatomyConfig()
+    assert brain_mri.tiny_ssl3d().objective.unknown_pathology == "left_out"
     assert replace(brain_mri.fomo25().objective, swap="true", repel_copies=False) == DisentangleConfig()
 
 

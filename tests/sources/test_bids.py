@@ -88,6 +88,50 @@ def test_sub_01_of_two_data_sets_is_not_one_acquisition(tmp_path, one, other, sa
     assert max(len(found.study) for found in told) < 100
 
 
+@pytest.mark.parametrize(
+    ("described", "found"),
+    [
+        ({"Name": " A  study\n", "DatasetDOI": "doi:10.1/a.v2"}, "A study"),
+        ({"Name": "A/B"}, "A/B"),
+        ({}, ""),
+    ],
+)
+def test_a_data_set_is_told_by_its_name_whatever_its_version(tmp_path, described, found):
+    (tmp_path / "dataset_description.json").write_text(json.dumps(described))
+    assert bids.home(tmp_path / "sub-01/anat/sub-01_T1w.nii.gz") == found
+    assert bids.home(tmp_path / "sub-01") == bids.home(tmp_path / "sub-01_T1w.nii.gz") == found
+
+
+def test_a_data_set_without_a_name_is_told_by_what_else_it_says_and_never_by_its_place(tmp_path):
+    def of(folder, text):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dataset_description.json").write_text(text)
+        return bids.home(tmp_path / folder / "sub-01/sub-01_T1w.nii.gz")
+
+    one = of("a", '{"Name": " ", "BIDSVersion": "1"}')
+    assert one == of("b", '{"BIDSVersion": "1",\n"Name": " "}')
+    assert one != of("c", '{"Name": " ", "BIDSVersion": "2"}')
+    assert len(one) == 16
+
+
+def test_a_name_that_changes_is_read_again(tmp_path):
+    path, place = tmp_path / "dataset_description.json", tmp_path / "sub-01/sub-01_T1w.nii.gz"
+    path.write_text('{"Name": "A"}')
+    assert bids.home(place) == "A"
+    path.write_text('{"Name": "Other"}')
+    assert bids.home(place) == "Other"
+
+
+def test_a_derivative_is_of_the_people_of_the_data_set_around_it(tmp_path):
+    inner = tmp_path / "ds/derivatives/prog"
+    inner.mkdir(parents=True)
+    (inner / "dataset_description.json").write_text('{"Name": "prog"}')
+    place = inner / "sub-01/anat/sub-01_desc-brain_T1w.nii.gz"
+    assert bids.home(place) == "prog"
+    (tmp_path / "ds/dataset_description.json").write_text('{"Name": "A"}')
+    assert bids.home(place) == "A"
+
+
 def test_a_description_that_is_no_json_is_told(root):
     (root / "dataset_description.json").write_text("{")
     with pytest.raises(ConfigError, match=r"dataset_description\.json cannot be used: it is no JSON from line 1"):

@@ -29,7 +29,7 @@ def test_written_brains_come_back_through_ingest_as_they_were_drawn(tmp_path, st
     assert (noted.scans, noted.unusable, noted.unmatched) == (8, 0, 0)
     store, key = Store.open(tmp_path / "store"), site_key()
     drawn = {
-        (pseudonym(f"sub-{one.subject.replace('-', '')}", key), said.session, said.contrast): one
+        (pseudonym(f"brain phantoms/sub-{one.subject.replace('-', '')}", key), said.session, said.contrast): one
         for one in studies
         for said in [one.volumes[0].acquisition]
     }
@@ -62,7 +62,7 @@ def test_tables_of_facts_have_one_row_a_person(tmp_path, studies):
     told = read_labels(files.pathology, "classify", key)
     assert len(told) == 2
     for study in studies:
-        who = pseudonym(f"sub-{study.subject.replace('-', '')}", key)
+        who = pseudonym(f"brain phantoms/sub-{study.subject.replace('-', '')}", key)
         assert told[who] == study.labels["pathology"]
     assert set(read_labels(files.ages, "regress", key)) == set(told)
 

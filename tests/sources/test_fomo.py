@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem.errors import ConfigError
+from voxelstem.errors import ConfigError, IngestError
 from voxelstem.ingest import ingest
 from voxelstem.sources import nifti
 from voxelstem.sources.fomo import read_folder, said
@@ -68,6 +68,66 @@ def test_a_folder_without_data_sets_above_the_subjects_is_read_too(tmp_path: Pat
     found = said("sub_7/ses_1/t1.nii.gz", read_folder(tmp_path / "FOMO"))
     assert found is not None
     assert found.subject == "FOMO/sub_7"
+
+
+def flat(root: Path) -> Path:
+    """The same files without the folders of their data sets, where ids count on."""
+    for number, place in enumerate(FILES[:3]):
+        array = np.random.default_rng(number).gamma(2, 200, (8, 8, 8)).astype(np.int16)
+        nifti.write(root / place.partition("/")[2], array, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    (root / "participants.tsv").write_text(TABLE.replace("PT005_IXI\tsub_1\t", "PT005_IXI\tsub_3\t"))
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "sub_1", "sub_1/ses_1", "sub_1/ses_1/t1.nii.gz"])
+def test_a_flat_folder_finds_its_scans_in_a_table_that_names_data_sets(tmp_path: Path, below: str):
+    top = flat(tmp_path / "FOMO60K") / below
+    place = "sub_1/ses_1/t1.nii.gz"
+    found = said(place.removeprefix(below).removeprefix("/") or place.rpartition("/")[2], read_folder(top))
+    assert found is not None
+    assert (found.acquisition.age_years, found.acquisition.sex) == (74.0, "F")
+    assert found.labels == {"pathology": "yes"}
+
+
+def test_a_table_of_data_sets_says_nothing_of_a_folder_that_it_does_not_lie_in(folder: Path):
+    place = "site/sub_1/ses_1/t1.nii.gz"
+    nifti.write(folder / place, np.zeros((4, 4, 4), np.int16), np.eye(4))
+    (folder / "participants.tsv").write_text(TABLE.replace("PT005_IXI\tsub_1\t", "PT005_IXI\tsub_3\t"))
+    found = said(place, read_folder(folder))
+    assert found is not None
+    assert found.acquisition.age_years is None
+    assert found.labels == {}
+
+
+@pytest.mark.parametrize(
+    ("again", "agrees"),
+    [
+        ("F\t74.0\tL\tdemented", True),
+        ("F\t75\tR\tDemented", False),
+        ("M\t74\tR\tDemented", False),
+        ("F\t74\tR\tControl", False),
+    ],
+)
+def test_rows_of_one_scan_that_differ_refuse_it_and_equal_ones_do_not(folder: Path, again: str, agrees: bool):
+    (folder / "participants.tsv").write_text(f"{TABLE}PT001_OASIS1\tsub_1\tses_1\t{again}\n")
+    found = read_folder(folder)
+    if agrees:
+        assert said(FILES[0], found) is not None
+    else:
+        with pytest.raises(IngestError, match=r"2 rows of participants\.tsv") as caught:
+            said(FILES[0], found)
+        assert caught.value.code == "table-conflict"
+        assert "sub_1" not in str(caught.value)
+    assert said(FILES[2], found) is not None, "scans of other rows stay"
+
+
+def test_a_scan_with_rows_that_differ_is_a_line_of_the_ledger_and_the_others_get_in(tmp_path: Path):
+    # Without their folders, sub_1 of two data sets cannot be told apart.
+    top = flat(tmp_path / "FOMO60K")
+    (top / "participants.tsv").write_text(TABLE)
+    report = ingest([top], tmp_path / "store")
+    assert [refused.code for refused in report.refusals] == ["table-conflict"] * 2
+    assert (report.kept, report.refused) == (1, 2)
 
 
 def test_other_folders_and_other_files_mean_nothing(folder: Path, tmp_path: Path):

@@ -6,8 +6,9 @@ import json
 import os
 import pickle
 import random
+import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +330,54 @@ def test_python_objects_beside_the_weights_are_named_and_never_made(tmp_path: Pa
     found = read_checkpoint(saved(tmp_path / "w.ckpt", content), ("weights",))
     assert same(found.tensors)
     assert "argparse.Namespace" in found.left_out
-    assert type(found.beside["settings"]) is LeftOut
-    assert type(found.beside["path"]) is LeftOut
+    assert isinstance(found.beside["settings"], LeftOut)
+    assert isinstance(found.beside["path"], LeftOut)
+
+
+class Settings(dict[str, Any]):
+    """A mapping of somebody's own, as training scripts keep their settings in."""
+
+
+class Names(list[str]):
+    """A list of somebody's own."""
+
+
+class Weights(OrderedDict[str, Tensor]):
+    """Weights in a container of somebody's own."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("factory", [None, dict, float, int, list, set, str, tuple, OrderedDict], ids=str)
+def test_containers_of_the_standard_library_are_read_wherever_they_stand(tmp_path: Path, factory: Any, zipped: bool):
+    settings = {"weights": defaultdict(factory, TENSORS), "plan": defaultdict(factory, a=[1]), "n": Counter("aab")}
+    path = saved(tmp_path / "w.ckpt", settings, zipped=zipped)
+    found = read_checkpoint(path, ("weights",))
+    assert same(found.tensors)
+    assert found.beside == {"plan": {"a": [1]}, "n": {"a": 2, "b": 1}}
+    assert found.left_out == ()
+    assert type(found.beside["plan"]) is dict, "asking it for what it lacks makes nothing"
+    assert same(read_tensors(saved(tmp_path / "w.pt", defaultdict(factory, model=TENSORS), zipped=zipped)))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weights": TENSORS, "args": argparse.Namespace(), "odd": Settings(lr=1)},
+        {"weights": TENSORS, "odd": Names(["a", "b"])},
+        {"weights": TENSORS, "odd": Names(["a"])},
+        {"weights": Weights(TENSORS)},
+        Settings(weights=TENSORS),
+    ],
+    ids=["mapping", "list", "list-of-one", "weights", "whole"],
+)
+def test_a_container_of_somebody_s_own_class_is_refused_by_its_name(tmp_path: Path, content: Any, zipped: bool):
+    path = saved(tmp_path / "w.ckpt", content, zipped=zipped)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path, ("weights",))
+    named = "Namespace" if "args" in content and not zipped else r"test_foreign\.(Settings|Names|Weights)"
+    assert re.search(rf"Python objects besides tensors \([\w.]*{named}\), which could run any code", str(caught.value))
+    assert "save only the state_dict" in str(caught.value)
 
 
 def test_python_objects_among_the_weights_are_refused(tmp_path: Path):

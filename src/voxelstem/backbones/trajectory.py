@@ -130,7 +130,7 @@ def age_code(age: Float[Tensor, "row 1"]) -> Float[Tensor, "row 2"]:
 
 def _summary(latent: Float[Tensor, "row channel a b c"]) -> Float[Tensor, "row 2*channel"]:
     """Mean and spread over the cells: growth moves values between cells as well as all of them."""
-    cells = latent.float().flatten(2)
+    cells = latent.to(torch.promote_types(latent.dtype, torch.float32)).flatten(2)
     mean = cells.mean(dim=2)
     spread = F.relu(cells.var(dim=2, unbiased=False)).add(1e-6).sqrt()
     return torch.cat([mean, spread], dim=1)

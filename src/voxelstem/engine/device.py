@@ -48,4 +48,5 @@ def move(batch: Batch, device: torch.device) -> Batch:
         batch,
         views={name: view.to(device, non_blocking=True) for name, view in batch.views.items()},
         places_mm={name: place.to(device, non_blocking=True) for name, place in batch.places_mm.items()},
+        targets={name: values.to(device, non_blocking=True) for name, values in batch.targets.items()},
     )

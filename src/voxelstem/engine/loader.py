@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
+from voxelstem.engine.pair_counts import NAME_LETTERS, PairCounts
 from voxelstem.engine.reading import Made, Reading, Sample, Slot, SlotReader
 from voxelstem.engine.targets import read_facts
 from voxelstem.engine.transfer import Crops
@@ -38,16 +39,12 @@ from voxelstem.workers import Lost, Workers
 STORED_BYTES = 2
 """Of one voxel in the store."""
 _CHECK_DISK = "see whether the store's disk is there and healthy, then ingest these scans again"
+_CHECK_VALUES = (
+    "the store's files are sound, the values in them are not: export these scans as they were before anything "
+    "normalised them, and ingest them again"
+)
 _STEP = 3
 """First number of a step's seed; those of `engine.reading` are others."""
-NAME_LETTERS = 16
-"""By so many letters of its key a scan is named where people read it."""
-MOST_TOLD = 1000
-"""Refused pairs that are told one by one; of all others there is the count."""
-REFUSALS = {
-    "axes": "their axes are not parallel, so no box is straight in both (nothing is registered here)",
-    "field of view": "the second scan does not cover the place that the view shows",
-}
 CPU = torch.device("cpu")
 
 
@@ -93,33 +90,6 @@ class LoaderConfig:
             raise ValueError(f"need workers >= 0 and timeout_s > 0, got {self.workers} and {self.timeout_s}")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {self.max_bad_share}")
-
-
-@dataclass(slots=True)
-class Pairs:
-    """What became of the second scans."""
-
-    drawn: int = 0
-    copies: int = 0
-    refused: int = 0
-    told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
-
-    def add(self, slot: Slot, reading: Reading) -> list[dict[str, Any]]:
-        """Count a slot's; a note for the first refusal of each two scans."""
-        self.drawn += len(reading.partners)
-        self.copies += reading.partners.count(slot.key)
-        self.refused += len(reading.refused)
-        notes: list[dict[str, Any]] = []
-        for key, reason in reading.refused:
-            two = (slot.key[:NAME_LETTERS], key[:NAME_LETTERS])
-            if two not in self.told and len(self.told) < MOST_TOLD:
-                self.told.add(two)
-                notes.append({"unpaired": two[1], "with": two[0], "reason": REFUSALS[reason]})
-        return notes
-
-    def shares(self) -> dict[str, float]:
-        """For the journal; nothing where there are no pairs."""
-        return {"copy_share": self.copies / self.drawn, "pairs_refused": self.refused} if self.drawn else {}
 
 
 Read = Callable[[Iterable[Slot]], Iterator[tuple[Slot, Reading | Lost]]]
@@ -169,10 +139,11 @@ class Loader:
         self.views, self.config, self.seed = views, config, seed
         self.rank, self.world = rank, world
         self.quarantined: set[str] = set()
+        self._advice = _CHECK_DISK
         self._crops = Crops(store, config.source)
         self._facts = read_facts(store, self.keys, views.pair) if views.pair else None
         self._notes: list[dict[str, Any]] = [self._crops.note(), *([self._facts.note()] if self._facts else [])]
-        self._pairs = Pairs()
+        self.pairs = PairCounts()
         self._voxels, self._seconds = 0, 0.0
         self._waited, self._busy = 0.0, 0.0
 
@@ -202,10 +173,11 @@ class Loader:
 
         GB of stored voxels that were read and GB/s that each thread or process read; and how long whoever trains waited
         for batches, in seconds and as a share of the time since the first one came (which waits for all to start).
-        Where samples are pairs, the share of those whose second scan is a copy, and how many were refused as one.
+        Where samples are pairs, the share of those whose second scan is a copy, and how many were refused as one: of
+        the batches that `batches` handed out, whatever was read ahead of them.
         """
         read, passed = self._voxels * STORED_BYTES / 1e9, self._waited + self._busy
-        return self._pairs.shares() | {
+        return self.pairs.shares() | {
             "read_gb": read,
             "read_gb_per_s": read / self._seconds if self._seconds else 0.0,
             "data_wait_s": self._waited,
@@ -224,7 +196,7 @@ class Loader:
             return ((slot, reader(slot)) for slot in slots)
 
         row = [self._good(slot, reader(slot), read) for slot in self._slots(step, step + 1)]
-        return self._batch(step, [samples[0] for samples in row], device)
+        return self._batch(step, [reading.samples[0] for _, reading in row], device)
 
     def batches(self, start: int, stop: int, *, device: torch.device = CPU) -> Generator[Batch, None, None]:
         """Batches of the steps from `start` to `stop`, prepared ahead by threads or processes, as `batch` gives them.
@@ -247,8 +219,11 @@ class Loader:
             readings = iter(read(self._slots(start, stop)))
             for steps in self._rows(start, stop):
                 row = [self._good(*next(readings), read) for _ in self._share]
-                for step in steps:
-                    yield self._batch(step, [samples[step - steps.start] for samples in row], device)
+                for sample, step in enumerate(steps):
+                    batch = self._batch(step, [reading.samples[sample] for _, reading in row], device)
+                    for slot, reading in row:
+                        self._notes += self.pairs.add(slot, reading, sample)
+                    yield batch
 
     def _reader(self, device: torch.device) -> SlotReader:
         made = self.config.made
@@ -292,7 +267,7 @@ class Loader:
             key = self.keys[order[(place + shift) % count]]
             if key not in self.quarantined:
                 return Slot(key=key, epoch=epoch, place=place, phases=phases, aside=self._aside(key))
-        raise StoreError("no scan to train on can be read", hint=_CHECK_DISK)
+        raise StoreError("no scan to train on can be read", hint=self._advice)
 
     def _aside(self, key: str) -> frozenset[str]:
         """Partners of a scan that are quarantined."""
@@ -300,29 +275,32 @@ class Loader:
             return frozenset()
         return self._facts.relatives(key) & self.quarantined
 
-    def _good(self, slot: Slot, reading: Reading | Lost, read: Read) -> tuple[Sample, ...]:
-        """The samples of a slot; where its scan cannot be read, of the one that stands in for it."""
+    def _good(self, slot: Slot, reading: Reading | Lost, read: Read) -> tuple[Slot, Reading]:
+        """A slot and its samples; where its scan cannot be read, the slot of the one that stands in for it."""
         # What was read ahead of a scan that was put aside meanwhile is left: how far ahead that was must not matter.
         while isinstance(reading, Lost) or reading.fault or self.quarantined & {slot.key, *reading.partners}:
             if isinstance(reading, Lost):
                 self._put_aside(slot.key, reading.reason)
             elif reading.fault:
-                self._put_aside(reading.blamed, reading.fault)
+                self._put_aside(reading.blamed, reading.fault, reading.code)
             slot = self._slot(slot.epoch * len(self.keys) + slot.place, slot.phases)
             ((_, reading),) = read([slot])
-        self._notes += self._pairs.add(slot, reading)
         self._voxels += reading.voxels
         self._seconds += reading.seconds
-        return reading.samples
+        return slot, reading
 
-    def _put_aside(self, key: str, reason: str) -> None:
+    def _put_aside(self, key: str, reason: str, code: str = "") -> None:
         if key in self.quarantined:
             return
         self.quarantined.add(key)
-        self._notes.append({"quarantined": key[:NAME_LETTERS], "reason": reason})
+        self._advice = _CHECK_VALUES if code else _CHECK_DISK
+        self._notes.append({"quarantined": key[:NAME_LETTERS], "reason": reason} | ({"code": code} if code else {}))
         bad, count = len(self.quarantined), len(self.keys)
         if bad > max(1, self.config.max_bad_share * count):
-            raise StoreError(f"{bad} of {count} scans cannot be read; the last one: {reason}", hint=_CHECK_DISK)
+            raise StoreError(
+                f"{bad} of {count} scans cannot be {'used' if code else 'read'}; the last one: {reason}",
+                hint=self._advice,
+            )
 
     @contextmanager
     def _readers(self, device: torch.device) -> Generator[Read, None, None]:

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -108,15 +108,30 @@ class Trainee:
         size = len(batch) // count
         # Views that threads or workers made lie on the CPU, and so does everything about places.
         batch = devices.move(batch, self.device)
+        parts = [batch] if count == 1 else [batch.part(at, at + size) for at in range(0, len(batch), size)]
+        known = self._known(parts)
         outputs: list[StepOutput] = []
-        for number in range(count):
-            part = batch if count == 1 else batch.part(number * size, (number + 1) * size)
+        for number, share in enumerate(parts):
+            part = replace(share, known=known)
             with self._reduced(last=number == count - 1):
                 with devices.autocast(self.device, self._precision):
                     loss, scalars = self._wrapped(lambda: self._step(part, progress))  # noqa: B023 - called at once
                 (loss / count if count > 1 else loss).backward()
             outputs.append(StepOutput(loss=loss.detach(), scalars=scalars))
         return _averaged(outputs)
+
+    def _known(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """What terms of the loss rest on, as `Batch.known` says it; nothing where one part is the whole batch."""
+        ask = getattr(self.objective, "known", None)
+        if ask is None or (len(parts) == 1 and distributed.here().count == 1):
+            return {}
+        each: list[dict[str, Tensor]] = [ask(part) for part in parts]
+        if not each[0]:
+            return {}
+        # Doubles: float32 cannot count the voxels of a large batch one by one.
+        sums = torch.stack([torch.stack([found[name] for found in each]).double().sum() for name in each[0]])
+        counts = (distributed.mean(sums) / len(parts)).float()
+        return dict(zip(each[0], counts.unbind(), strict=True))
 
     def _step(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
         output: StepOutput = self.objective.step(batch, progress=progress)

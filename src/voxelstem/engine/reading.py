@@ -72,6 +72,8 @@ class Reading:
 
     samples: tuple[Sample, ...] = ()
     fault: str = ""
+    code: str = ""
+    """The reason's code where values are at fault, and not the file (`docs/reference/reasons.md`)."""
     voxels: int = 0
     """How many were decoded."""
     seconds: float = 0.0
@@ -80,8 +82,8 @@ class Reading:
     """Key of the scan that has the fault: the slot's, or that of a partner."""
     partners: tuple[str, ...] = ()
     """Key of each sample's second scan, where it has one; the slot's own for a copy."""
-    refused: tuple[tuple[str, str], ...] = ()
-    """Keys of scans that could not be partners, and why."""
+    refused: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """For each sample with a second scan: keys of those that could not be it, and why."""
 
 
 @dataclass(slots=True)
@@ -117,7 +119,7 @@ class SlotReader:
     def _attempt(self, slot: Slot) -> Reading:
         samples: list[Sample] = []
         partners: list[str] = []
-        refused: list[tuple[str, str]] = []
+        refused: list[tuple[tuple[str, str], ...]] = []
         tally, blamed = _Tally(), slot.key
         try:
             record = self.crops.store.record(slot.key)
@@ -132,12 +134,12 @@ class SlotReader:
                     region = replace(region, other=self._other(region, partner, slot, phase, tally))
                     blamed = slot.key
                     partners.append(partner.record.key)
-                    refused += partner.refused
+                    refused.append(partner.refused)
                 if self.facts is not None:
                     region = replace(region, targets=self.facts.targets(slot.key, *partners[-1:]))
                 samples.append(self._make(region) if self.makes else region)
         except StoreError as error:
-            return Reading(fault=error.problem, blamed=blamed)
+            return Reading(fault=error.problem, code=error.code, blamed=blamed)
         return Reading(
             samples=tuple(samples),
             voxels=tally.voxels,
@@ -199,6 +201,7 @@ def _check_finite(box: Float32[Tensor, "channel i j k"], record: Record) -> None
         raise StoreError(
             f"volume '{record.key[:16]}' holds voxels that are not numbers (NaN or infinite)",
             hint="ingest the scan again",
+            code="not-finite",
         )
 
 

@@ -6,6 +6,7 @@ Who is paired with whom hangs on it, and so does all that `Batch.targets` hold. 
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +102,7 @@ class Facts:
     def targets(self, key: str, other: str | None = None) -> dict[str, Float32[np.ndarray, " value"]]:
         """What is known of a scan and, where there is one, of its partner, as `Batch.targets` names it."""
         a, row = self.scans[self.rows[key]], self.rows[key]
-        found: dict[str, list[float]] = {"pathology": [a.pathology]}
+        found: dict[str, list[float]] = {"subject": [number_of(a.subject)], "pathology": [a.pathology]}
         told = [a]
         if other is not None:
             b = self.scans[self.rows[other]]
@@ -226,6 +227,14 @@ def _shares(
     return columns, shares, unreadable
 
 
+def number_of(subject: str) -> float:
+    """A number by which two scans of one subject are known, in any process; float32 holds it exactly.
+
+    Two subjects have the same one time in 16 million.
+    """
+    return float(zlib.crc32(subject.encode()) & 0xFFFFFF)
+
+
 def volume_mm3(text: str | None) -> float:
     """A volume in mm3; NaN for anything that is none."""
     try:
@@ -306,7 +315,7 @@ def blank_targets(config: PairConfig, samples: int, columns: int = 0) -> dict[st
         columns: Of volumes, where the config names no structures; without either there are none.
     """
     both = 2 if config.paired else 1
-    sizes = {"pathology": 1, "contrast": both, "age": both}
+    sizes = {"subject": 1, "pathology": 1, "contrast": both, "age": both}
     if config.paired:
         sizes |= {"copy": 1, "same_session": 1, "years": 1}
     columns = len(config.structures) or columns

@@ -307,21 +307,26 @@ class Crops:
     def stats(self, key: str, spec: InputSpec) -> Stats | None:
         """What the spec's normalisation asks of the whole volume, which is read for it once; None where it is nothing.
 
+        A window of HU asks nothing. One of values without a unit asks whether they were normalised before.
+
         Raises:
-            StoreError: the volume cannot be read, or not be normalised so.
+            StoreError: the volume cannot be read, or not be normalised so (with the `code` of the reason).
         """
-        if not spec.per_volume:
+        if not spec.per_volume and spec.modality == "CT":
             return None
         with self._lock:
             if key in self._measured:
                 self._measured.move_to_end(key)
                 return self._measured[key]
-        i, j, k = self.store.record(key).shape_ijk
+        record = self.store.record(key)
+        if not spec.per_volume and record.channels > 1:
+            return None
+        i, j, k = record.shape_ijk
         try:
             found = measure(lambda low, high: self.read(key, (low, 0, 0), (high - low, j, k)).numpy(), i)
             limits(found, spec)
         except IngestError as error:
-            raise StoreError(f"volume '{key[:16]}': {error.problem}", hint=error.hint) from error
+            raise StoreError(f"volume '{key[:16]}': {error.problem}", hint=error.hint, code=error.code) from error
         with self._lock:
             self._measured[key] = found
             if len(self._measured) > MOST_MEASURED:

@@ -8,25 +8,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def nt_xent(
-    one: Float[Tensor, "row dim"], other: Float[Tensor, "row dim"], *, temperature: float = 0.1
+    one: Float[Tensor, "row dim"],
+    other: Float[Tensor, "row dim"],
+    *,
+    same: Bool[Tensor, "row row"] | None = None,
+    temperature: float = 0.1,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of finding a view's partner among all other views of the batch (Chen et al. 2020, SimCLR).
 
     Similarity is the cosine by `temperature`; each of the 2 * row views is asked once, never about itself.
+
+    Args:
+        one: A view of each row.
+        other: Its partner.
+        same: Whether two rows show one subject. Their views are not to be told apart: none stands among the others
+            that a partner is looked for among. None: every row is another subject's.
+        temperature: Of the softmax.
     """
     # A lower precision here would lose what decides about the first among many.
     with torch.autocast(one.device.type, enabled=False):
         views = F.normalize(torch.cat([one, other]).float(), dim=1)
         logits = views @ views.T / temperature
-    itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+    left_out = torch.eye(len(views), dtype=torch.bool, device=views.device)
     partner = torch.arange(len(views), device=views.device).roll(len(one))
-    return F.cross_entropy(logits.masked_fill(itself, -torch.inf), partner)
+    if same is not None:
+        found = F.one_hot(partner, len(views)).bool()
+        left_out = left_out | (same.to(views.device).repeat(2, 2) & ~found)
+    return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
+
+
+def same_subject(number: Float[Tensor, "row 1"]) -> Bool[Tensor, "row row"]:
+    """Which rows have one subject's number; NaN, whom nobody knows, is like no other."""
+    return number == number.mT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelstem.losses.terms import Average, Counted, alone, counted_mean
+from voxelstem.losses.terms import Counted, counted_mean
 
 
 def kl(mean: Float[Tensor, "*shape"], logvar: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -34,12 +34,12 @@ def contrast_repulsion(
     other: Float[Tensor, "row *rest"],
     *,
     skip: Bool[Tensor, " row"] | None = None,
-    average: Average = alone,
+    count: Float[Tensor, ""] | None = None,
 ) -> Counted:
     """Mean cosine, to be made small: two contrasts are not told by the same words.
 
     It is smallest at -1. Rows to `skip` are pairs of one scan and its copy, which have one contrast: to push them
-    apart would ask for a difference that is not there.
+    apart would ask for a difference that is not there. `count` as in `counted_mean`.
     """
     cosine = row_cosines(one, other)
-    return counted_mean(cosine, torch.ones_like(cosine, dtype=torch.bool) if skip is None else ~skip, average=average)
+    return counted_mean(cosine, torch.ones_like(cosine, dtype=torch.bool) if skip is None else ~skip, count=count)

@@ -10,10 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelstem.losses.terms import Average, Counted, alone
+from voxelstem.losses.terms import Counted, shared
 
 SHORTEST_YEARS = 0.1
 """Below about five weeks the error of measuring a volume is larger than what a year changes: no rate is taken."""
+
+
+def trusted(
+    target: Float[Tensor, "row *rest"], trust: Float[Tensor, "row 1"] | None = None
+) -> Float[Tensor, "row *rest"]:
+    """How much each value counts: 0 where the target is not known, else the trust in its row."""
+    weight = target.isfinite().float()
+    return weight if trust is None else weight * trust.float().nan_to_num(0.0).view(-1, *[1] * (target.ndim - 1))
 
 
 def known_huber(
@@ -22,7 +30,7 @@ def known_huber(
     trust: Float[Tensor, "row 1"] | None = None,
     *,
     delta: float = 1.0,
-    average: Average = alone,
+    count: Float[Tensor, ""] | None = None,
 ) -> Counted:
     """Mean of Huber's loss over the targets that are known, each row counted by how far it is trusted.
 
@@ -34,16 +42,13 @@ def known_huber(
         target: NaN where nobody knows.
         trust: Of each row, >= 0: a quality score, say, or 0 to leave it out. None trusts all alike; NaN is no trust.
         delta: In the target's unit.
-        average: The mean over processes.
+        count: Trust in a micro-batch, on average over all of a step (`protocols.Batch.known`); as much as here where it
+            is not given.
     """
-    known = target.isfinite()
-    weight = known.float()
-    if trust is not None:
-        weight = weight * trust.float().nan_to_num(0.0).view(-1, *[1] * (target.ndim - 1))
+    known, weight = target.isfinite(), trusted(target, trust)
     gap = torch.where(known, predicted.float() - target.float().nan_to_num(0.0), 0.0)
     each = F.huber_loss(gap, torch.zeros_like(gap), reduction="none", delta=delta)
-    count = average(weight.sum())
-    return Counted(value=(weight * each).sum() / torch.where(count > 0, count, 1.0), count=count)
+    return shared((weight * each).sum(), weight.sum() if count is None else count)
 
 
 def annualised(
@@ -71,7 +76,7 @@ def latent_dynamics(
     trust: Float[Tensor, "row 1"],
     *,
     delta: float = 1.0,
-    average: Average = alone,
+    count: Float[Tensor, ""] | None = None,
 ) -> Counted:
     """Huber's loss between the state that was foreseen and the state that came; no gradient runs into the latter.
 
@@ -82,6 +87,8 @@ def latent_dynamics(
         came: State of b.
         trust: 1 where the time between is known and b is another scan; 0 leaves a row out.
         delta: As in `known_huber`.
-        average: The mean over processes.
+        count: As in `known_huber`, of rows.
     """
-    return known_huber(foreseen, came.detach(), trust, delta=delta, average=average)
+    gaps = F.huber_loss(foreseen.float(), came.detach().float(), reduction="none", delta=delta).flatten(1).mean(dim=1)
+    weight = trust.float().nan_to_num(0.0)[:, 0]
+    return shared((weight * gaps).sum(), weight.sum() if count is None else count)

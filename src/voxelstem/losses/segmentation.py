@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelstem.losses.terms import Average, Counted, alone, counted_mean
+from voxelstem.losses.terms import Counted, counted_mean
 
 LEAST_MM3 = 1000.0
 """Volumes are compared relative to their size, but to no less than this: a voxel more or less is not a great error."""
@@ -42,7 +42,6 @@ def volume_consistency(
     target_mm3: Float[Tensor, "row class"],
     *,
     beta: float = 0.1,
-    average: Average = alone,
 ) -> Counted:
     """How far the integral of a soft segmentation is from volumes that are known; NaN where nobody knows.
 
@@ -52,9 +51,7 @@ def volume_consistency(
     known = ~target_mm3.isnan()
     truth = torch.where(known, target_mm3, 0.0).float()
     error = (volumes_mm3.float() - truth) / truth.clamp_min(LEAST_MM3)
-    return counted_mean(
-        F.smooth_l1_loss(error, torch.zeros_like(error), beta=beta, reduction="none"), known, average=average
-    )
+    return counted_mean(F.smooth_l1_loss(error, torch.zeros_like(error), beta=beta, reduction="none"), known)
 
 
 def opposite(names: Sequence[str]) -> tuple[int, ...]:

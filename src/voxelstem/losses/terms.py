@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,26 +11,19 @@ from torch import Tensor
 
 from voxelstem.protocols import StepOutput
 
-Average = Callable[[Tensor], Tensor]
-"""The mean of a statistic over the processes that train together: `distributed.mean`, or `alone`."""
-
-
-def alone(value: Tensor) -> Tensor:
-    """The mean over one process: what it was given, without a graph."""
-    return value.detach()
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counted:
     """A mean over what is known, and how many values that is.
 
-    The mean over processes of `value` is the mean over everything that is known in all of them. Where nothing is
-    known `value` is 0 without a slope and `count` is 0: `add_up` then says nothing of the term but its count.
+    The mean of `value` over the micro-batches and processes of a step is the mean over everything that is known in all
+    of them. Where nothing is known `value` is 0 without a slope. Where nothing is in any of them `count` is 0, and
+    `add_up` says nothing of the term but that.
     """
 
     value: Float[Tensor, ""]
     count: Float[Tensor, ""]
-    """Values known in one process, on average over processes."""
+    """Values known in a micro-batch, on average over those of all processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +42,21 @@ class Term:
 
 
 def counted_mean(
-    values: Float[Tensor, "*shape"], known: Bool[Tensor, "*shape"], *, average: Average = alone
+    values: Float[Tensor, "*shape"], known: Bool[Tensor, "*shape"], *, count: Float[Tensor, ""] | None = None
 ) -> Counted:
-    """Mean of the values that are known; what stands at the others must be finite, and counts for nothing."""
-    count = average(known.sum().float())
-    total = torch.where(known, values, 0.0).sum()
+    """Mean of the values that are known; what stands at the others must be finite, and counts for nothing.
+
+    Args:
+        values: Of this micro-batch.
+        known: Which of them are.
+        count: How many are in a micro-batch, on average over all of a step (`protocols.Batch.known`); as many as here
+            where it is not given.
+    """
+    return shared(torch.where(known, values, 0.0).sum(), known.sum().float() if count is None else count)
+
+
+def shared(total: Float[Tensor, ""], count: Float[Tensor, ""]) -> Counted:
+    """What was added up here, by how much there is in a micro-batch on average."""
     return Counted(value=total / torch.where(count > 0, count, 1.0), count=count)
 
 

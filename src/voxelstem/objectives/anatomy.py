@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from voxelstem import distributed
 from voxelstem.backbones.readouts import Progressive
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
-from voxelstem.losses.masked import masked_mse
+from voxelstem.losses.masked import among, masked_mse
 from voxelstem.losses.terms import Term, add_up
-from voxelstem.losses.volumes import Form, pathology, volume_regression
+from voxelstem.losses.volumes import Form, known_volumes, pathology, volume_regression
 from voxelstem.protocols import Batch, StepOutput
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.mask import Background, countable, draw_voxels
@@ -145,33 +144,42 @@ class Anatomy(nn.Module):
             ConfigError: a term asks for what the batch does not hold.
         """
         del progress
-        config, average = self.config, distributed.mean
-        views = batch.views["global"]
-        truth, chance = views.flatten(0, 1), batch.chance.blocks(views.shape[1])
-        masked = self._hidden(truth, chance)
+        config, count = self.config, batch.known.get
+        truth, chance = batch.views["global"].flatten(0, 1), _chance(batch)
+        masked, counted = self._hidden(truth, chance), self._countable(batch)
         features = self.backbone.features(torch.where(masked, self._fill(truth), truth))
         painted = self.backbone.decode(features, chance)
-        # A batch may hold flags of what does not count, as views of one channel beside those that they speak of.
-        flags = batch.views.get("counted:global")
-        flags = None if flags is None else flags.flatten(0, 1)
-        counted = countable(truth, flags, background=config.background)
-        known = masked_mse(painted, truth, masked, counted=counted, average=average)
-        terms = {"reconstruction": Term.of(config.reconstruction_weight, known)}
+        found = masked_mse(painted, truth, masked, counted=counted, count=count("reconstruction"))
+        terms = {"reconstruction": Term.of(config.reconstruction_weight, found)}
         if config.visible_weight:
-            seen = masked_mse(painted, truth, ~masked, counted=counted, average=average)
+            seen = masked_mse(painted, truth, ~masked, counted=counted, count=count("visible"))
             terms["visible"] = Term.of(config.visible_weight, seen)
         if self.volumes is not None:
             guess = self.volumes(features[-1][:, : self.anatomy_count])
             volumes = self._target(batch, "volumes", config.columns)
-            found = volume_regression(guess, volumes, form=config.anatomy_form, average=average)
+            found = volume_regression(guess, volumes, form=config.anatomy_form, count=count("anatomy"))
             terms["anatomy"] = Term.of(config.anatomy_weight, found)
         if self.health is not None:
             guess = self.health(features[-1][:, self.anatomy_count :][:, : self.pathology_count])
-            ill = self._target(batch, "pathology", 1)[:, 0]
-            if config.unknown_pathology == "positive":
-                ill = ill.nan_to_num(1.0)
-            terms["pathology"] = Term.of(config.pathology_weight, pathology(guess, ill, average=average))
+            found = pathology(guess, self._ill(batch), count=count("pathology"))
+            terms["pathology"] = Term.of(config.pathology_weight, found)
         return add_up(terms)
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """How many values the terms rest on, as `Batch.known` names them."""
+        config, found = self.config, dict[str, Tensor]()
+        counted = self._countable(batch)
+        # Of every view exactly as many voxels are hidden: what all count needs no count.
+        if counted is not None:
+            masked = self._hidden(counted, _chance(batch))
+            found["reconstruction"] = among(masked, counted).sum()
+            found |= {"visible": among(~masked, counted).sum()} if config.visible_weight else {}
+        if self.volumes is not None:
+            volumes = self._target(batch, "volumes", config.columns)
+            found["anatomy"] = known_volumes(volumes, config.anatomy_form).sum()
+        if self.health is not None:
+            found["pathology"] = (~self._ill(batch).isnan()).sum()
+        return found
 
     def after_step(self, *, progress: float) -> None:
         """Nothing follows: there is no teacher."""
@@ -180,6 +188,16 @@ class Anatomy(nn.Module):
         i, j, k = truth.shape[-3:]
         edge = self.config.mask_block
         return draw_voxels(chance, (i, j, k), block_ijk=(edge, edge, edge), ratio=self.config.mask_ratio)
+
+    def _countable(self, batch: Batch) -> Bool[Tensor, "row channel i j k"] | None:
+        # A batch may hold flags of what does not count, as views of one channel beside those that they speak of.
+        flags = batch.views.get("counted:global")
+        flags = None if flags is None else flags.flatten(0, 1)
+        return countable(batch.views["global"].flatten(0, 1), flags, background=self.config.background)
+
+    def _ill(self, batch: Batch) -> Float[Tensor, " row"]:
+        ill = self._target(batch, "pathology", 1)[:, 0]
+        return ill.nan_to_num(1.0) if self.config.unknown_pathology == "positive" else ill
 
     def _fill(self, like: Tensor) -> Tensor:
         return torch.zeros((), dtype=like.dtype, device=like.device) if self.mask_token is None else self.mask_token
@@ -204,3 +222,8 @@ class Anatomy(nn.Module):
                 hint=f"set objective.columns={found.shape[1]}, or name the structures in views.pair.structures",
             )
         return found.repeat_interleave(batch.views["global"].shape[1], dim=0)
+
+
+def _chance(batch: Batch) -> Chance:
+    """A key for each view."""
+    return batch.chance.blocks(batch.views["global"].shape[1])

@@ -10,6 +10,7 @@ skips that paints what was hidden (where the backbone is a U-Net), volumes, path
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,11 +23,11 @@ from voxelstem.backbones.disentangled import Latents
 from voxelstem.backbones.readouts import Sides
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent, vicreg
+from voxelstem.losses.contrast import nt_xent, same_subject, vicreg
 from voxelstem.losses.latent import contrast_repulsion, kl, subject_cosine
-from voxelstem.losses.masked import masked_mse, smooth_l1
+from voxelstem.losses.masked import among, masked_mse, smooth_l1
 from voxelstem.losses.terms import Counted, Term, add_up
-from voxelstem.losses.volumes import pathology, volume_regression
+from voxelstem.losses.volumes import known_volumes, pathology, volume_regression
 from voxelstem.protocols import Batch, StepOutput
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.mask import Background, countable, draw_voxels
@@ -187,11 +188,12 @@ class Disentangle(nn.Module):
             latents = self.sides.latents(features)
             if config.masked_weight and pair.masked is not None:
                 painted = self.backbone.decode(features, chance)
-                hidden = masked_mse(painted, pair.truth, pair.masked, counted=pair.counted, average=distributed.mean)
+                count = batch.known.get("masked")
+                hidden = masked_mse(painted, pair.truth, pair.masked, counted=pair.counted, count=count)
                 terms["masked"] = Term.of(config.masked_weight, hidden)
         subject, contrast = latents.drawn(chance) if self.training else (latents.subject_mean, latents.contrast_mean)
-        terms |= self._painted(pair, subject, contrast)
-        terms |= self._apart(pair, subject, contrast)
+        terms |= self._painted(pair, subject, contrast, batch.known)
+        terms |= self._apart(pair, subject, contrast, batch.known)
         if config.kl_weight and latents.subject_logvar is not None and latents.contrast_logvar is not None:
             rising = schedules.linear(progress, start=0.0, end=config.kl_weight, share=config.kl_warm_up)
             spread = kl(latents.subject_mean, latents.subject_logvar) + kl(
@@ -199,7 +201,7 @@ class Disentangle(nn.Module):
             )
             # Rows are those of both scans: their mean is half of the sum that was released.
             terms["kl"] = Term(weight=rising, value=PAIR * spread)
-        return add_up(terms | self._known(latents, batch))
+        return add_up(terms | self._told(latents, batch))
 
     def after_step(self, *, progress: float) -> None:
         """Nothing follows: there is no teacher."""
@@ -231,7 +233,24 @@ class Disentangle(nn.Module):
             alike=_alike(batch),
         )
 
-    def _painted(self, pair: _Pair, subject: Tensor, contrast: Tensor) -> dict[str, Term]:
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """How many values the terms rest on, as `Batch.known` names them."""
+        config, found = self.config, dict[str, Tensor]()
+        pair = self._pair(batch, batch.chance.each(PAIR))
+        # Of every scan exactly as many voxels are hidden: what all count needs no count.
+        if pair.counted is not None:
+            found |= {"self": pair.counted.sum()} | ({"cross": pair.counted.sum()} if config.cross_weight else {})
+            if self.sides is not None and config.masked_weight and pair.masked is not None:
+                found["masked"] = among(pair.masked, pair.counted).sum()
+        if config.contrast_weight and not config.repel_copies:
+            found["contrast"] = (~pair.alike).sum()
+        if self.volumes is not None:
+            found["anatomy"] = known_volumes(self._volumes(batch)).sum()
+        if self.health is not None:
+            found["pathology"] = (~self._target(batch, "pathology", 1)[:, 0].isnan()).sum()
+        return found
+
+    def _painted(self, pair: _Pair, subject: Tensor, contrast: Tensor, known: Mapping[str, Tensor]) -> dict[str, Term]:
         """Scans from their own latents, and from one's subject with the other's contrast; all in one pass."""
         config = self.config
         subjects, contrasts, wanted, counted = [subject], [contrast], [pair.truth], [pair.counted]
@@ -248,13 +267,13 @@ class Disentangle(nn.Module):
         names = {"self": config.self_weight, "cross": config.cross_weight}
         terms: dict[str, Term] = {}
         for (name, weight), guess, truth, where in zip(names.items(), guesses, wanted, counted, strict=False):
-            error = smooth_l1(guess, truth, counted=where, average=distributed.mean)
+            error = smooth_l1(guess, truth, counted=where, count=known.get(name))
             # As released, the sum over both scans.
             doubled = Counted(value=PAIR * error.value, count=error.count)
             terms[name] = Term(weight=weight, value=doubled.value) if where is None else Term.of(weight, doubled)
         return terms
 
-    def _apart(self, pair: _Pair, subject: Tensor, contrast: Tensor) -> dict[str, Term]:
+    def _apart(self, pair: _Pair, subject: Tensor, contrast: Tensor, known: Mapping[str, Tensor]) -> dict[str, Term]:
         """Both scans say the same of the subject and other things of the contrast."""
         config = self.config
         terms: dict[str, Term] = {}
@@ -262,29 +281,30 @@ class Disentangle(nn.Module):
             terms["subject"] = Term(weight=config.subject_weight, value=subject_cosine(*subject.chunk(PAIR)))
         if config.contrast_weight:
             skip = None if config.repel_copies else pair.alike
-            apart = contrast_repulsion(*contrast.chunk(PAIR), skip=skip, average=distributed.mean)
+            apart = contrast_repulsion(*contrast.chunk(PAIR), skip=skip, count=known.get("contrast"))
             terms["contrast"] = Term.of(config.contrast_weight, apart)
         return terms
 
-    def _known(self, latents: Latents, batch: Batch) -> dict[str, Term]:
+    def _told(self, latents: Latents, batch: Batch) -> dict[str, Term]:
         """What is ours: anatomy and health out of the latents' means, and each subject told from the others."""
-        config, average = self.config, distributed.mean
+        config, count = self.config, batch.known.get
         terms: dict[str, Term] = {}
         subject = latents.subject_mean.flatten(2).mean(dim=2)
         if self.volumes is not None:
-            names = ("volumes", "volumes_other" if "volumes_other" in batch.targets else "volumes")
-            volumes = torch.cat([self._target(batch, name, config.columns) for name in names])
-            found = volume_regression(self.volumes(subject), volumes, average=average)
+            found = volume_regression(self.volumes(subject), self._volumes(batch), count=count("anatomy"))
             terms["anatomy"] = Term.of(config.anatomy_weight, found)
         if self.health is not None:
             # A lesion may show in one contrast only; what is known is known of scan a.
             both = torch.cat([subject, latents.contrast_mean.flatten(2).mean(dim=2)], dim=1)[: len(batch)]
             ill = self._target(batch, "pathology", 1)[:, 0]
-            terms["pathology"] = Term.of(config.pathology_weight, pathology(self.health(both), ill, average=average))
+            found = pathology(self.health(both), ill, count=count("pathology"))
+            terms["pathology"] = Term.of(config.pathology_weight, found)
         if config.nt_xent_weight or config.vicreg_weight:
             one, other = (distributed.rows(side) for side in subject.float().chunk(PAIR))
             if config.nt_xent_weight:
-                value = nt_xent(one, other, temperature=config.temperature)
+                number = batch.targets.get("subject")
+                same = None if number is None else same_subject(distributed.rows(number))
+                value = nt_xent(one, other, same=same, temperature=config.temperature)
                 terms["nt_xent"] = Term(weight=config.nt_xent_weight, value=value)
             if config.vicreg_weight:
                 parts = vicreg(one, other)
@@ -292,6 +312,10 @@ class Disentangle(nn.Module):
                 terms["variance"] = Term(weight=25 * config.vicreg_weight, value=parts.variance)
                 terms["covariance"] = Term(weight=config.vicreg_weight, value=parts.covariance)
         return terms
+
+    def _volumes(self, batch: Batch) -> Float[Tensor, "both column"]:
+        names = ("volumes", "volumes_other" if "volumes_other" in batch.targets else "volumes")
+        return torch.cat([self._target(batch, name, self.config.columns) for name in names])
 
     @staticmethod
     def _target(batch: Batch, name: str, columns: int) -> Float[Tensor, "sample value"]:

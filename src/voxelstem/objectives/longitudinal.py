@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from voxelstem import distributed
@@ -24,9 +24,9 @@ from voxelstem.backbones.disentangled import Latents
 from voxelstem.backbones.trajectory import FACTS, TENSORS, Trajectory, TrajectoryConfig
 from voxelstem.config import flatten
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent
+from voxelstem.losses.contrast import nt_xent, same_subject
 from voxelstem.losses.latent import kl
-from voxelstem.losses.longitudinal import annualised, known_huber, latent_dynamics
+from voxelstem.losses.longitudinal import annualised, known_huber, latent_dynamics, trusted
 from voxelstem.losses.masked import smooth_l1
 from voxelstem.losses.terms import Counted, Term, add_up
 from voxelstem.protocols import Batch, StepOutput
@@ -163,23 +163,16 @@ class Longitudinal(nn.Module):
         (identity_a, state_a), (identity_b, state_b) = map(self.trajectory.split, subjects)
         foreseen = self.trajectory.foresee(state_a, pair.years, pair.age)
         expected = self.backbone.reconstruct(torch.cat([identity_a, foreseen], dim=1), contrasts[1])
-        counted = (pair.timed > 0)[:, :, None, None, None].expand_as(expected)
-        mean = distributed.mean
+        counted, count = _timed_voxels(pair, b), batch.known.get
+        ahead = latent_dynamics(foreseen, state_b, pair.timed, count=count("dynamics"))
+        years = self.trajectory.years_between(state_a, state_b)
+        order = known_huber(years, pair.years, pair.other, count=count("order"))
         terms = {
-            "reconstruction": Term.of(2 * config.reconstruction, smooth_l1(painted, torch.cat([a, b]), average=mean)),
-            "follow_up": Term.of(config.follow_up, smooth_l1(expected, b, counted=counted, average=mean)),
-            "identity": Term(
-                weight=config.identity,
-                value=nt_xent(
-                    *(distributed.rows(part.flatten(2).mean(dim=2)) for part in (identity_a, identity_b)),
-                    temperature=config.temperature,
-                ),
-            ),
-            "dynamics": Term.of(config.dynamics, latent_dynamics(foreseen, state_b, pair.timed, average=mean)),
-            "order": Term.of(
-                config.order,
-                known_huber(self.trajectory.years_between(state_a, state_b), pair.years, pair.other, average=mean),
-            ),
+            "reconstruction": Term.of(2 * config.reconstruction, smooth_l1(painted, torch.cat([a, b]))),
+            "follow_up": Term.of(config.follow_up, smooth_l1(expected, b, counted=counted, count=count("follow_up"))),
+            "identity": Term(weight=config.identity, value=self._told_apart(batch, identity_a, identity_b)),
+            "dynamics": Term.of(config.dynamics, ahead),
+            "order": Term.of(config.order, order),
         }
         if config.trajectory.columns:
             terms["change"] = Term.of(config.change, self._change(batch, pair, state_a, state_b))
@@ -188,6 +181,18 @@ class Longitudinal(nn.Module):
             value = 2 * (kl(both.subject_mean, both.subject_logvar) + kl(both.contrast_mean, both.contrast_logvar))
             terms["kl"] = Term(weight=config.kl * rise, value=value)
         return add_up(terms)
+
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """How many values the terms rest on, as `Batch.known` names them."""
+        pair = self._pair(batch)
+        found = {
+            "follow_up": _timed_voxels(pair, batch.views["other"][:, 0]).sum(),
+            "dynamics": pair.timed.sum(),
+            "order": trusted(pair.years, pair.other).sum(),
+        }
+        if self.config.trajectory.columns:
+            found["change"] = trusted(*self._rates(batch, pair)).sum()
+        return found
 
     def after_step(self, *, progress: float) -> None:
         """Nothing follows: there is no teacher."""
@@ -198,8 +203,22 @@ class Longitudinal(nn.Module):
             FACTS: json.dumps(flatten(self.config.trajectory), indent=2)
         }
 
+    def _told_apart(self, batch: Batch, *identities: Tensor) -> Tensor:
+        """Each subject's identity in scan b found among those of the other subjects."""
+        one, other = (distributed.rows(part.flatten(2).mean(dim=2)) for part in identities)
+        number = batch.targets.get("subject")
+        same = None if number is None else same_subject(distributed.rows(number))
+        return nt_xent(one, other, same=same, temperature=self.config.temperature)
+
     def _change(self, batch: Batch, pair: _Pair, first: Tensor, second: Tensor) -> Counted:
         """Annualised change of each structure against what the volumes say."""
+        truth, trust = self._rates(batch, pair)
+        years = torch.where(truth.isfinite(), pair.years, 1.0)
+        said = self.trajectory.volume_change(first, second) / years
+        return known_huber(said, truth, trust, count=batch.known.get("change"))
+
+    def _rates(self, batch: Batch, pair: _Pair) -> tuple[Float[Tensor, "sample column"], Float[Tensor, "sample 1"]]:
+        """By how much each structure changed in a year, and how far that is trusted."""
         volumes, later = batch.targets.get("volumes"), batch.targets.get("volumes_other")
         columns = self.config.trajectory.columns
         if volumes is None or later is None or volumes.shape[1] != columns:
@@ -212,9 +231,7 @@ class Longitudinal(nn.Module):
         trust = pair.other * (pair.years.abs() / SURE_YEARS).clamp(max=1.0).square()
         if "quality" in batch.targets:
             trust = trust * batch.targets["quality"].nan_to_num(0.0)
-        years = torch.where(truth.isfinite(), pair.years, 1.0)
-        said = self.trajectory.volume_change(first, second) / years
-        return known_huber(said, truth, trust, average=distributed.mean)
+        return truth, trust
 
     def _pair(self, batch: Batch) -> _Pair:
         if "other" not in batch.views or not {"copy", "years", "age"} <= batch.targets.keys():
@@ -224,6 +241,11 @@ class Longitudinal(nn.Module):
             )
         targets = batch.targets
         return _Pair(years=targets["years"], age=targets["age"][:, :1], other=1 - targets["copy"])
+
+
+def _timed_voxels(pair: _Pair, like: Float[Tensor, "sample channel i j k"]) -> Bool[Tensor, "sample channel i j k"]:
+    """The voxels of those scans b whose time from a is known."""
+    return (pair.timed > 0)[:, :, None, None, None].expand_as(like)
 
 
 def _rows(latents: Latents, start: int, stop: int) -> Latents:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from voxelstem import distributed
 from voxelstem.errors import ConfigError
 from voxelstem.losses.segmentation import (
     mirror_symmetry,
@@ -163,5 +162,6 @@ class SegmentationPrior(nn.Module):
         counts = torch.stack([torch.bincount(row.flatten(), minlength=logits.shape[1]) for row in truth])
         target: Float[Tensor, "row class"] = counts * voxel[:, None]
         target[:, 0] = math.nan
-        found = volume_consistency(soft_volumes(logits, voxel), target, average=distributed.mean)
+        # As many are known of every scan, so that the mean over micro-batches is that over all.
+        found = volume_consistency(soft_volumes(logits, voxel), target)
         return Term.of(self.config.volumes_weight, found)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxelstem.errors import IngestError
-from voxelstem.sources.bids import NOT_RAW, is_dataset, is_scan
+from voxelstem.sources.bids import NOT_RAW, SUBJECT, home, is_dataset, is_scan
 from voxelstem.sources.raster import LabelGrid, shown
 from voxelstem.sources.series import Finder, Glance, Series, glance, in_zip
 from voxelstem.study import Study
@@ -71,7 +71,9 @@ class Source:
     kind: str
     """A name in `SOURCES`."""
     subject: str
-    """The raw id by the folder's rule; a PatientID inside DICOM wins over it when the scan is read."""
+    """The raw id by the folder's rule, unique within `dataset`; a PatientID inside DICOM wins over it."""
+    dataset: str = ""
+    """What tells the BIDS data set that it lies in from others, in which this subject is somebody else."""
     series: str = ""
     """SeriesInstanceUID, where a folder or a zip holds more DICOM than this series."""
     files: tuple[Path, ...] = ()
@@ -80,6 +82,11 @@ class Source:
     """The same for a zip: the names inside."""
     unreadable: bool = False
     """It, or a file of it, cannot be opened: it is refused when it is read, instead of being lost without a word."""
+
+    @property
+    def person(self) -> str:
+        """The raw id, told apart from people of other data sets."""
+        return f"{self.dataset}/{self.subject}" if self.dataset else self.subject
 
     def read(self, *, repair: bool = False) -> Study:
         """Read it.
@@ -98,9 +105,9 @@ class Source:
             )
         reader = SOURCES[self.kind]
         if self.kind != "dicom":
-            return reader(self.path, subject=self.subject)
+            return reader(self.path, subject=self.person)
         return reader(
-            self.path, subject=self.subject, files=self.files, members=self.members, series=self.series, repair=repair
+            self.path, subject=self.person, files=self.files, members=self.members, series=self.series, repair=repair
         )
 
     def all_files(self) -> tuple[Path, ...]:
@@ -161,6 +168,7 @@ def iterate(src: str | Path) -> Iterator[Source]:
 
     Raises:
         IngestError: `missing`, `empty`, or `unknown-format` for a single file.
+        ConfigError: the description of a BIDS data set is malformed.
     """
     src = Path(src)
     if src.is_file():
@@ -265,7 +273,14 @@ def _file(path: Path, relative: str, kind: str) -> Iterator[Source]:
     subject = raw_subject(relative)
     unreadable = not os.path.isfile(path)  # a pipe, or a link to nowhere
     if unreadable or ending(path.name) != ".zip":
-        yield Source(path=path, relative=relative, kind=kind, subject=subject, unreadable=unreadable)
+        yield Source(
+            path=path,
+            relative=relative,
+            kind=kind,
+            subject=subject,
+            dataset=_dataset(path, subject),
+            unreadable=unreadable,
+        )
         return
     for found in in_zip(path):
         yield Source(
@@ -273,6 +288,7 @@ def _file(path: Path, relative: str, kind: str) -> Iterator[Source]:
             relative=_marked(relative, found),
             kind=kind,
             subject=subject,
+            dataset=_dataset(path, subject),
             series=found.series if found.mark else "",
             members=found.members,
         )
@@ -280,11 +296,13 @@ def _file(path: Path, relative: str, kind: str) -> Iterator[Source]:
 
 def _series(src: Path, found: Series) -> Source:
     relative = found.path.relative_to(src).as_posix() if found.path != src else src.resolve().name
+    subject = raw_subject(relative)
     return Source(
         path=found.path,
         relative=_marked(relative, found),
         kind="dicom",
-        subject=raw_subject(relative),
+        subject=subject,
+        dataset=_dataset(found.path, subject),
         series=found.series if found.mark else "",
         files=found.files,
         unreadable=found.unreadable,
@@ -293,6 +311,10 @@ def _series(src: Path, found: Series) -> Source:
 
 def _marked(relative: str, found: Series) -> str:
     return f"{relative}#{found.mark}" if found.mark else relative
+
+
+def _dataset(path: Path, subject: str) -> str:
+    return home(path) if SUBJECT.fullmatch(subject) else ""
 
 
 def raw_subject(relative: str) -> str:

@@ -7,10 +7,13 @@ inheritance), "Data summary files" (participants, sessions, scans).
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from voxelstem.sources import keep
 from voxelstem.study import Acquisition, Study
 
 NAME = re.compile(r"((?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)([A-Za-z0-9]+)")
+SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+DESCRIPTION = "dataset_description.json"
 LABELS = ("mask", "dseg", "probseg", "defacemask", "roi")
 """Suffixes of files that hold an expert's or a program's regions."""
 NOT_RAW = ("code", "derivatives", "phenotype", "sourcedata", "stimuli")
@@ -99,15 +104,50 @@ def read_dataset(root: Path) -> Bids | None:
     return Bids(root=root, name=_name(root), people=people, ages=ages, days=days)
 
 
+def home(path: Path) -> str:
+    """What tells the people of a file's data set from those of others, where `sub-01` is somebody else.
+
+    Args:
+        path: A file, or a folder with a DICOM series, of a subject `sub-…`.
+
+    Returns:
+        The Name in the dataset_description.json beside the `sub-…` folder, or beside a file that lies in none; without
+        a Name 16 digits of what else it says. It is no path, so that a data set may move. Below `derivatives` the
+        data set around counts: its people they are. Empty where no data set is described.
+
+    Raises:
+        ConfigError: the description is malformed.
+    """
+    above = Path(os.path.abspath(path)).parents
+    made_from = [above[at + 1] for at, folder in enumerate(above) if folder.name == "derivatives"]
+    beside = [folder.parent for folder in above if SUBJECT.fullmatch(folder.name)]
+    for folder in (*reversed(made_from), *beside[:1], above[0]):
+        try:
+            found = (folder / DESCRIPTION).stat()
+        except OSError:
+            continue
+        return _identity(folder / DESCRIPTION, found.st_mtime_ns, found.st_size)
+    return ""
+
+
+@lru_cache(maxsize=256)
+def _identity(path: Path, _changed_ns: int, _size: int) -> str:
+    described = _described(path)
+    if isinstance(name := described.get("Name"), str) and name.strip():
+        return " ".join(name.split())
+    said = json.dumps(described, sort_keys=True).encode()
+    return hashlib.sha256(said).hexdigest()[:16] if described else ""
+
+
 def _name(root: Path) -> str:
-    described = _described(root / "dataset_description.json")
+    described = _described(root / DESCRIPTION)
     told = (described.get(field) for field in ("DatasetDOI", "Name"))
     return keep.short(next((text for text in told if isinstance(text, str) and text.strip()), ""))
 
 
 def is_dataset(root: Path) -> bool:
     """Whether a folder is a BIDS data set: it has a description, a table of participants, or folders `sub-…`."""
-    marks = (root / "dataset_description.json", root / "participants.tsv")
+    marks = (root / DESCRIPTION, root / "participants.tsv")
     return root.is_dir() and (any(mark.is_file() for mark in marks) or any(root.glob("sub-*/")))
 
 

@@ -15,6 +15,8 @@ from voxelstem.sources import nifti
 from voxelstem.sources.brain_anatomy import CLASSES
 from voxelstem.study import VOLUME_LABEL, Study
 
+NAME = "brain phantoms"
+"""Of the data set: its people are `brain phantoms/sub-...` to a store."""
 SCORES = (
     "general white matter", "general grey matter", "general csf", "cerebellum", "brainstem", "thalamus",
     "putamen+pallidum", "hippocampus+amygdala",
@@ -92,7 +94,7 @@ def _write_tables(files: BrainFiles, told: Sequence[tuple[str, Study]]) -> None:
     classes = {"classes": {str(value): name for value, name in CLASSES.items()}}
     (files.labels / "labels.json").write_text(json.dumps(classes, indent=1) + "\n")
     files.scans.mkdir(parents=True, exist_ok=True)
-    (files.scans / "dataset_description.json").write_text('{"Name": "brain phantoms", "BIDSVersion": "1.10.0"}\n')
+    (files.scans / "dataset_description.json").write_text(f'{{"Name": "{NAME}", "BIDSVersion": "1.10.0"}}\n')
     people: dict[str, Study] = {}
     visits: dict[str, dict[str, Study]] = {}
     for _, study in told:
@@ -116,8 +118,9 @@ def _write_tables(files: BrainFiles, told: Sequence[tuple[str, Study]]) -> None:
         [(name, *map(each.__getitem__, structures)) for name, each in zip(names, sizes, strict=True)],
     )
     _write(files.qc, ("subject", *SCORES), [(name, *["0.9"] * len(SCORES)) for name in names])
-    _write(files.pathology, ("subject", "label"), [(who, study.labels["pathology"]) for who, study in people.items()])
-    _write(files.ages, ("subject", "value"), [(who, _age(study)) for who, study in people.items()])
+    named = {f"{NAME}/{who}": study for who, study in people.items()}
+    _write(files.pathology, ("subject", "label"), [(who, study.labels["pathology"]) for who, study in named.items()])
+    _write(files.ages, ("subject", "value"), [(who, _age(study)) for who, study in named.items()])
 
 
 def _age(study: Study) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from voxelstem.errors import IngestError
 from voxelstem.sources import bids, keep
 from voxelstem.sources.told import Told, acquisition, age, health
 from voxelstem.study import Acquisition
@@ -42,11 +43,11 @@ _RUN = re.compile(r"_\d+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What the table says of a person at a session."""
+    """What the table says of a person at a session, as far as it is read."""
 
     age_years: float | None = None
     sex: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +55,12 @@ class Fomo:
     """A folder in FOMO's layout, and what its table says."""
 
     root: Path
-    rows: Mapping[tuple[str, str, str], Row] = field(default_factory=dict)
-    """By data set, subject and session; the first empty where the table does not name it."""
+    rows: Mapping[tuple[str, str, str], frozenset[Row]] = field(default_factory=dict)
+    """By data set, subject and session; the first empty where the table does not name it. Several where rows differ."""
+    flat: Mapping[tuple[str, str], frozenset[Row]] = field(default_factory=dict)
+    """By subject and session, whichever data set the table names: for scans without the folder of their data set."""
+    table: Path | None = None
+    """The folder that the table lies in."""
 
 
 def read_folder(root: Path) -> Fomo | None:
@@ -73,19 +78,27 @@ def read_folder(root: Path) -> Fomo | None:
     # The whole may be four folders up, where a file is read by itself.
     tables = [folder / TABLE for folder in (top, *list(top.parents)[:4])]
     table = next((path for path in tables if path.is_file()), None)
-    rows: dict[tuple[str, str, str], Row] = {}
+    rows: dict[tuple[str, str, str], frozenset[Row]] = {}
+    flat: dict[tuple[str, str], frozenset[Row]] = {}
     for _, cells in bids.rows(table, "participant_id") if table else ():
-        which = tuple(cells.get(column, "") for column in ("dataset", "participant_id", "session_id"))
-        rows[which[0], which[1], which[2]] = Row(
-            age_years=age(cells.get("age", "")), sex=keep.sex(cells.get("sex", "")), labels=health(cells.get("group"))
+        dataset, who = cells.get("dataset", ""), (cells["participant_id"], cells.get("session_id", ""))
+        row = Row(
+            age_years=age(cells.get("age", "")),
+            sex=keep.sex(cells.get("sex", "")),
+            labels=tuple(health(cells.get("group")).items()),
         )
-    return Fomo(root=top, rows=rows)
+        rows[dataset, *who] = rows.get((dataset, *who), frozenset()) | {row}
+        flat[who] = flat.get(who, frozenset()) | {row}
+    return Fomo(root=top, rows=rows, flat=flat, table=table.parent if table else None)
 
 
 def said(relative: str, dataset: object) -> Told | None:
     """What a file's place, its name and the table say of it; None for one of another layout.
 
     The same file gives the same subject whether the whole folder, its data set or its subject is ingested.
+
+    Raises:
+        IngestError: `table-conflict` when rows of the table that are meant for it say different things.
     """
     if not isinstance(dataset, Fomo):
         return None
@@ -94,12 +107,10 @@ def said(relative: str, dataset: object) -> Told | None:
     if found is None:
         return None
     named = found["dataset"] or ""
-    known = {each for each, _, _ in dataset.rows}
     # The folder above a subject is FOMO's data set, or where a site put everybody: both count from sub_1.
     person = (named,) if named else ()
-    listed = named if DATASET.fullmatch(named) or named in known else ""
     subject, session = found["subject"], found["session"]
-    row = dataset.rows.get((listed, subject, session)) or dataset.rows.get(("", subject, session)) or Row()
+    row = _row(dataset, Path(place).parents[2], subject, session)
     kind = _RUN.sub("", found["name"])
     facts = Acquisition(
         age_years=row.age_years,
@@ -108,7 +119,24 @@ def said(relative: str, dataset: object) -> Told | None:
     )
     who = (*person, subject)
     told = acquisition(who, session.removeprefix("ses_"), name=found["name"], facts=facts)
-    return Told(subject="/".join(who), acquisition=told, labels=row.labels)
+    return Told(subject="/".join(who), acquisition=told, labels=dict(row.labels))
+
+
+def _row(dataset: Fomo, above: Path, subject: str, session: str) -> Row:
+    """What the table says of a subject that lies in the folder `above`, at a session.
+
+    A table beside the subjects speaks of them, whichever data sets it names: without their folders, ids differ.
+    """
+    found = dataset.rows.get((above.name, subject, session)) or dataset.rows.get(("", subject, session))
+    if found is None and above == dataset.table:
+        found = dataset.flat.get((subject, session))
+    if found is not None and len(found) > 1:
+        raise IngestError(
+            f"{len(found)} rows of {TABLE} are meant for this scan and say different things of it",
+            code="table-conflict",
+            hint="keep the row that is true, or put the scans under the folder of their data set",
+        )
+    return next(iter(found)) if found else Row()
 
 
 def _is_fomo(top: Path) -> bool:

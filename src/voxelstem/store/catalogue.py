@@ -19,6 +19,8 @@ from voxelstem.store.selection import Selection, Wanted, select
 from voxelstem.store.splits import Fractions, Split
 
 FILE_NAME = "catalogue.sqlite"
+SUBJECTS = "subjects"
+"""Fact about a store: by what subjects are told apart. Stores begun by version 0.6.0 or before do not have it."""
 ROOM_FOR_A_LOG = 1 << 20
 """Bytes; with less free, a failing read or write of the catalogue is a full disk's fault."""
 PAGE = 512
@@ -59,7 +61,8 @@ class Catalogue:
                 raise StoreError(f"'{root}' already holds a store", hint="open it, or choose another folder")
             schema.make_tables(connection)
             made_so = json.dumps(asdict(fractions), sort_keys=True)
-            connection.execute("INSERT INTO meta VALUES ('fractions', ?)", (made_so,))
+            told_apart = (SUBJECTS, "data set")
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", [("fractions", made_so), told_apart])
             connection.execute("COMMIT")
 
     @classmethod

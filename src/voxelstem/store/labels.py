@@ -81,7 +81,8 @@ def match(labels: Mapping[str, Label], subjects: Collection[str]) -> Matched:
     if not kept:
         raise ConfigError(
             f"none of the {len(labels)} labelled subjects is among the {len(known)} in the store",
-            hint="the ids must be spelt as in the scans, and VOXELSTEM_KEY must name the key the store was made with",
+            hint="the ids must be spelt as in the scans (in a BIDS data set `Name/sub-01`, by its "
+            "dataset_description.json), and VOXELSTEM_KEY must name the key the store was made with",
         )
     return Matched(labels=kept, missing=len(labels) - len(kept))
 

@@ -36,6 +36,7 @@ class PairConfig:
 
     `Batch.targets` then holds float32 of (sample, …), NaN where nobody knows:
 
+    - `subject` (1): a number that all scans of a subject share, and hardly any two subjects.
     - `copy` (1): 1 where scan b is scan a itself.
     - `same_session` (1): 1 where both were made in one session.
     - `contrast` (2): of a and of b, their place in `contrasts`.

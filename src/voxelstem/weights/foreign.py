@@ -47,6 +47,8 @@ _RUNNERS = frozenset(
 )
 """Modules that run programs or reach out; what names one of them was not written by a training script. Nothing of a
 file is imported anyway: this list only decides whether the rest of it is believed."""
+_MODULE = "left_out"
+"""Said to be the module of what stands in for the objects of a file."""
 _STATE_DICT = "give a file that holds only the weights (a state_dict)"
 # What torch.load and the unpickler below it raise for bytes that are damaged or meant to harm; found by flipping bytes.
 _UNREADABLE = (
@@ -89,6 +91,18 @@ class LeftOut:
 
     def __setstate__(self, _state: object) -> None:
         """Forget whatever the object held."""
+
+
+def _plain_dict(*_factory: object) -> dict[Any, Any]:
+    return {}
+
+
+_STAND_INS = {
+    "collections.defaultdict": _plain_dict,
+    **{f"builtins.{name}": LeftOut for name in ("dict", "float", "int", "list", "str", "tuple")},
+}
+"""For containers of the standard library that hold no code: what is made in their place. A defaultdict becomes a dict;
+the class that would make its missing values is named in the file, and is not needed."""
 
 
 def read_checkpoint(path: Path, weights: Sequence[str]) -> Checkpoint:
@@ -212,7 +226,7 @@ def _unknown(path: Path) -> tuple[str, ...]:
         CheckpointError: one of them runs programs.
     """
     _check_stored(path)
-    names = tuple(sorted(get_unsafe_globals_in_checkpoint(str(path))))
+    names = tuple(sorted({*get_unsafe_globals_in_checkpoint(str(path))} - {*_STAND_INS}))
     runs = [name for name in names if _runs(*name.rpartition(".")[::2])]
     if runs:
         raise CheckpointError(
@@ -255,7 +269,9 @@ def _check_start(path: Path, head: bytes) -> None:
 def _unpickle(path: Path, *, zipped: bool, left_out: Iterable[str] = ()) -> Any:
     if zipped:
         _check_stored(path)
-    with warnings.catch_warnings(), safe_globals([(LeftOut, name) for name in left_out]):
+    # A class for each name, so that a refusal can say which one it was.
+    others = {name: type(name, (LeftOut,), {"__module__": _MODULE}) for name in left_out}
+    with warnings.catch_warnings(), safe_globals([(made, name) for name, made in {**_STAND_INS, **others}.items()]):
         # It warns of pickle protocols that it may not know, before it refuses them.
         warnings.simplefilter("ignore", UserWarning)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -269,9 +285,10 @@ def _check_stored(path: Path) -> None:
 
 
 def _refusal(path: Path, error: BaseException) -> CheckpointError:
-    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+    if code := re.search(rf"GLOBAL ([\w.]+)|'{_MODULE}\.([\w.]+)'", str(error)):
+        named = (code[1] or code[2])[:_MOST_LETTERS]
         return CheckpointError(
-            f"'{path.name}' holds Python objects besides tensors ({code[1][:_MOST_LETTERS]}), which could run any "
+            f"'{path.name}' holds Python objects besides tensors ({named}), which could run any "
             f"code; nothing of it was run and nothing was read",
             hint="ask for the weights as .safetensors, or save only the state_dict where you trust the file",
         )
