@@ -10,7 +10,6 @@ from torch import Tensor
 from voxelstem.backbones.encoder import Encoder, EncoderConfig
 from voxelstem.backbones.layers import grid_positions, place_code, rope_turns
 from voxelstem.chance import Chance
-from voxelstem.errors import ConfigError
 
 CONFIG = EncoderConfig(dim=24, depth=2, heads=2, registers=3)
 
@@ -86,32 +85,6 @@ def test_with_codes_a_token_knows_its_own_place() -> None:
     alone, elsewhere = positions[:, :1], positions[:, 3:4]
     moved = encoder.intermediates(x[:, :1], alone, [2])[0][1] - encoder.intermediates(x[:, :1], elsewhere, [2])[0][1]
     assert moved.abs().max() > 0.01
-
-
-def test_with_a_readout_cls_holds_what_each_place_says() -> None:
-    config = dataclasses.replace(CONFIG, place_readout=3)
-    torch.manual_seed(0)
-    encoder, (x, positions) = Encoder(config, places=8), tokens()
-    assert encoder.readout is not None
-    plain = Encoder(CONFIG)
-    plain.load_state_dict({name: value for name, value in encoder.state_dict().items() if "readout" not in name})
-    (bare, wanted), (cls, out) = plain(x, positions), encoder(x, positions)
-    assert torch.equal(out, wanted)
-    read, over = encoder.readout.channels, encoder.readout.over_places.weight.unflatten(1, (8, 3))
-    twin = sum(over[:, place] @ (read.weight @ out[row, place] + read.bias) for place in range(8) for row in (1,))
-    torch.testing.assert_close(cls[1], bare[1] + twin)
-    # The mean of the tokens stays where two of them change places, this does not.
-    order = torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])
-    assert (encoder.readout(out) - encoder.readout(out[:, order])).abs().max() > 0.01
-    assert 0.3 < float((cls - bare).detach().square().mean().sqrt()) < 3
-
-
-def test_a_readout_wants_the_grid_it_was_made_for() -> None:
-    config = dataclasses.replace(CONFIG, place_readout=3)
-    with pytest.raises(ConfigError, match="grid that is always the same"):
-        Encoder(config)
-    with pytest.raises(ConfigError, match="made for 9 tokens and there are 8"):
-        Encoder(config, places=9)(*tokens())
 
 
 def test_weights_start_small_and_biases_at_zero() -> None:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from voxelstem.backbones.layers import Block, PlaceReadout, move_positions, place_code, rope_turns
+from voxelstem.backbones.layers import Block, move_positions, place_code, rope_turns
 from voxelstem.chance import Chance
-from voxelstem.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +31,6 @@ class EncoderConfig:
     rope_base: float = 1000.0
     place_codes: int = 0
     """Waves along each axis that tell a token its own place, see `layers.place_code`; 0: rotary positions alone."""
-    place_readout: int = 0
-    """Channels of every token that are read out by its place into cls, see `layers.PlaceReadout`; 0: attention alone
-    fills cls."""
     registers: int = 0
     """Extra tokens that belong to no place (Darcet et al. 2023)."""
     rope_shift: float = 0.0
@@ -51,10 +47,10 @@ class EncoderConfig:
         Raises:
             ValueError: a size out of range, or a head dimension that does not divide by 6 (three axes of pairs).
         """
-        if min(self.dim, self.heads) < 1 or min(self.depth, self.registers, self.place_codes, self.place_readout) < 0:
+        if min(self.dim, self.heads) < 1 or min(self.depth, self.registers, self.place_codes) < 0:
             raise ValueError(
-                f"need dim >= 1, heads >= 1, depth >= 0, registers >= 0, place_codes >= 0 and place_readout >= 0, got "
-                f"{self.dim}, {self.heads}, {self.depth}, {self.registers}, {self.place_codes}, {self.place_readout}"
+                f"need dim >= 1, heads >= 1, depth >= 0, registers >= 0 and place_codes >= 0, got "
+                f"{self.dim}, {self.heads}, {self.depth}, {self.registers}, {self.place_codes}"
             )
         if not (1 <= self.dim * self.mlp_ratio < math.inf and self.eps > 0 and self.rope_base > 0):
             raise ValueError(
@@ -74,16 +70,8 @@ class EncoderConfig:
 class Encoder(nn.Module):
     """Prepends cls and register tokens, runs the blocks, normalises."""
 
-    def __init__(self, config: EncoderConfig, *, places: int | None = None) -> None:
-        """Weights start as in ViT: truncated normal of 0.02, biases 0.
-
-        Args:
-            config: Its size.
-            places: How many tokens there always are; None where that is not known.
-
-        Raises:
-            ConfigError: `place_readout` where the number of tokens is not known.
-        """
+    def __init__(self, config: EncoderConfig) -> None:
+        """Weights start as in ViT: truncated normal of 0.02, biases 0."""
         super().__init__()
         self.config = config
         self.recompute = False
@@ -101,20 +89,8 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.place = nn.Linear(6 * config.place_codes, config.dim, bias=False) if config.place_codes else None
-        self.readout = None
-        if config.place_readout:
-            if places is None:
-                raise ConfigError(
-                    "place_readout needs a grid that is always the same, and here it is as the scan is",
-                    hint="set place_readout=0 in this encoder",
-                )
-            self.readout = PlaceReadout(config.dim, config.place_readout, places)
         nn.init.trunc_normal_(self.prefix, std=0.02)
         self.apply(init_linear)
-        if self.readout is not None:
-            # As loud as cls from the first step on, whose channels are standardised.
-            for layer in (self.readout.channels, self.readout.over_places):
-                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         if self.place is not None:
             # As large as what tokens see: a third of a standardised number.
             nn.init.trunc_normal_(self.place.weight, std=0.35 / math.sqrt(3 * config.place_codes))
@@ -202,8 +178,7 @@ class Encoder(nn.Module):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.norm(x)
-        cls, tokens = x[:, 0], x[:, len(self.prefix) :]
-        return cls if self.readout is None else cls + self.readout(tokens), tokens
+        return x[:, 0], x[:, len(self.prefix) :]
 
     @property
     def _moves(self) -> bool:

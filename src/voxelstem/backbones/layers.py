@@ -11,41 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelstem.chance import Chance
-from voxelstem.errors import ConfigError
 
 
 def grid_positions(grid: tuple[int, int, int]) -> Float[Tensor, "cells 3"]:
     """Centres of the cells of a grid, each axis scaled to (-1, 1); C-order, last axis fastest."""
     axes = [(torch.arange(size, dtype=torch.float32) + 0.5) / size * 2 - 1 for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-
-
-class PlaceReadout(nn.Module):
-    """What tokens say, each read by where it lies: a few channels of every token, then one matrix over all places.
-
-    A mean over the tokens keeps what there is and loses where, and attention reads few places at a time. It wants the
-    same grid always.
-    """
-
-    def __init__(self, dim: int, channels: int, places: int) -> None:
-        """`channels` of `dim` are read out of each of `places` tokens."""
-        super().__init__()
-        self.places = places
-        self.channels = nn.Linear(dim, channels)
-        self.over_places = nn.Linear(channels * places, dim, bias=False)
-
-    def forward(self, tokens: Float[Tensor, "row place dim"]) -> Float[Tensor, "row dim"]:
-        """One vector for each row.
-
-        Raises:
-            ConfigError: other tokens than those of the grid it was made for.
-        """
-        if tokens.shape[1] != self.places:
-            raise ConfigError(
-                f"place_readout was made for {self.places} tokens and there are {tokens.shape[1]}",
-                hint="feed blocks of the size that the weights were trained on, whole; or set place_readout=0",
-            )
-        return self.over_places(self.channels(tokens).flatten(1))
 
 
 def place_code(positions: Float[Tensor, "*batch token 3"], count: int) -> Float[Tensor, "*batch token codes"]:

@@ -8,7 +8,6 @@ as they are. Weights are shared with the reference wherever the form allows it.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -142,7 +141,6 @@ class LeanEncoder(nn.Module):
             self.register_buffer(name, tensor.detach().to(form.device), persistent=False)
         place = None if encoder.place is None else encoder.place.weight.detach().to(form.device)
         self.register_buffer("place", place, persistent=False)
-        self.readout = None if encoder.readout is None else copy.deepcopy(encoder.readout).to(form.device)
 
     def forward(
         self, x: Float[Tensor, "row token dim"], table: Table, positions: Float[Tensor, "token 3"]
@@ -155,8 +153,7 @@ class LeanEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, table)
         x = F.layer_norm(x, x.shape[-1:], own.norm_weight, own.norm_bias, self.config.eps)
-        cls, tokens = x[:, 0], x[:, 1 + self.config.registers :]
-        return cls if self.readout is None else cls + self.readout(tokens), tokens
+        return x[:, 0], x[:, 1 + self.config.registers :]
 
     def table(self, positions: Float[Tensor, "token 3"]) -> Table:
         """Rotary turns of tokens at `positions` in (-1, 1), fp32 whatever the form's dtype is."""

@@ -75,8 +75,7 @@ class ScanVit(nn.Module):
         self.dim = config.block.dim
         self.embed = nn.Linear(config.channels * math.prod(config.patch_ijk), self.dim)
         self.mask_token = nn.Parameter(torch.zeros(self.dim))
-        sides = zip(config.block_ijk, config.patch_ijk, strict=True)
-        self.block_encoder = Encoder(config.block, places=math.prod(block // patch for block, patch in sides))
+        self.block_encoder = Encoder(config.block)
         self.scan_project = nn.Linear(2 * self.dim, config.scan.dim) if config.scan.depth else None
         self.scan_encoder = Encoder(config.scan) if config.scan.depth else None
         nn.init.trunc_normal_(self.mask_token, std=0.02)
