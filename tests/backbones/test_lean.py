@@ -126,10 +126,12 @@ def test_a_backbone_without_scan_level_has_no_lean_one() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_codes_of_places_are_added_in_every_form(form: Form) -> None:
+def test_codes_of_places_are_added_and_places_are_read_in_every_form(form: Form) -> None:
     coded = {
         "block": dataclasses.replace(CONFIG.block, place_codes=4),
         "scan": dataclasses.replace(CONFIG.scan, place_codes=3),
+        "place_readout": 5,
+        "texture_cells": (1,),
     }
     backbone, blocks, positions = make(dataclasses.replace(CONFIG, **coded)), blocks_of(), grid_positions((2, 3, 1))
     for found, wanted in zip(LeanVit(backbone, form)(blocks), backbone.encode_blocks(blocks), strict=True):

@@ -8,6 +8,7 @@ as they are. Weights are shared with the reference wherever the form allows it.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from voxelstem.backbones.encoder import Encoder
 from voxelstem.backbones.layers import Block, grid_positions, pair_order, place_code, rope_turns
+from voxelstem.backbones.places import texture
 from voxelstem.backbones.scan_vit import ScanVit, patchify
 
 Kernel = Literal["fused", "plain"]
@@ -187,6 +189,8 @@ class LeanVit(nn.Module):
         self.register_buffer("embed_weight", self.form.moved(weight), persistent=False)
         self.register_buffer("embed_bias", self.form.moved(bias), persistent=False)
         self.encoder = LeanEncoder(backbone.block_encoder, self.form)
+        self.readout = None if backbone.readout is None else copy.deepcopy(backbone.readout).to(self.form.device)
+        self.cells = backbone.config.texture_cells
         self._tables: dict[tuple[int, int, int], Table] = {}
 
     def forward(
@@ -198,7 +202,12 @@ class LeanVit(nn.Module):
         sizes = [size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True)]
         table = self.table((sizes[0], sizes[1], sizes[2]))
         positions = grid_positions((sizes[0], sizes[1], sizes[2]))
-        return self.encoder(F.linear(patches, own.embed_weight, own.embed_bias), table, positions)
+        cls, tokens = self.encoder(F.linear(patches, own.embed_weight, own.embed_bias), table, positions)
+        if self.readout is None:
+            return cls, tokens
+        cells = self.cells
+        beside = texture(patchify(blocks.float(), self.patch_ijk), self.patch_ijk, cells=cells) if cells else None
+        return cls + self.readout(tokens, beside), tokens
 
     def table(self, grid: tuple[int, int, int]) -> Table:
         """Rotary turns of a block's patches, made once for each grid."""

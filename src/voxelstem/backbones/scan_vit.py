@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from voxelstem.backbones.encoder import Encoder, EncoderConfig, init_linear
 from voxelstem.backbones.layers import grid_positions
+from voxelstem.backbones.places import PlaceReadout, count_cells, texture
 from voxelstem.backbones.pools import pool
 from voxelstem.chance import Chance
 from voxelstem.protocols import Tokens
@@ -35,6 +36,11 @@ class ScanVitConfig:
     inputs: Literal["centred", "unit"] = "centred"
     """Windowed voxels lie in [0, 1]: `unit` takes them so, as SPECTRE's weights want; `centred` moves them to (-1, 1)
     first, which keeps an untrained embedding's outputs small."""
+    place_readout: int = 0
+    """Channels of every token of a block that are read out by its place into cls, see `places.PlaceReadout`; 0:
+    attention alone fills cls. It wants blocks that lie where they always do, as in a frame (`InputSpec.frame_ijk`)."""
+    texture_cells: tuple[int, ...] = ()
+    """Edges in voxels of cells whose roughness is read out beside them, see `places.texture`."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -50,6 +56,21 @@ class ScanVitConfig:
             )
         if any(block % patch for block, patch in zip(self.block_ijk, self.patch_ijk, strict=True)):
             raise ValueError(f"patch_ijk {self.patch_ijk} must divide block_ijk {self.block_ijk}")
+        if self.place_readout < 0 or (self.texture_cells and not self.place_readout):
+            raise ValueError(
+                f"texture_cells are read out by place: place_readout must be > 0, got {self.place_readout}"
+            )
+        if any(cell < 1 or any(edge % cell for edge in self.patch_ijk) for cell in self.texture_cells):
+            raise ValueError(f"texture_cells must divide patch_ijk {self.patch_ijk}, got {self.texture_cells}")
+
+
+def make_readout(config: ScanVitConfig) -> PlaceReadout | None:
+    """What reads a block's tokens by their places, if the config asks for it."""
+    if not config.place_readout:
+        return None
+    places = math.prod(block // patch for block, patch in zip(config.block_ijk, config.patch_ijk, strict=True))
+    beside = count_cells(config.patch_ijk, config.texture_cells)
+    return PlaceReadout(config.block.dim, config.place_readout, places=places, beside=beside)
 
 
 def patchify(
@@ -76,6 +97,7 @@ class ScanVit(nn.Module):
         self.embed = nn.Linear(config.channels * math.prod(config.patch_ijk), self.dim)
         self.mask_token = nn.Parameter(torch.zeros(self.dim))
         self.block_encoder = Encoder(config.block)
+        self.readout = make_readout(config)
         self.scan_project = nn.Linear(2 * self.dim, config.scan.dim) if config.scan.depth else None
         self.scan_encoder = Encoder(config.scan) if config.scan.depth else None
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -125,10 +147,12 @@ class ScanVit(nn.Module):
             index = keep[..., None]
             patches = patches.gather(1, index.expand(-1, -1, patches.shape[-1]))
             positions = positions.expand(len(patches), -1, -1).gather(1, index.expand(-1, -1, 3))
-        x = self.embed(patches)
+        x = self.embed(self._inputs(patches))
         if masked is not None:
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-        return self.block_encoder(x, positions, chance=chance)
+            patches = patches.masked_fill(masked[..., None], 0.0)
+        cls, tokens = self.block_encoder(x, positions, chance=chance)
+        return self._read(cls, tokens, patches)
 
     def intermediates(
         self, blocks: Float[Tensor, "row channel i j k"], layers: Sequence[int]
@@ -139,19 +163,30 @@ class ScanVit(nn.Module):
             ValueError: there is no such layer.
         """
         patches, positions = self._patches(blocks)
-        return self.block_encoder.intermediates(self.embed(patches), positions, layers)
+        found = self.block_encoder.intermediates(self.embed(self._inputs(patches)), positions, layers)
+        return [self._read(cls, tokens, patches) for cls, tokens in found]
 
     def cls_attention(self, blocks: Float[Tensor, "row channel i j k"]) -> Float[Tensor, "row head patch"]:
         """How much each block's cls token looks at each of its patches in the last layer."""
         patches, positions = self._patches(blocks)
-        return self.block_encoder.cls_attention(self.embed(patches), positions)
+        return self.block_encoder.cls_attention(self.embed(self._inputs(patches)), positions)
 
     def _patches(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches as they enter the network, and where they lie in their block."""
+        """The patches of windowed voxels, and where they lie in their block."""
         patches = patchify(blocks, self.patch_ijk)
         i, j, k = (size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True))
         positions = grid_positions((i, j, k)).to(blocks.device)[None]
-        return 2 * patches - 1 if self.config.inputs == "centred" else patches, positions
+        return patches, positions
+
+    def _inputs(self, patches: Tensor) -> Tensor:
+        return 2 * patches - 1 if self.config.inputs == "centred" else patches
+
+    def _read(self, cls: Tensor, tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Cls with what the places say, if they are read."""
+        if self.readout is None:
+            return cls, tokens
+        cells = self.config.texture_cells
+        return cls + self.readout(tokens, texture(patches, self.patch_ijk, cells=cells) if cells else None), tokens
 
     @property
     def has_scan_level(self) -> bool:
@@ -182,7 +217,7 @@ class ScanVit(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("block_encoder.blocks."):
                 depth = 1 + int(name.split(".")[2])
-            elif name.startswith(("scan_", "block_encoder.norm")):
+            elif name.startswith(("scan_", "readout.", "block_encoder.norm")):
                 depth = deepest
             else:
                 depth = 0

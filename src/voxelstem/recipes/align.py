@@ -126,7 +126,9 @@ def tiny() -> PretrainConfig:
     - A window of soft tissue: at -1000 HU a small network sees no organ.
     - Matrices learn by Muon. With AdamW alone scans and reports agree on the contrast agent for a thousand steps
       before they find an organ: each side's part of a direction waits for the other's.
-    - Tokens know their own place: what a report says is of one place in the body.
+    - Tokens know their own place, and what they say is read by place: what a report says is of one place in the body.
+      So is the texture of each place: a nodule changes the mean of a patch less than a breath does. Views are not
+      jittered, for a frame lies the same way in use.
     - Heads are standardised over the batch and the temperature is low: small batches of fresh networks would become
       all alike.
     - A frozen tower reads sentence by sentence, so that a prompt of one sentence is nothing new, and whole reports, for
@@ -142,8 +144,10 @@ def tiny() -> PretrainConfig:
         backbone=ScanVitConfig(
             patch_ijk=(8, 8, 8),
             block_ijk=(24, 40, 24),
-            block=EncoderConfig(dim=96, depth=2, heads=4, place_codes=8),
+            block=EncoderConfig(dim=96, depth=1, heads=4, place_codes=8),
             scan=EncoderConfig(dim=144, depth=1, heads=6, rope_base=100.0, place_codes=8),
+            place_readout=16,
+            texture_cells=(4, 2),
         ),
         objective=SiglipConfig(
             text=TowerConfig(each="sentence"),
@@ -156,9 +160,9 @@ def tiny() -> PretrainConfig:
             standardise=True,
         ),
         views=ViewsConfig(
-            global_=ViewKind(count=1, size_ijk=(48, 40, 48), min_scale=0.97, max_scale=1.03),
+            global_=ViewKind(count=1, size_ijk=(48, 40, 48)),
             augment=AugmentConfig(flip_axes=(0,), noise_std=0.02, gamma=0.0, shift=0.0),
-            region_scale=1.05,
+            region_scale=1.0,
             overhang=0.0,
             report=ReportConfig(findings=SectionConfig(), impression=SectionConfig(), rewrite_p=0.0),
         ),
