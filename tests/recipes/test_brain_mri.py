@@ -51,6 +51,7 @@ def test_ours_swaps_truly_drops_skips_and_counts_no_air() -> None:
         assert recipe.objective.swap == "true"
         assert recipe.backbone.skips == "dropped"
         assert recipe.objective.background == "ignored"
+        assert recipe.spec.normalisation == "zscore"
         assert min(recipe.objective.masked_weight, recipe.objective.anatomy_weight, recipe.objective.nt_xent_weight) > 0
 
 

@@ -115,13 +115,14 @@ def base() -> PretrainConfig:
     - Volumes of each session, standardised by column, so that change over the years is not erased; health where it is
       known; and each subject told from the others in the batch.
     - Air and removed faces do not count.
+    - z-scores, as nnU-Net wants them: cut off at the 99th percentile, an infarct is as bright as the brain around it.
     """
     start = fomo25()
     edge = (96, 96, 96)
     return replace(
         start,
         recipe="brain_mri.base",
-        spec=replace(start.spec, preset="", block_ijk=edge),
+        spec=replace(INPUT_SPECS["mri-nnssl"], preset="", block_ijk=edge),
         backbone=replace(resenc("M", skips="dropped"), block_ijk=edge),
         objective=DisentangleConfig(
             swap="true",
