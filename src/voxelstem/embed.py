@@ -228,6 +228,7 @@ def _settings(model: Model, feeding: Feeding, how: EmbedConfig) -> dict[str, obj
         "modality": spec.modality,
         "window_hu": spec.normalisation if spec.per_volume else (spec.low_hu, spec.high_hu),
         "block_ijk": spec.block_ijk,
+        "frame_ijk": spec.frame_ijk,
         "precision": how.precision,
         "spacing_mm": spec.spacing_mm if spec.resampling == "spacing" else spec.resampling,
         "like_spectre": feeding.like_spectre,

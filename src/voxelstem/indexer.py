@@ -206,13 +206,15 @@ class _Basket:
             "scan_level": model.use_scan_level,
             "window_hu": spec.normalisation if spec.per_volume else (spec.low_hu, spec.high_hu),
             "block_ijk": spec.block_ijk,
+            "frame_ijk": spec.frame_ijk,
             "pool": "cls-mean",
             "like_spectre": False,
             "spacing_mm": spec.spacing_mm if spec.resampling == "spacing" else spec.resampling,
         }
         wanted = json.loads(json.dumps(wanted))  # as the file gives them back: a tuple becomes a list
         try:
-            said = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            # Folders of before frames say nothing of them: there was none.
+            said = {"frame_ijk": None} | json.loads((folder / MARK).read_text(encoding="utf-8"))
             others = [name for name, value in wanted.items() if said[name] != value]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(

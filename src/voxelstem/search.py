@@ -143,6 +143,8 @@ class Search:
         vector = self.aligned.embed_scan(study)
         own = self.index.row(content_key(study.volumes[0]))
         same = self.index.of_subject(pseudonym(study.subject, site_key()))
+        # Stores begun by version 0.6.0 or before know people of a BIDS data set by the bare id.
+        same = same | self.index.of_subject(pseudonym(study.subject.rpartition("/")[2], site_key()))
         # A file by itself may not say whose it is, or by another name than the store knows.
         return "scan", vector, own, same if own is None else same | self.index.of_same_subject(own)
 

@@ -106,8 +106,13 @@ def test_what_is_hidden_has_no_texture() -> None:
 
 
 def test_a_part_of_the_patches_cannot_be_read_by_place() -> None:
-    with pytest.raises(ConfigError, match="8 tokens of a block and there are 2"):
+    with pytest.raises(ConfigError, match="only some patches are kept"):
         make().encode_blocks(torch.rand(1, 1, 8, 8, 8), keep=torch.tensor([[0, 5]]))
+
+
+def test_a_block_of_another_shape_with_as_many_patches_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reads whole blocks"):
+        make().encode_blocks(torch.rand(1, 1, 4, 8, 16))
 
 
 @pytest.mark.parametrize(

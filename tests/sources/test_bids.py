@@ -280,3 +280,15 @@ def test_ages_as_tables_write_them(text, years):
 def test_what_is_no_age_is_not_guessed(text):
     with pytest.raises(ValueError, match=r"number|years"):
         bids.age_years(text)
+
+
+@pytest.mark.parametrize("raw", ["rawdata", "."])
+def test_what_was_made_of_a_data_set_has_its_people_described_or_not(tmp_path: Path, raw: str) -> None:
+    for folder in (raw, "derivatives/strip"):
+        (tmp_path / folder / "sub-01/anat").mkdir(parents=True)
+    made = tmp_path / "derivatives/strip"
+    (made / "dataset_description.json").write_text('{"Name": "stripped"}')
+    assert bids.home(made / "sub-01/anat/sub-01_T1w.nii.gz") == ""
+    (tmp_path / raw / "dataset_description.json").write_text('{"Name": "Raw"}')
+    people = {bids.home(place / "sub-01/anat/sub-01_T1w.nii.gz") for place in (tmp_path / raw, made)}
+    assert people == {"Raw"}

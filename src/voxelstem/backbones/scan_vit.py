@@ -20,6 +20,7 @@ from voxelstem.backbones.layers import grid_positions
 from voxelstem.backbones.places import PlaceReadout, count_cells, texture
 from voxelstem.backbones.pools import pool
 from voxelstem.chance import Chance
+from voxelstem.errors import ConfigError
 from voxelstem.protocols import Tokens
 
 
@@ -147,6 +148,12 @@ class ScanVit(nn.Module):
             index = keep[..., None]
             patches = patches.gather(1, index.expand(-1, -1, patches.shape[-1]))
             positions = positions.expand(len(patches), -1, -1).gather(1, index.expand(-1, -1, 3))
+        if self.readout is not None and (keep is not None or tuple(blocks.shape[-3:]) != self.config.block_ijk):
+            raise ConfigError(
+                f"place_readout reads whole blocks of {self.config.block_ijk} voxels, got {tuple(blocks.shape[-3:])}"
+                + (", of which only some patches are kept" if keep is not None else ""),
+                hint="feed blocks of the size that the weights were trained on, or set place_readout=0",
+            )
         x = self.embed(self._inputs(patches))
         if masked is not None:
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)

@@ -105,7 +105,8 @@ def build(model: Model, *, out: int, config: FinetuneConfig, voxels: bool, seed:
     card = model.card
     if card.spec.resampling == "fit":
         raise ConfigError("these weights take each scan as one block: windows cannot slide over it", hint="use a probe")
-    spec = dataclasses.replace(card.spec, block_ijk=config.patch_ijk or card.spec.block_ijk)
+    # Windows slide over all of a scan, and voxel labels lie on the grid that covers it: no frame.
+    spec = dataclasses.replace(card.spec, frame_ijk=None, block_ijk=config.patch_ijk or card.spec.block_ijk)
     changes: dict[str, Any] = {"block_ijk": spec.block_ijk} if "block_ijk" in card.architecture else {}
     if config.fusion == "early":
         changes["channels"] = config.channels

@@ -111,9 +111,8 @@ def home(path: Path) -> str:
         path: A file, or a folder with a DICOM series, of a subject `sub-…`.
 
     Returns:
-        The Name in the dataset_description.json beside the `sub-…` folder, or beside a file that lies in none; without
-        a Name 16 digits of what else it says. It is no path, so that a data set may move. Below `derivatives` the
-        data set around counts: its people they are. Empty where no data set is described.
+        The Name in the dataset_description.json beside the `sub-…` folder, or beside a file in none; without a Name 16
+        digits of what else it says. Below `derivatives` the data set around counts, or its `rawdata`. Else empty.
 
     Raises:
         ConfigError: the description is malformed.
@@ -121,7 +120,8 @@ def home(path: Path) -> str:
     above = Path(os.path.abspath(path)).parents
     made_from = [above[at + 1] for at, folder in enumerate(above) if folder.name == "derivatives"]
     beside = [folder.parent for folder in above if SUBJECT.fullmatch(folder.name)]
-    for folder in (*reversed(made_from), *beside[:1], above[0]):
+    around = [raw for folder in reversed(made_from) for raw in (folder, folder / "rawdata") if is_dataset(raw)]
+    for folder in around[:1] or (*beside[:1], above[0]):
         try:
             found = (folder / DESCRIPTION).stat()
         except OSError:
