@@ -328,6 +328,12 @@ def test_a_scan_longer_than_any_and_one_of_too_many_blocks_are_refused():
     assert caught.value.code == "too-large"
 
 
+def test_a_frame_that_no_machine_could_hold_is_refused_before_memory_is_asked_for():
+    with pytest.raises(IngestError) as caught:
+        lay(of_volume(volume((9, 9, 9), (4.0, 4.0, 4.0))), replace(SPEC, frame_ijk=(8_000_000, 8, 4)))
+    assert caught.value.code == "too-large"
+
+
 def test_a_spacing_is_named_or_measured():
     assert with_spacing(SPEC, None) is SPEC
     stage = with_spacing(SPEC, "ct-stage1")

@@ -151,14 +151,7 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
         return _lay_frame(scan, spec, spec.frame_ijk)
     steps = steps_ijk(scan.affine_ras, scan.shape_ijk, spec.grid_spacing_mm(scan.spacing_mm, scan.shape_ijk))
     i, j, k = (resampled_count(size, 1.0, step) for size, step in zip(scan.shape_ijk, steps, strict=True))
-    tiling = (centre_crop if like_spectre else cover)((i, j, k), spec.block_ijk)
-    count = tiling.grid[0] * tiling.grid[1] * tiling.grid[2]
-    if count > MOST_BLOCKS:
-        raise IngestError(
-            f"at the weights' spacing the scan has {i} x {j} x {k} voxels, which are {count} blocks",
-            code="too-large",
-            hint="crop it, or check its spacing",
-        )
+    tiling = _counted((centre_crop if like_spectre else cover)((i, j, k), spec.block_ijk))
     over_i, over_j, over_k = (
         None
         if step == 1
@@ -175,10 +168,19 @@ def lay(scan: Scan, spec: InputSpec, *, like_spectre: bool = False) -> Laid:
     )
 
 
+def _counted(tiling: Tiling) -> Tiling:
+    if (count := prod(tiling.grid)) > MOST_BLOCKS:
+        voxels = " x ".join(map(str, tiling.shape_ijk))
+        problem = f"at the weights' spacing the scan has {voxels} voxels, which are {count} blocks"
+        raise IngestError(problem, code="too-large", hint="crop it, or check its spacing")
+    return tiling
+
+
 def _lay_frame(scan: Scan, spec: InputSpec, frame_ijk: Triple) -> Laid:
     """Lay out a box about the middle of the body exactly where `views.multicrop` takes its view in training."""
     spacing, wanted = np.asarray(scan.spacing_mm), np.asarray(spec.spacing_mm)
     body, size = (np.asarray(edge) * spacing for edge in scan.body_ijk or _body(scan))
+    tiling = _counted(cover(frame_ijk, spec.block_ijk))
     wide = np.asarray(frame_ijk) * wanted
     start = body + size / 2 - wide / 2
     corner = scan.affine_ras.astype(np.float64)
@@ -190,7 +192,7 @@ def _lay_frame(scan: Scan, spec: InputSpec, frame_ijk: Triple) -> Laid:
     i, j, k = wanted / spacing
     found, doubtful = _measured(scan, spec)
     return Laid(
-        tiling=cover(frame_ijk, spec.block_ijk),
+        tiling=tiling,
         affine_ras=grid_affine(corner, (i, j, k)),
         matrices=(over_i, over_j, over_k),
         limits=found,
