@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import pickle
@@ -199,12 +200,15 @@ def test_leaving_early_ends_every_process_at_once(faults):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_when_the_parent_is_interrupted_or_killed_no_process_stays(faults, tmp_path: Path, end: signal.Signals):
     code = f"""
+import signal
 import sys
 sys.path.insert(0, {str(Path(faults.__file__).parent)!r})
 import faults
 from voxelstem.workers import Workers
 
 if __name__ == "__main__":
+    # Tests that a shell runs in the background hand on that interrupts are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Workers(faults.pid_then_hang, 2) as workers:
         for _, pid in workers.map(["", "", "", "", "hang", "hang"]):
             print(pid, flush=True)
@@ -223,6 +227,16 @@ if __name__ == "__main__":
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(alive, pids))
+
+
+def test_an_interrupt_that_wakes_nobody_is_seen_all_the_same(faults):
+    # As a signal does that comes between the last look for signals and the wait for a result.
+    with pytest.raises(KeyboardInterrupt), Workers(faults.pid_then_hang, 1) as workers:
+        clock = threading.Timer(0.5, _thread.interrupt_main)
+        clock.start()
+        began = time.monotonic()
+        next(workers.map(["hang"]))
+    assert time.monotonic() - began < 20
 
 
 def test_workers_that_cannot_start_are_a_config_error_with_a_hint():

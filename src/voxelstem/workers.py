@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,6 +29,7 @@ Item = TypeVar("Item")
 AHEAD_FOR_EACH_WORKER = 2
 SECONDS_TO_START = 300.0
 """On a busy machine and a slow disk, importing a large library may take minutes."""
+SECONDS_TO_SEE_AN_INTERRUPT = 1.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """As many processes as cores, each with as many threads as cores, would only stand in each other's way."""
 _CONTEXT = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold, and nobody unlocks them
@@ -125,11 +126,11 @@ class Workers(Generic[Task, Result]):
             for task in tasks:
                 if len(waiting) >= (ahead or AHEAD_FOR_EACH_WORKER * self.count):
                     first, future = waiting.popleft()
-                    yield first, future.result()
+                    yield first, _result(future)
                 waiting.append((task, self._threads.submit(self._do, task)))
             while waiting:
                 first, future = waiting.popleft()
-                yield first, future.result()
+                yield first, _result(future)
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -176,6 +177,13 @@ class Workers(Generic[Task, Result]):
             alive = tuple(self._alive)
         for worker in alive:
             worker.end()
+
+
+def _result(future: Future[Result]) -> Result:
+    """Wait in short spells: a Ctrl-C that comes just before a wait begins is seen only after it."""
+    while not future.done():
+        wait([future], timeout=SECONDS_TO_SEE_AN_INTERRUPT)
+    return future.result()
 
 
 class _Worker:
