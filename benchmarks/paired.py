@@ -1,7 +1,7 @@
 """Does alignment learn what reports say? Retrieval, sides, negations and mirror images on phantoms with true reports.
 
-    python benchmarks/paired.py [--out DIR] [--train 1500] [--held 500] [--variant NAME=RECIPE,a.b=value …]
-                                [--reports FILE.jsonl]
+    python benchmarks/paired.py [--out DIR] [--train 1500] [--held 500] [--seeds 0 1 2]
+                                [--variant NAME=RECIPE,a.b=value …] [--reports FILE.jsonl]
 
 Each variant is pretrained on the training phantoms (4 mm, `sources.paired`) and asked about held-out ones:
 
@@ -13,8 +13,9 @@ Each variant is pretrained on the training phantoms (4 mm, `sources.paired`) and
 
 Prompts are those of the package's set `phantom`. Beside each variant: ridge regressions from features of the same scans
 to the text tower's vectors (see paired_spaces.py), and how well a ridge that is told the facts finds them in coarse
-voxels and in the tower's vectors of reports: what there is to learn. Intervals resample patients. What is done rests
-below --out: started again, it goes on. Prints tables for LOG.md and writes paired.json. --small shows that it runs.
+voxels and in the tower's vectors of reports: what there is to learn. Figures are means over seeds, intervals resample
+patients. What is done rests below --out: started again, it goes on. Prints tables for LOG.md and writes paired.json.
+--small shows that it runs.
 """
 
 from __future__ import annotations
@@ -25,24 +26,22 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from collection import ALL_TEST, ALL_TRAIN
 from few_labels import Variant, costs, train
-from paired_spaces import Pairs, Vectors, coarse, decodable, histogram, regressed, trained, unit, untrained
+from paired_questions import SECTIONS, Figure, figures_of, negations, recalls, sides
+from paired_spaces import Pairs, Vectors, coarse, decodable, histogram, regressed, trained, untrained
 
 from voxelstem import __version__
 from voxelstem.aligned import Aligned, read_aligned
 from voxelstem.demo import public_key
 from voxelstem.ingest import ingest_studies
 from voxelstem.manifest import write_whole
-from voxelstem.metrics import Interval, auroc, bootstrap_interval
-from voxelstem.prompts import Prompts, read_prompts
+from voxelstem.prompts import read_prompts
 from voxelstem.sources.paired import PairedConfig, paired, subject
 from voxelstem.store import Fractions, Store
 from voxelstem.store.subjects import pseudonym, site_key
@@ -50,42 +49,11 @@ from voxelstem.store.subjects import pseudonym, site_key
 HELD_FROM = 1_000_000
 """Seeds of held-out phantoms begin here: another number of training phantoms does not change them."""
 SMALL = ["loader.batch=4", "steps=2", "objective.chunk=4"]
-RANKS = (1, 5, 10)
 CALIBRATED_ON = 200
-SECTIONS = {"report": ("findings_text", "impression_text"), "impression": ("impression_text",)}
-PRESENT: dict[str, Callable[[Mapping[str, str]], bool]] = {
-    "effusion_left": lambda said: said["effusion"] in ("left", "both"),
-    "effusion_right": lambda said: said["effusion"] in ("right", "both"),
-    "lung_nodule": lambda said: said["lung_side"] != "none",
-    "lung_nodule_left": lambda said: said["lung_side"] == "left",
-    "lung_nodule_right": lambda said: said["lung_side"] == "right",
-    "liver_lesion": lambda said: said["liver_lobe"] != "none",
-    "liver_lesion_left": lambda said: said["liver_lobe"] == "left",
-    "liver_lesion_right": lambda said: said["liver_lobe"] == "right",
-    "kidney_absent_left": lambda said: said["kidneys"] == "left absent",
-    "kidney_absent_right": lambda said: said["kidneys"] == "right absent",
-    "spleen_enlarged": lambda said: said["spleen"] == "enlarged",
-    "spleen_absent": lambda said: said["spleen"] == "absent",
-    "contrast": lambda said: said["contrast"] == "portal",
-}
-"""When the classes of the prompt set are true."""
 TOLD = (
     "contrast", "effusion", "effusion_amount", "kidneys", "spleen", "lung_side", "lung_lobe", "lung_density",
     "liver_lobe", "liver_density",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A number of the tables."""
-
-    contestant: str
-    question: str
-    metric: str
-    value: Interval
-    asked: int
-    """Scans or texts that were asked about."""
-    chance: float
 
 
 def draw(root: Path, seeds: Iterable[int], fractions: Fractions) -> Path:
@@ -100,124 +68,15 @@ def draw(root: Path, seeds: Iterable[int], fractions: Fractions) -> Path:
     return root
 
 
-def recalls(vectors: Vectors, held: Pairs, draws: int) -> list[Figure]:
-    """Every scan is looked for by its text among all scans, and the reverse."""
-    found: list[Figure] = []
-    pool = len(held.keys)
-    for section, parts in SECTIONS.items():
-        near = vectors.embed(held.texts(parts)) @ vectors.scans.T
-        own = np.diagonal(near)
-        # Ties count against the right one.
-        ranks = {
-            "text to scan": (near >= own[:, None]).sum(axis=1),
-            "scan to text": (near >= own[None]).sum(axis=0),
-        }
-        for way, rank in ranks.items():
-            for place in RANKS:
-                hits = dict(zip(held.subjects, (rank <= place).astype(float).tolist(), strict=True))
-                value = bootstrap_interval(hits, draws=draws)
-                name = f"{way}, by {section}, pool {pool}"
-                found.append(figure(vectors, name, f"recall@{place}", value, asked=pool, chance=place / pool))
+def baselines(model: Model, space: Aligned, seen: Pairs, held: Pairs, kept: Path) -> list[Vectors]:
+    """Ridge regressions from features that no report has shaped; features of this model's own rest in `kept`."""
+    plain = {"untrained": untrained(model, seed=0), "histogram": histogram, "coarse": coarse}
+    found: list[Vectors] = []
+    for name, features in plain.items():
+        place = kept / name if name == "untrained" else kept.parent / name
+        shut = regressed(f"{name} + ridge", features, held, seen, space, kept=place)
+        found.append(dataclasses.replace(shut, learned=shut.learned[:CALIBRATED_ON]))
     return found
-
-
-def figure(vectors: Vectors, question: str, metric: str, value: Interval, *, asked: int, chance: float) -> Figure:
-    return Figure(contestant=vectors.name, question=question, metric=metric, value=value, asked=asked, chance=chance)
-
-
-def ensemble(vectors: Vectors, prompts: Sequence[str]) -> np.ndarray:
-    """Mean of the unit vectors of several ways to say one thing."""
-    return unit(vectors.embed(list(prompts)).mean(axis=0))
-
-
-def sides(vectors: Vectors, held: Pairs, prompts: Prompts, draws: int) -> list[Figure]:
-    """Left or right, for every finding that lies on one side alone; also of mirror images."""
-    found: list[Figure] = []
-    every: dict[str, dict[str, list[float]]] = {"right side": {}, "mirror image: right side": {}, "answer flips": {}}
-    for name, (left, right) in prompts.sides.items():
-        towards = ensemble(vectors, prompts.ensembles[right].positive) - ensemble(
-            vectors, prompts.ensembles[left].positive
-        )
-        own: dict[str, dict[str, float]] = {metric: {} for metric in every}
-        answers = zip(
-            held.subjects, held.facts, vectors.scans @ towards > 0, vectors.mirrored @ towards > 0, strict=True
-        )
-        for who, said, answer, again in answers:
-            truth = PRESENT[right](said)
-            if truth == PRESENT[left](said):
-                continue
-            outcomes = (answer == truth, again != truth, again != answer)
-            for metric, good in zip(every, outcomes, strict=True):
-                own[metric][who] = float(good)
-                every[metric].setdefault(who, []).append(float(good))
-        for metric, by_subject in own.items():
-            if by_subject:
-                value = bootstrap_interval(by_subject, draws=draws)
-                found.append(figure(vectors, name, metric, value, asked=len(by_subject), chance=0.5))
-    for metric, lists in every.items():
-        value = bootstrap_interval(lists, lambda sample: float(np.mean(np.concatenate(sample))), draws=draws)
-        asked = sum(map(len, lists.values()))
-        found.append(figure(vectors, "all findings on one side", metric, value, asked=asked, chance=0.5))
-    return found
-
-
-def negations(vectors: Vectors, held: Pairs, learned: Pairs, prompts: Prompts, draws: int) -> list[Figure]:
-    """Said or denied, for every class that can be denied."""
-    found: list[Figure] = []
-    asked = {name: said for name, said in prompts.ensembles.items() if said.negative and name in PRESENT}
-    rows: list[np.ndarray] = []
-    for name, said in asked.items():
-        towards = ensemble(vectors, said.positive) - ensemble(vectors, said.negative)
-        truth, known = (np.array([PRESENT[name](one) for one in pairs.facts]) for pairs in (held, learned))
-        leans = vectors.scans @ towards
-        rows.append(np.stack([truth, leans > 0, leans > threshold(known, vectors.learned @ towards), leans]))
-        by_subject = dict(zip(held.subjects, rows[-1].T, strict=True))
-        for metric, measure in (
-            ("balanced accuracy", _raw),
-            ("balanced accuracy, threshold set", _set),
-            ("AUROC", _area),
-        ):
-            value = bootstrap_interval(by_subject, measure, draws=draws)
-            found.append(figure(vectors, name, metric, value, asked=len(truth), chance=0.5))
-    whole = dict(zip(held.subjects, np.stack(rows).transpose(2, 0, 1), strict=True))
-    for metric, measure in (("balanced accuracy", _raw), ("balanced accuracy, threshold set", _set), ("AUROC", _area)):
-
-        def over_classes(sample: Sequence[np.ndarray], measure: Callable[[Any], float] = measure) -> float:
-            return float(np.nanmean([measure(column) for column in np.stack(sample, axis=1)]))
-
-        value = bootstrap_interval(whole, over_classes, draws=draws)
-        found.append(figure(vectors, "mean of all classes", metric, value, asked=len(held.keys), chance=0.5))
-    return found
-
-
-def _raw(sample: Sequence[np.ndarray]) -> float:
-    rows = np.asarray(sample)
-    return _balanced(rows[:, 0] > 0, rows[:, 1] > 0)
-
-
-def _set(sample: Sequence[np.ndarray]) -> float:
-    rows = np.asarray(sample)
-    return _balanced(rows[:, 0] > 0, rows[:, 2] > 0)
-
-
-def _area(sample: Sequence[np.ndarray]) -> float:
-    rows = np.asarray(sample)
-    return auroc(rows[:, 0] > 0, rows[:, 3])
-
-
-def _balanced(truth: np.ndarray, answer: np.ndarray) -> float:
-    if truth.all() or not truth.any():
-        return float("nan")
-    return 0.5 * (float(answer[truth].mean()) + float((~answer[~truth]).mean()))
-
-
-def threshold(truth: np.ndarray, leans: np.ndarray) -> float:
-    """Where the balanced accuracy on these scans is best; 0 where they are all alike."""
-    if truth.all() or not truth.any():
-        return 0.0
-    order = np.sort(leans)
-    tried = 0.5 * (order[1:] + order[:-1])
-    return float(max(tried, key=lambda cut: _balanced(truth, leans > cut)))
 
 
 def learnable(space: Aligned, held: Pairs, seen: Pairs, kept: Path) -> list[dict[str, Any]]:
@@ -270,7 +129,9 @@ def verdicts(figures: Sequence[Figure], variants: Sequence[str]) -> str:
             for one in found:
                 reached = measure(one)
                 met = "met" if reached >= least else "MISSED"
-                lines.append(f"- {name}: {one.question}, {metric}: {reached:.3g} {word} (at least {least:g}: {met})")
+                each = " ".join(f"{value:.3f}" for value in one.seeds)
+                goal = f"at least {least:g}: {met}; seeds {each}"
+                lines.append(f"- {name}: {one.question}, {metric}: {reached:.3g} {word} ({goal})")
     return "\n".join(lines)
 
 
@@ -289,7 +150,7 @@ def asked_for() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/paired"))
     parser.add_argument("--variant", nargs="+", default=["align=tiny.align"], metavar="NAME=RECIPE,a.b=value")
-    parser.add_argument("--seed", type=int, default=0, help="of the pretraining")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the pretraining")
     parser.add_argument("--train", type=int, default=1500, help="training phantoms")
     parser.add_argument("--held", type=int, default=500, help="held-out phantoms")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
@@ -318,22 +179,25 @@ def main() -> None:
         kept = asked.out / f"features-{asked.train}-{asked.held}"
         told: list[dict[str, Any]] = []
         for number, variant in enumerate(variants):
-            model = train(asked.out, seen_at, variants, variant, asked.seed)
-            space = read_aligned(asked.out / "runs" / variant.folder(asked.seed) / "weights")
-            spaces = [trained(space, held, learned, kept / "trained", variant.name)]
-            if not number:
-                told = learnable(space, held, seen, kept)
-                plain = {"untrained": untrained(model, seed=asked.seed), "histogram": histogram, "coarse": coarse}
-                for name, features in plain.items():
-                    place = kept / (name if name != "untrained" else f"{name}-{variant.folder(asked.seed)}")
-                    shut = regressed(f"{name} + ridge", features, held, seen, space, kept=place)
-                    spaces.append(dataclasses.replace(shut, learned=shut.learned[:CALIBRATED_ON]))
-            for vectors in spaces:
-                figures += recalls(vectors, held, asked.draws)
-                figures += sides(vectors, held, prompts, asked.draws)
-                figures += negations(vectors, held, learned, prompts, asked.draws)
-            if asked.reports:
-                shown[variant.name] = nearest(spaces[0], held, asked.reports)
+            contestants: dict[str, list[Vectors]] = {}
+            for seed in asked.seeds:
+                model = train(asked.out, seen_at, variants, variant, seed)
+                space = read_aligned(asked.out / "runs" / variant.folder(seed) / "weights")
+                spaces = [trained(space, held, learned, kept / "trained", variant.name)]
+                if seed == asked.seeds[0]:
+                    if asked.reports:
+                        shown[variant.name] = nearest(spaces[0], held, asked.reports)
+                    if not number:
+                        told = learnable(space, held, seen, kept)
+                        spaces += baselines(model, space, seen, held, kept / variant.folder(seed))
+                for vectors in spaces:
+                    contestants.setdefault(vectors.name, []).append(vectors)
+            for name, several in contestants.items():
+                answers = [
+                    recalls(one, held) | sides(one, held, prompts) | negations(one, held, learned, prompts)
+                    for one in several
+                ]
+                figures += figures_of(name, answers, asked.draws)
     facts = {
         "figures": list(map(dataclasses.asdict, figures)),
         "learnable": told,
@@ -346,7 +210,7 @@ def main() -> None:
     print(f"voxelstem {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} cores")
     print(f"{asked.train} training and {asked.held} held-out phantoms, prompts {prompts.sha256[:16]}\n")
-    print(costs(asked.out, variants, [asked.seed]) + "\n")
+    print(costs(asked.out, variants, asked.seeds) + "\n")
     print(
         "| fact told to a ridge | chance | in coarse voxels | in the tower's vectors of reports |\n|---|---:|---:|---:|"
     )

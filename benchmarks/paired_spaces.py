@@ -198,7 +198,7 @@ def regressed(name: str, features: Features, held: Pairs, seen: Pairs, space: Al
 
 
 def untrained(model: Model, *, seed: int) -> Features:
-    """Vectors of the same network before training."""
+    """Vectors of the same network before training; it was shown what is usual in these scans all the same."""
     scratch = model.scratch(seed=seed)
 
     def features(volume: Volume) -> np.ndarray:

@@ -62,6 +62,7 @@ def talk() -> dict[str, Any]:
         "rows": distributed.rows(numbers(here.rank)),
         "loss": loss.detach(),
         "gradient": mine.grad,
+        "first": distributed.first(numbers(here.rank)),
         "agree": [distributed.agree(flag) for flag in (False, here.rank == 1, True)],
         "said": distributed.said({"who": here.rank, "words": ["Ä", None, 1.5]}),
         "waited": time.monotonic() - before,
@@ -83,6 +84,10 @@ def test_statistics_are_of_all_processes(told: list[dict[str, Any]]):
         assert torch.equal(answer["total"], both.sum(0))
         assert torch.equal(answer["mean"], both.mean(0))
         assert torch.equal(answer["rows"], both.flatten(0, 1))
+
+
+def test_all_hold_what_process_0_holds(told: list[dict[str, Any]]):
+    assert all(torch.equal(answer["first"], numbers(0)) for answer in told)
 
 
 def test_a_loss_of_all_rows_has_the_gradient_of_one_process_that_holds_them(told: list[dict[str, Any]]):
@@ -114,6 +119,7 @@ def test_alone_everything_comes_back_as_it_is(monkeypatch: pytest.MonkeyPatch):
     assert distributed.here() == Ranks()
     assert torch.equal(distributed.total(value), value)
     assert torch.equal(distributed.rows(value), value)
+    assert torch.equal(distributed.first(value), value)
     assert distributed.agree(True)
     assert not distributed.agree(False)
     assert distributed.said({"a": (1, 2)}) == {"a": [1, 2]}

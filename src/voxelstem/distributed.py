@@ -152,6 +152,14 @@ def rows(value: Shaped[Tensor, "row *rest"]) -> Shaped[Tensor, "all *rest"]:
     return gathered
 
 
+def first(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """What process 0 holds, to all; the others' is not looked at."""
+    value = value.detach().clone()
+    if _joined():
+        dist.broadcast(value, src=0)
+    return value
+
+
 def agree(flag: bool) -> bool:
     """Whether any process says yes: what one of them must do, all do."""
     return bool(total(torch.tensor(int(flag))) > 0)

@@ -58,8 +58,12 @@ class Model:
         return self.card.spec
 
     def scratch(self, *, seed: int) -> Model:
-        """The same architecture and spec, untrained: the baseline that keeps everyone honest."""
+        """The same architecture, spec and measured statistics, untrained: the baseline that keeps everyone honest."""
         untrained = make_model(dataclasses.replace(self.card, trained=(), sha256=f"scratch-{seed}"), seed=seed)
+        # What was measured is not learned: without it the network that is compared would be another.
+        take = getattr(untrained.backbone, "take_measured", None)
+        if take is not None:
+            take(self.backbone)
         # By the same way through the network, or the comparison would be one of two poolings as well.
         return dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
 

@@ -30,6 +30,7 @@ from voxelstem.engine.label_views import follow
 from voxelstem.engine.loader import Loader, LoaderConfig, ViewsConfig
 from voxelstem.engine.lock import locked
 from voxelstem.engine.loop import LoopConfig, Surroundings, train
+from voxelstem.engine.measuring import measure
 from voxelstem.engine.monitor import HealthConfig, Monitor, draw_blocks, draw_probe_set
 from voxelstem.engine.optim import OptimConfig
 from voxelstem.engine.pair_counts import shares
@@ -150,11 +151,11 @@ def run(
         notes = [_begin(weights, objective)] if weights else []
         notes += [{"left_out": chosen.left_out}] if chosen.left_out else []
         if weights and probe is None and ranks.rank == 0:
-            _log.warning(
-                "without --probe the run is probed on its own scans: what it forgets of others is not measured"
-            )
+            _log.warning("without --probe the run is probed on its own scans: what it forgets is not measured")
         loader = make_loader(config, opened, chosen.scans, ranks)
         loader.batch(0)
+        alone = replace(config, loader=replace(config.loader, samples_per_open=1))
+        notes += measure(objective, lambda: make_loader(alone, opened, chosen.scans), run=out)
         trainee = Trainee(
             objective.to(device), config.optim, config.parallel, device=device, precision=config.precision
         )
@@ -241,8 +242,7 @@ def _begin(weights: Path, objective: Any) -> dict[str, Any]:
 
 
 def _emptied(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    taken, lines[:] = list(lines), []
-    return taken
+    return [lines.pop(0) for _ in range(len(lines))]
 
 
 def _everybodys(notes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -131,9 +131,12 @@ def test_codes_of_places_are_added_and_places_are_read_in_every_form(form: Form)
         "block": dataclasses.replace(CONFIG.block, place_codes=4),
         "scan": dataclasses.replace(CONFIG.scan, place_codes=3),
         "place_readout": 5,
-        "texture_cells": (1,),
+        "atlas_cell": 1,
+        "atlas_directions": (6, 5),
     }
     backbone, blocks, positions = make(dataclasses.replace(CONFIG, **coded)), blocks_of(), grid_positions((2, 3, 1))
+    backbone.measure([torch.rand(20, CONFIG.channels, *CONFIG.block_ijk, generator=torch.Generator().manual_seed(9))])
+    assert not backbone.wants_measuring
     for found, wanted in zip(LeanVit(backbone, form)(blocks), backbone.encode_blocks(blocks), strict=True):
         assert relative_error(found, wanted) < 1e-5
     described = torch.randn(2, 6, 2 * backbone.dim, generator=torch.Generator().manual_seed(7))

@@ -158,8 +158,9 @@ def test_samples_that_pass_in_chunks_are_computed_once_more_and_those_that_pass_
             {"objective.chunk": 4, "parallel.recompute": True},
         )
     )
-    # Recomputing repeats the transformers' blocks; what stands before them, such as codes of places, only chunks do.
+    # Recomputing repeats the transformers' blocks; what stands beside them, such as codes of places
+    # and the atlas, only chunks do.
     assert at_once.flops_per_sample < recomputed.flops_per_sample < chunked.flops_per_sample
-    assert chunked.flops_per_sample == pytest.approx(recomputed.flops_per_sample, rel=0.01)
+    assert chunked.flops_per_sample == pytest.approx(recomputed.flops_per_sample, rel=0.02)
     # The codes of places are there once, however many samples pass.
-    assert chunked.memory.activations == pytest.approx(at_once.memory.activations / 4, rel=0.01)
+    assert chunked.memory.activations == pytest.approx(at_once.memory.activations / 4, rel=0.02)

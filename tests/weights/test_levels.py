@@ -28,6 +28,7 @@ CONFIG = ScanVitConfig(
 def write(folder: Path, config: ScanVitConfig = CONFIG) -> ScanVit:
     torch.manual_seed(0)
     backbone = ScanVit(config).eval().requires_grad_(False)
+    backbone.measure([torch.rand(20, 1, *config.block_ijk)])
     card = Card(architecture=flatten(config), spec=InputSpec(block_ijk=CONFIG.block_ijk), licence="CC BY-NC-SA 4.0")
     write_weights(folder, backbone.state_dict(), card)
     return backbone

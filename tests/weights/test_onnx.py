@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.weights.test_levels import write
+from tests.weights.test_levels import CONFIG, write
 
 from voxelstem.backbones.compute import relative_error
 from voxelstem.backbones.layers import grid_positions
@@ -16,10 +18,11 @@ from voxelstem.weights.openvino import run
 
 
 @pytest.mark.slow
-def test_written_files_give_the_references_numbers_for_other_lengths(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"place_readout": 3, "atlas_cell": 1, "atlas_directions": (6, 5)}], ids=str)
+def test_written_files_give_the_references_numbers_for_other_lengths(tmp_path: Path, more: dict[str, Any]) -> None:
     for package in ("onnx", "onnxscript", "openvino"):
         pytest.importorskip(package, reason="the cpu extra is not installed")
-    backbone = write(tmp_path / "weights")
+    backbone = write(tmp_path / "weights", dataclasses.replace(CONFIG, **more))
     out = export_onnx(tmp_path / "weights", tmp_path / "out")
     names = {path.name for path in out.iterdir()}
     assert names == {"blocks.onnx", "scan.onnx", "config.json", "README.md", "parity.json"}

@@ -168,11 +168,13 @@ class _Trial:
 
 
 def relative_error(found: Tokens, wanted: Tokens) -> float:
-    """max|a - b| / max|b| over both tensors together; infinite where something is not a number."""
-    largest = max(float(part.abs().max()) for part in wanted)
+    """max|a - b| / max|b|, the larger of both tensors'; infinite where something is not a number."""
+    largest = [float(part.abs().max()) for part in wanted]
     apart = [float((one.float() - other.float()).abs().max()) for one, other in zip(found, wanted, strict=True)]
     # A comparison with what is not a number is never true, so max() would pass over it.
-    return max(apart) / largest if all(map(math.isfinite, [*apart, largest])) and largest else math.inf
+    if not all(largest) or not all(map(math.isfinite, [*apart, *largest])):
+        return math.inf
+    return max(error / most for error, most in zip(apart, largest, strict=True))
 
 
 def _check(precision: str, only: str, device: str | torch.device) -> torch.device:

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from voxelstem.backbones.encoder import Encoder
 from voxelstem.backbones.layers import Block, grid_positions, pair_order, place_code, rope_turns
-from voxelstem.backbones.places import texture
 from voxelstem.backbones.scan_vit import ScanVit, patchify
 
 Kernel = Literal["fused", "plain"]
@@ -189,8 +188,9 @@ class LeanVit(nn.Module):
         self.register_buffer("embed_weight", self.form.moved(weight), persistent=False)
         self.register_buffer("embed_bias", self.form.moved(bias), persistent=False)
         self.encoder = LeanEncoder(backbone.block_encoder, self.form)
+        self.config = backbone.config
         self.readout = None if backbone.readout is None else copy.deepcopy(backbone.readout).to(self.form.device)
-        self.cells = backbone.config.texture_cells
+        self.atlas = None if backbone.atlas is None else copy.deepcopy(backbone.atlas).to(self.form.device)
         self._tables: dict[tuple[int, int, int], Table] = {}
 
     def forward(
@@ -198,16 +198,17 @@ class LeanVit(nn.Module):
     ) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row patch dim"]]:
         """Cls and patch tokens of each block (windowed to [0, 1], on the form's device), fp32."""
         own: Any = self
+        self.config.check_whole(blocks.shape[-3:])
         patches = patchify(blocks.to(self.form.dtype), self.patch_ijk)
         sizes = [size // patch for size, patch in zip(blocks.shape[-3:], self.patch_ijk, strict=True)]
         table = self.table((sizes[0], sizes[1], sizes[2]))
         positions = grid_positions((sizes[0], sizes[1], sizes[2]))
         cls, tokens = self.encoder(F.linear(patches, own.embed_weight, own.embed_bias), table, positions)
-        if self.readout is None:
-            return cls, tokens
-        cells = self.cells
-        beside = texture(patchify(blocks.float(), self.patch_ijk), self.patch_ijk, cells=cells) if cells else None
-        return cls + self.readout(tokens, beside), tokens
+        if self.readout is not None:
+            cls = cls + self.readout(tokens)
+        if self.atlas is not None:
+            cls = cls + self.atlas(patchify(blocks.float(), self.patch_ijk))
+        return cls, tokens
 
     def table(self, grid: tuple[int, int, int]) -> Table:
         """Rotary turns of a block's patches, made once for each grid."""

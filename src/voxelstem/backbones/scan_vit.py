@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from voxelstem.backbones.atlas import Atlas
 from voxelstem.backbones.encoder import Encoder, EncoderConfig, init_linear
 from voxelstem.backbones.layers import grid_positions
-from voxelstem.backbones.places import PlaceReadout, count_cells, texture
+from voxelstem.backbones.places import PlaceReadout
 from voxelstem.backbones.pools import pool
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
@@ -40,8 +41,13 @@ class ScanVitConfig:
     place_readout: int = 0
     """Channels of every token of a block that are read out by its place into cls, see `places.PlaceReadout`; 0:
     attention alone fills cls. It wants blocks that lie where they always do, as in a frame (`InputSpec.frame_ijk`)."""
-    texture_cells: tuple[int, ...] = ()
-    """Edges in voxels of cells whose roughness is read out beside them, see `places.texture`."""
+    atlas_cell: int = 0
+    """Edge in voxels of the cells whose texture is compared with what is usual there, see `atlas.Atlas`; 0: it is not.
+    It wants such blocks too."""
+    atlas_directions: tuple[int, int] = (200, 100)
+    """Numbers that are kept of deviations and of coarse voxels, each as loud as the others."""
+    atlas_noise: float = 0.0
+    """Standard deviation of what training adds to each, so that few scans are not easily learned by heart."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -57,21 +63,46 @@ class ScanVitConfig:
             )
         if any(block % patch for block, patch in zip(self.block_ijk, self.patch_ijk, strict=True)):
             raise ValueError(f"patch_ijk {self.patch_ijk} must divide block_ijk {self.block_ijk}")
-        if self.place_readout < 0 or (self.texture_cells and not self.place_readout):
+        if self.place_readout < 0 or self.atlas_cell < 0 or min(self.atlas_directions) < 1:
             raise ValueError(
-                f"texture_cells are read out by place: place_readout must be > 0, got {self.place_readout}"
+                "need place_readout >= 0, atlas_cell >= 0 and atlas_directions >= 1 each, "
+                f"got {self.place_readout}, {self.atlas_cell} and {self.atlas_directions}"
             )
-        if any(cell < 1 or any(edge % cell for edge in self.patch_ijk) for cell in self.texture_cells):
-            raise ValueError(f"texture_cells must divide patch_ijk {self.patch_ijk}, got {self.texture_cells}")
+        if self.atlas_cell and any(edge % (2 * self.atlas_cell) for edge in self.patch_ijk):
+            raise ValueError(f"atlas_cell must divide half of patch_ijk {self.patch_ijk}, got {self.atlas_cell}")
+        if not 0 <= self.atlas_noise < math.inf:
+            raise ValueError(f"atlas_noise is a standard deviation >= 0, got {self.atlas_noise}")
+
+    def check_whole(self, block_ijk: tuple[int, ...], *, some: bool = False) -> None:
+        """What reads by place wants the blocks that it was made for, and all of their patches.
+
+        Raises:
+            ConfigError: these are others.
+        """
+        if (self.place_readout or self.atlas_cell) and (some or tuple(block_ijk) != self.block_ijk):
+            raise ConfigError(
+                f"what reads blocks by place wants whole ones of {self.block_ijk} voxels, got {tuple(block_ijk)}"
+                + (", of which only some patches are kept" if some else ""),
+                hint="feed blocks of the size that the weights were trained on: place_readout and atlas_cell want it",
+            )
+
+    @property
+    def places(self) -> int:
+        """Patches of a block."""
+        return math.prod(block // patch for block, patch in zip(self.block_ijk, self.patch_ijk, strict=True))
 
 
-def make_readout(config: ScanVitConfig) -> PlaceReadout | None:
-    """What reads a block's tokens by their places, if the config asks for it."""
-    if not config.place_readout:
+def make_atlas(config: ScanVitConfig) -> Atlas | None:
+    """What compares a block with what is usual at its places, if the config asks for it."""
+    if not config.atlas_cell:
         return None
-    places = math.prod(block // patch for block, patch in zip(config.block_ijk, config.patch_ijk, strict=True))
-    beside = count_cells(config.patch_ijk, config.texture_cells)
-    return PlaceReadout(config.block.dim, config.place_readout, places=places, beside=beside)
+    return Atlas(
+        config.patch_ijk,
+        places=config.places,
+        cell=config.atlas_cell,
+        directions=config.atlas_directions,
+        dim=config.block.dim,
+    )
 
 
 def patchify(
@@ -98,7 +129,9 @@ class ScanVit(nn.Module):
         self.embed = nn.Linear(config.channels * math.prod(config.patch_ijk), self.dim)
         self.mask_token = nn.Parameter(torch.zeros(self.dim))
         self.block_encoder = Encoder(config.block)
-        self.readout = make_readout(config)
+        channels = config.place_readout
+        self.readout = PlaceReadout(config.block.dim, channels, places=config.places) if channels else None
+        self.atlas = make_atlas(config)
         self.scan_project = nn.Linear(2 * self.dim, config.scan.dim) if config.scan.depth else None
         self.scan_encoder = Encoder(config.scan) if config.scan.depth else None
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -148,18 +181,12 @@ class ScanVit(nn.Module):
             index = keep[..., None]
             patches = patches.gather(1, index.expand(-1, -1, patches.shape[-1]))
             positions = positions.expand(len(patches), -1, -1).gather(1, index.expand(-1, -1, 3))
-        if self.readout is not None and (keep is not None or tuple(blocks.shape[-3:]) != self.config.block_ijk):
-            raise ConfigError(
-                f"place_readout reads whole blocks of {self.config.block_ijk} voxels, got {tuple(blocks.shape[-3:])}"
-                + (", of which only some patches are kept" if keep is not None else ""),
-                hint="feed blocks of the size that the weights were trained on, or set place_readout=0",
-            )
+        self.config.check_whole(blocks.shape[-3:], some=keep is not None)
         x = self.embed(self._inputs(patches))
         if masked is not None:
             x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
-            patches = patches.masked_fill(masked[..., None], 0.0)
         cls, tokens = self.block_encoder(x, positions, chance=chance)
-        return self._read(cls, tokens, patches)
+        return self._read(cls, tokens, patches, masked=masked, chance=chance)
 
     def intermediates(
         self, blocks: Float[Tensor, "row channel i j k"], layers: Sequence[int]
@@ -168,7 +195,9 @@ class ScanVit(nn.Module):
 
         Raises:
             ValueError: there is no such layer.
+            ConfigError: they are read by place, and are no whole blocks of the trained size.
         """
+        self.config.check_whole(blocks.shape[-3:])
         patches, positions = self._patches(blocks)
         found = self.block_encoder.intermediates(self.embed(self._inputs(patches)), positions, layers)
         return [self._read(cls, tokens, patches) for cls, tokens in found]
@@ -188,12 +217,40 @@ class ScanVit(nn.Module):
     def _inputs(self, patches: Tensor) -> Tensor:
         return 2 * patches - 1 if self.config.inputs == "centred" else patches
 
-    def _read(self, cls: Tensor, tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Cls with what the places say, if they are read."""
-        if self.readout is None:
-            return cls, tokens
-        cells = self.config.texture_cells
-        return cls + self.readout(tokens, texture(patches, self.patch_ijk, cells=cells) if cells else None), tokens
+    def _read(
+        self,
+        cls: Tensor,
+        tokens: Tensor,
+        patches: Tensor,
+        *,
+        masked: Tensor | None = None,
+        chance: Chance | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cls with what the places say and what is unusual there, if they are read."""
+        if self.readout is not None:
+            cls = cls + self.readout(tokens)
+        if self.atlas is not None:
+            noise = None
+            if chance is not None and self.config.atlas_noise:
+                noise = self.config.atlas_noise * chance.purpose("atlas").normal(sum(self.config.atlas_directions))
+            cls = cls + self.atlas(patches, masked=masked, noise=noise)
+        return cls, tokens
+
+    def measure(self, blocks: Sequence[Float[Tensor, "row channel i j k"]]) -> None:
+        """Learn from blocks of many scans, given a few at a time, what is usual, where the config asks for that."""
+        if self.atlas is not None:
+            self.atlas.measure([patchify(part, self.patch_ijk) for part in blocks])
+
+    def take_measured(self, other: ScanVit) -> None:
+        """Know what another network of this architecture was shown."""
+        if self.atlas is not None and other.atlas is not None:
+            for mine, theirs in zip(self.atlas.buffers(), other.atlas.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    @property
+    def wants_measuring(self) -> bool:
+        """Whether it should be shown many blocks before it is trained."""
+        return self.atlas is not None and not self.atlas.is_measured
 
     @property
     def has_scan_level(self) -> bool:
@@ -224,7 +281,7 @@ class ScanVit(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("block_encoder.blocks."):
                 depth = 1 + int(name.split(".")[2])
-            elif name.startswith(("scan_", "readout.", "block_encoder.norm")):
+            elif name.startswith(("scan_", "readout.", "atlas.", "block_encoder.norm")):
                 depth = deepest
             else:
                 depth = 0

@@ -82,7 +82,12 @@ def export(folder: Path, out: Path, *, kind: str, save: Save, run: Run) -> Path:
                     hint="try other versions of the packages that pip install 'voxelstem[cpu]' brings",
                 )
             files[name] = {"relative_error": error, "inputs": level.inputs, "outputs": level.outputs}
-        facts = {"format": kind, "against": "voxelstem fp32", "measure": "max|a-b| / max|b|", "files": files}
+        facts = {
+            "format": kind,
+            "against": "voxelstem fp32",
+            "measure": "max|a-b| / max|b| of each output, the largest",
+            "files": files,
+        }
         (unfinished / PARITY).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for name in (CONFIG, README):
             if (folder / name).is_file():
