@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 from dataclasses import replace
@@ -163,8 +164,30 @@ def test_a_frozen_tower_computes_each_text_once(settings: TowerConfig):
 
 
 def test_a_text_s_vector_has_the_same_bits_whatever_stands_beside_it(settings: TowerConfig):
-    one, other = (tower_of(replace(settings, trains="nothing")) for _ in range(2))
+    # Given their base, towers do not remember together.
+    config = replace(settings, trains="nothing")
+    one, other = (TextTower(config, read_pretrained(config.source)) for _ in range(2))
     assert torch.equal(one(TEXTS), torch.stack([other([sentence])[0] for sentence in reversed(TEXTS)]).flip(0))
+
+
+def test_towers_of_the_same_files_compute_each_text_once_for_as_long_as_one_of_them_lives(settings: TowerConfig):
+    config = replace(settings, trains="nothing")
+    first, second, cut = (
+        tower_of(config),
+        tower_of(config).to(torch.device("cpu")),
+        tower_of(replace(config, max_tokens=4)),
+    )
+    said, seen, seen_cut = first(TEXTS), passes(second), passes(cut)
+    assert torch.equal(second(TEXTS), said)
+    assert not seen
+    assert not torch.equal(cut(TEXTS), said)
+    assert seen_cut
+    del first, second
+    gc.collect()
+    third = tower_of(config)
+    again = passes(third)
+    assert torch.equal(third(TEXTS), said)
+    assert sum(again) == len(TEXTS)
 
 
 def test_of_a_text_only_its_hash_is_kept(settings: TowerConfig):

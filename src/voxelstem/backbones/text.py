@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,6 +74,13 @@ class TowerConfig:
             raise ValueError(f"need a source and max_tokens >= 2, got {self.source!r} and {self.max_tokens}")
 
 
+class _Memory(OrderedDict[bytes, Tensor]):
+    """Vectors by the hash of their text."""
+
+
+_memories: WeakValueDictionary[tuple[Any, ...], _Memory] = WeakValueDictionary()
+
+
 def tower_of(config: TowerConfig) -> TextTower:
     """Read the tower that the settings name.
 
@@ -100,14 +108,15 @@ class TextTower(nn.Module):
         self.dim: int = base.network.config.hidden_size
         """Length of the vectors."""
         self.truncated = 0
-        """How many texts were cut at `max_tokens` so far; a text that is read anew counts anew."""
+        """How many texts were cut at `max_tokens` so far; one read anew counts anew, one remembered does not."""
         _check_pair(config, base)
         self._tokenizer = base.tokenizer
         self._draws = Draws()
-        self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
         network: Any = base.network
         # In a tuple, so that it is no part of this module's state.
         self._held: tuple[Any] = (network,)
+        self._shares = pretrained is None and config.trains == "nothing"
+        self._vectors = self._memory()
         if config.trains == "lowrank":
             sizes = LowRankConfig(rank=config.rank, alpha=config.alpha, dropout=config.dropout)
             self.changes = put_beside(network, config.targets, sizes, self._draws)
@@ -158,8 +167,16 @@ class TextTower(nn.Module):
         super()._apply(fn, recurse)
         if self.config.trains != "all":
             self._held[0]._apply(fn, recurse)
-        self._vectors.clear()
+        self._vectors = self._memory()
         return self
+
+    def _memory(self) -> _Memory:
+        """What towers that give the same vectors, to the last bit, remember together while one of them lives."""
+        config, parameter = self.config, next(self._held[0].parameters())
+        if not self._shares:
+            return _Memory()
+        same = (self.sha256, config.pooling, config.max_tokens, config.prefix, parameter.device, parameter.dtype)
+        return _memories.setdefault(same, _Memory())
 
     @property
     def _device(self) -> torch.device:

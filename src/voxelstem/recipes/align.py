@@ -127,7 +127,8 @@ def tiny() -> PretrainConfig:
     - Matrices learn by Muon. With AdamW scans and reports agree on the contrast agent a thousand steps before organs.
     - The texture of each place is compared with what is usual there: a nodule changes less than a breath does. Views
       are not jittered, for a frame lies the same way in use, and few are mirrored: usual is what bodies are mostly.
-      Branches of the transformers begin small, so that what is unusual reaches the heads as it is.
+      No attention stands between that and the heads, and the branches of the scan level begin small: it only came
+      later.
     - Batches are as large as they must be for pairs that agree in all their organs: only these ask for lesions.
     - Heads are standardised over the batch and the temperature is low: fresh networks would become all alike.
     - A frozen tower reads sentence by sentence, so that a prompt of one sentence is nothing new, and whole reports, for
@@ -136,14 +137,14 @@ def tiny() -> PretrainConfig:
     """
     return PretrainConfig(
         recipe="tiny.align",
-        steps=450,
+        steps=800,
         spec=InputSpec(
             spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(48, 40, 48), frame_ijk=(48, 40, 48)
         ),
         backbone=ScanVitConfig(
             patch_ijk=(8, 8, 8),
             block_ijk=(48, 40, 48),
-            block=EncoderConfig(dim=144, depth=1, heads=6, place_codes=8, layer_scale=0.02),
+            block=EncoderConfig(dim=288, depth=0, heads=6, place_codes=8),
             scan=EncoderConfig(dim=288, depth=1, heads=6, rope_base=100.0, place_codes=8, layer_scale=0.02),
             atlas_cell=2,
             atlas_noise=0.3,
@@ -188,7 +189,7 @@ def tiny_spectre_stage2() -> PretrainConfig:
         recipe="tiny.spectre_stage2",
         steps=small.steps,
         spec=small.spec,
-        backbone=replace(small.backbone, inputs="unit"),
+        backbone=replace(small.backbone, block=replace(small.backbone.block, depth=1), inputs="unit"),
         objective=replace(large.objective, text=TowerConfig(), hidden=512, bottleneck=128, out=128, chunk=32),
         views=replace(large.views, global_=small.views.global_, central_mm=None, region_scale=1.05),
         loader=small.loader,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from voxelstem.sources.lobes import SIDES
 from voxelstem.study import Report
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -123,11 +124,15 @@ def _brief(sayings: Sequence[Saying], form: str, rng: np.random.Generator) -> st
 
 
 def _say(one: Saying, form: str, rng: np.random.Generator) -> str:
-    """A sentence, at times with what is so on the other side."""
+    """A sentence, at times with what is so on the other side; what is normal on both at times side by side.
+
+    Were one side denied only where the other is ill, to deny it would say that the other is.
+    """
+    if not one.amiss and "other" in _templates()[one.topic] and rng.random() < 0.5:  # noqa: PLR2004 - half of these
+        return " ".join(fill(_drawn_of(one.topic, "other", form, rng), {"other": side}, rng) for side in SIDES)
     text = fill(_drawn(one, form, rng), _values(one, rng), rng)
     if "other" in one.values and rng.random() < 0.4:  # noqa: PLR2004 - share that says more
-        other = Saying(topic=one.topic, case="other", amiss=False, values=one.values)
-        text = f"{text} {fill(_drawn(other, form, rng), other.values, rng)}"
+        text = f"{text} {fill(_drawn_of(one.topic, 'other', form, rng), one.values, rng)}"
     return text
 
 
@@ -151,7 +156,11 @@ def _impression(sayings: Sequence[Saying], rng: np.random.Generator) -> str:
 
 
 def _drawn(one: Saying, form: str, rng: np.random.Generator) -> str:
-    return str(rng.choice(templates(one.topic, one.case, form)))
+    return _drawn_of(one.topic, one.case, form, rng)
+
+
+def _drawn_of(topic: str, case: str, form: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(templates(topic, case, form)))
 
 
 def _values(one: Saying, rng: np.random.Generator) -> dict[str, str]:
