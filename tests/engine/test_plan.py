@@ -149,7 +149,7 @@ def test_readers_are_timed_without_the_views_that_a_gpu_makes():
 
 
 def test_samples_that_pass_in_chunks_are_computed_once_more_and_those_that_pass_at_once_are_not(phantoms: Store):
-    config = overlay(named("tiny.align"), {"loader.batch": 4, "precision": "fp32"})
+    config = overlay(named("tiny.align"), {"loader.batch": 4, "precision": "fp32", "backbone.block.depth": 1})
     at_once, chunked, recomputed = (
         plan_of(overlay(config, changes), phantoms)
         for changes in (

@@ -64,7 +64,7 @@ def test_the_tower_of_spectre_is_asked_for_by_its_folder():
 
 
 def test_the_new_scan_level_learns_at_the_full_rate_and_the_blocks_below_it_slower():
-    recipe = overlay(named("tiny.align"), {"optim.layer_decay": 0.5})
+    recipe = overlay(named("tiny.align"), {"optim.layer_decay": 0.5, "backbone.block.depth": 1})
     objective = make_objective(recipe)
     optimizer = make_optimizer(objective, objective.learner.param_groups(), recipe.optim)
     scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}

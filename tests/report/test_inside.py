@@ -34,8 +34,9 @@ ARCHITECTURE = {
 }
 
 
-def model(*trained: str, spec: InputSpec = SPEC) -> Model:
-    return make_model(Card(architecture=ARCHITECTURE, spec=spec, trained=trained, licence="cc0-1.0"), seed=0)
+def model(*trained: str, spec: InputSpec = SPEC, depth: int = 2) -> Model:
+    architecture = ARCHITECTURE | {"block.depth": depth}
+    return make_model(Card(architecture=architecture, spec=spec, trained=trained, licence="cc0-1.0"), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ def test_a_level_that_never_learnt_is_not_drawn(volume: Volume):
     facts = look_inside(volume, model("block")).facts
     assert [title for title in facts["panels"] if "scan" in title] == []
     assert len(facts["panels"]) == 2
+
+
+def test_of_a_network_whose_blocks_have_no_attention_none_is_drawn(volume: Volume):
+    titles = list(look_inside(volume, model("block", "scan", depth=0)).facts["panels"])
+    assert len(titles) == 1
+    assert "looks" not in titles[0]
 
 
 def test_without_a_place_it_is_the_centre_of_the_body(volume: Volume):

@@ -202,6 +202,11 @@ class ScanVit(nn.Module):
         found = self.block_encoder.intermediates(self.embed(self._inputs(patches)), positions, layers)
         return [self._read(cls, tokens, patches) for cls, tokens in found]
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the first level has a layer whose attention can be looked at."""
+        return self.config.block.depth > 0
+
     def cls_attention(self, blocks: Float[Tensor, "row channel i j k"]) -> Float[Tensor, "row head patch"]:
         """How much each block's cls token looks at each of its patches in the last layer."""
         patches, positions = self._patches(blocks)

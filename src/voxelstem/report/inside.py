@@ -137,7 +137,7 @@ class _Seen:
 @torch.inference_mode()
 def _watch(volume: Volume, model: Model, place: Place) -> _Seen:
     """Embed the scan in fp32; watch the attention of those blocks that the slices through `place` cut."""
-    backbone, watched = model.backbone, hasattr(model.backbone, "cls_attention")
+    backbone, watched = model.backbone, getattr(model.backbone, "shows_attention", False)
     underway = model.begin(volume, Feeding(spec=model.spec, tokens=True))
     tiling = underway.laid.tiling
     cut = np.zeros(tiling.grid, dtype=bool)
