@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
+from voxelstem.backbones.experts import ContrastSet, SetConfig, encode_set, index_contrasts
 from voxelstem.backbones.trajectory import TrajectoryConfig
+from voxelstem.chance import Chance
 from voxelstem.change import Follower
 from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
+from voxelstem.metrics import auroc
 from voxelstem.objectives.longitudinal import Longitudinal, LongitudinalConfig
 from voxelstem.protocols import Batch
 from voxelstem.sources.brain import INTRACRANIAL, VOLUME_LABEL, BrainConfig, Contrast, brain_subject
@@ -109,3 +112,59 @@ def test_the_change_of_ventricles_a_year_is_told_and_turns_its_sign_with_the_ord
     assert torch.equal(there, -back)
     truth = (held.shares[:, 1] - held.shares[:, 0]) / held.years
     assert pearson(there.mean(dim=0)[:, 0].numpy(), truth[:, 0].numpy()) > 0.8
+
+
+FINER, FINER_MM = (24, 24, 24), 7.0
+"""An infarct is a few voxels of this size."""
+RAW = InputSpec(modality="MR", spacing_mm=(FINER_MM,) * 3, block_ijk=FINER, normalisation="zscore")
+"""Infarcts lie above the 99th percentile, where `unit99` ends."""
+ALL: tuple[Contrast, ...] = ("T1w", "T2w", "FLAIR", "DWI")
+
+
+def ill_and_well(first: int, people: int) -> tuple[Tensor, Tensor]:
+    """Scans (person, contrast, 1, i, j, k), and who has an infarct: every second one."""
+    scans, ill = [], []
+    for seed in range(first, first + people):
+        ill.append(seed % 2)
+        like = BrainConfig(
+            seed=seed, shape_ijk=FINER, spacing_mm=RAW.spacing_mm, pathology="infarct" if ill[-1] else "none"
+        )
+        arrays = [study.volumes[0].array for study in brain_subject(seed, sessions=1, contrasts=ALL, like=like)]
+        scans.append(torch.stack([window(torch.from_numpy(array), limits(array, RAW)) for array in arrays]))
+    return torch.stack(scans), torch.tensor(ill, dtype=torch.float32)
+
+
+def doctor(scans: Tensor, ill: Tensor, *, seed: int = 0, steps: int = 250) -> nn.ModuleDict:
+    """A network and a head for sets of contrasts, trained end to end to say who is ill."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Disentangled(DisentangledConfig(width=6, levels=2, latent=8, block_ijk=FINER, vae=False))
+        both = nn.ModuleDict({"network": network, "head": ContrastSet(SetConfig(contrasts=ALL, dim=32), 8)})
+    optimizer, rng = make_optimizer(both, network.param_groups(), OPTIM), np.random.default_rng(0)
+    index = index_contrasts([ALL] * 12, ALL).index
+    for step in range(steps):
+        rows = rng.choice(len(scans), len(index), replace=False)
+        set_rate(optimizer, OPTIM, progress=step / steps)
+        optimizer.zero_grad()
+        chance = Chance.of(step, first=0, count=len(rows))
+        answers = both["head"](encode_set(network, scans[rows], index), chance=chance)[:, 0]
+        nn.functional.binary_cross_entropy_with_logits(answers, ill[rows]).backward()
+        nn.utils.clip_grad_norm_(both.parameters(), OPTIM.clip_norm)
+        optimizer.step()
+    return both.eval()
+
+
+def test_an_infarct_is_told_from_any_set_that_shows_it_and_from_no_other() -> None:
+    both, (scans, ill) = doctor(*ill_and_well(0, 240)), ill_and_well(HELD_FROM, 100)
+
+    def answers(*contrasts: Contrast) -> np.ndarray:
+        places, names = [ALL.index(name) for name in contrasts], [contrasts] * len(scans)
+        with torch.inference_mode():
+            seen = encode_set(both["network"], scans[:, places], index_contrasts(names, ALL).index)
+            return both["head"](seen)[:, 0].numpy()
+
+    truth = ill.numpy() > 0
+    for shows in (ALL, ("FLAIR", "DWI"), ("DWI",)):
+        assert auroc(truth, answers(*shows)) > 0.8
+    assert abs(auroc(truth, answers("T1w")) - 0.5) < 0.2
+    np.testing.assert_allclose(answers(*ALL), answers(*reversed(ALL)), atol=1e-5)

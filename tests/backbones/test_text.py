@@ -30,6 +30,11 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    text._memories.clear()
+
+
 @pytest.fixture(scope="module")
 def minilm() -> TextTower:
     return tower_of(TowerConfig())
