@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from voxelstem.errors import ConfigError
 from voxelstem.objectives import siglip as siglip_module
 from voxelstem.objectives.siglip import Siglip, SiglipConfig, in_chunks
 from voxelstem.protocols import Batch
+from voxelstem.sentences import sentences
 from voxelstem.testing import check_objective
 from voxelstem.views.crop import ViewKind
 
@@ -35,7 +37,7 @@ SIZE = (16, 8, 16)
 SAMPLES = 8
 SIZES: dict[str, Any] = {"hidden": 12, "bottleneck": 8, "out": 6}
 FROZEN, LOW_RANK = TowerConfig(), TowerConfig(trains="lowrank", rank=2, dropout=0.2)
-WORDS = ("left", "right", "upper", "lower", "nodule", "cyst", "effusion", "normal")
+WORDS = ("Left", "Right", "Upper", "Lower", "Nodule", "Cyst", "Effusion", "Normal")
 
 
 class Bag(nn.Module):
@@ -86,7 +88,7 @@ def make_batch(samples: int = SAMPLES, seed: int = 0) -> Batch:
     cells = torch.rand(samples, 1, 1, 4, 2, 4, generator=noise)
     views = {"global": cells.repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(4, 5)}
     places = {"global": torch.rand(samples, 1, 2, 3, generator=noise) * 100}
-    texts = tuple(f"{WORDS[n % 8]} {WORDS[(n // 2 + 3) % 8]} {n} mm" for n in range(samples))
+    texts = tuple(f"{WORDS[n % 8]}. {WORDS[(n // 2 + 3) % 8]} {n} mm. {WORDS[(n + 5) % 8]}." for n in range(samples))
     return Batch(views=views, places_mm=places, seed=seed + 1, texts=texts)
 
 
@@ -161,6 +163,43 @@ def test_a_step_compares_every_scan_with_every_report() -> None:
             loss = loss - torch.log(torch.sigmoid(logit if i == j else -logit)).sum() / 4
     torch.testing.assert_close(found.loss, loss)
     assert found.scalars["loss/siglip"] == float(found.loss.detach())
+
+
+def test_beside_whole_texts_one_or_two_of_their_sentences_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, both = (make_objective(drop_path=0.0, brief_weight=weight) for weight in (0.0, 0.5))
+    asked: list[str] = []
+    look = Bag.forward
+
+    def forward(self: Bag, texts: Sequence[str], *, chance: Chance | None = None) -> Tensor:
+        asked.extend(texts)
+        return look(self, texts, chance=chance)
+
+    monkeypatch.setattr(Bag, "forward", forward)
+    numbers: set[int] = set()
+    for seed in range(4):
+        batch = make_batch(seed=seed)
+        asked.clear()
+        found = both.step(batch, progress=1.0)
+        whole, brief = tuple(asked[:SAMPLES]), tuple(asked[SAMPLES:])
+        assert whole == batch.texts
+        for text, few in zip(whole, brief, strict=True):
+            said = sentences(text)
+            kept = [sentence.strip() for sentence in said if sentence.strip() in few]
+            assert " ".join(kept) == few
+            numbers.add(len(kept))
+        one, other = (plain.step(replace(batch, texts=texts), progress=1.0).loss for texts in (whole, brief))
+        torch.testing.assert_close(found.loss, (one + 0.5 * other) / 1.5)
+        assert found.scalars["loss/brief"] == pytest.approx(float(other.detach()), rel=1e-5)
+    assert numbers == {1, 2}
+
+
+def test_of_brief_texts_every_sentence_and_every_pair_is_drawn_alike() -> None:
+    text = "One. Two. Three. Four."
+    count = Counts(siglip_module._brief(text, drawn) for drawn in Chance.of(0, count=12_000).uniform(3).tolist())
+    assert len(count) == 4 + 6
+    for few, times in count.items():
+        assert times / 12_000 == pytest.approx(0.5 / (4 if few.count(".") == 1 else 6), rel=0.1)
+    assert siglip_module._brief("All of it", (0.9, 0.9, 0.9)) == "All of it"
 
 
 def test_the_journal_hears_how_alike_pairs_are_and_what_is_learned_about_the_scale() -> None:
@@ -365,6 +404,7 @@ CASES: dict[str, tuple[dict[str, Any], ParallelConfig, float]] = {
     "lowrank": ({"text": LOW_RANK, "text_chunk": 1}, ParallelConfig(recompute=True), 1.0),
     "frozen image": ({"text": LOW_RANK, "frozen_image": 0.5}, ParallelConfig(), 0.0),
     "standardised": ({"text": FROZEN, "standardise": True}, ParallelConfig(), 1.0),
+    "brief": ({"text": LOW_RANK, "brief_weight": 0.5}, ParallelConfig(), 1.0),
     "paper": ({"text": LOW_RANK, "form": "paper"}, ParallelConfig(), 1.0),
     "sharded": ({"text": LOW_RANK}, ParallelConfig(kind="fsdp"), 1.0),
 }
@@ -402,7 +442,7 @@ def hold_against_one_process(together: list[dict[str, Any]], names: Sequence[str
             assert far <= EQUAL, f"{name}: {where}"
 
 
-FAST = ("frozen", "lowrank", "frozen image", "standardised")
+FAST = ("frozen", "lowrank", "frozen image", "standardised", "brief")
 
 
 def test_two_processes_give_the_image_and_text_gradients_of_one(tmp_path: Path) -> None:
@@ -458,7 +498,15 @@ def test_a_backbone_without_a_scan_level_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"chunk": 0}, {"text_chunk": 0}, {"out": 0}, {"frozen_image": 1.1}, {"bias_start": float("nan")}]
+    "wrong",
+    [
+        {"brief_weight": -0.1},
+        {"chunk": 0},
+        {"text_chunk": 0},
+        {"out": 0},
+        {"frozen_image": 1.1},
+        {"bias_start": float("nan")},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got"):

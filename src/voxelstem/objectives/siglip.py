@@ -31,6 +31,7 @@ from voxelstem.config import flatten
 from voxelstem.errors import ConfigError
 from voxelstem.losses.siglip import Form, cosines, pair_figures, siglip
 from voxelstem.protocols import Batch, StepOutput
+from voxelstem.sentences import sentences
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.tile import split_blocks
 
@@ -61,6 +62,9 @@ class SiglipConfig:
     standardise: bool = False
     """Whether what the heads' MLPs make is standardised over the batch, see `backbones.standard`: for small batches and
     networks that begin fresh. The weights that come out have it inside their heads."""
+    brief_weight: float = 0.0
+    """How much a second table of pairs counts, in which a text is one or two sentences of the sample's, drawn anew each
+    time. Whole reports alone never teach what a single sentence says, and questions are single sentences."""
     frozen_image: float = 0.0
     """Share of the run over which the block level does not learn: it is not recorded and has no way back, while scan
     level and heads learn to use it (SPECTRE: 10 of 100 epochs)."""
@@ -74,6 +78,8 @@ class SiglipConfig:
         sizes = (self.hidden, self.bottleneck, self.out, self.chunk, self.text_chunk)
         if min(sizes) < 1:
             raise ValueError(f"hidden, bottleneck, out, chunk and text_chunk must be >= 1, got {sizes}")
+        if not 0 <= self.brief_weight < math.inf:
+            raise ValueError(f"brief_weight is at least 0, got {self.brief_weight}")
         if not 0 <= self.frozen_image <= 1:
             raise ValueError(f"frozen_image lies in [0, 1], got {self.frozen_image}")
         if not (math.isfinite(self.temperature_start) and math.isfinite(self.bias_start)):
@@ -169,7 +175,7 @@ class Siglip(nn.Module):
         views = batch.views["global"][:, 0]
         if batch.seed != self._seed:
             self._seed, self._seen = batch.seed, {}
-        text = self.embed_texts(batch.texts, batch.chance)
+        text, brief = self._said(batch.texts, batch.chance)
         image = self.embed_scans(views, batch.chance, blocks_learn=progress >= config.frozen_image)
         self._seen[batch.first] = dict(self._sums)
         # Scans stay where they are, reports go everywhere: each process has its rows of the one table of all pairs,
@@ -177,8 +183,13 @@ class Siglip(nn.Module):
         first = distributed.here().rank * len(image)
         cosine = cosines(image, distributed.rows(text.float()))
         loss = siglip(cosine, self.temperature, self.bias, first=first, form=config.form)
-        said = {
-            "loss/siglip": loss.detach(),
+        said = {"loss/siglip": loss.detach()}
+        if brief is not None:
+            other = cosines(image, distributed.rows(brief.float()))
+            other = siglip(other, self.temperature, self.bias, first=first, form=config.form)
+            said["loss/brief"] = other.detach()
+            loss = (loss + config.brief_weight * other) / (1 + config.brief_weight)
+        said |= {
             "temperature": self.temperature.detach().exp(),
             "bias": self.bias.detach(),
         }
@@ -214,6 +225,15 @@ class Siglip(nn.Module):
         else:
             found = project(self.tower, self.text_head.mlp, texts, device=device)
         return self.text_head.turn(self._standardised("text", found))
+
+    def _said(self, texts: Sequence[str], chance: Chance) -> tuple[Tensor, Tensor | None]:
+        """The texts, and what is brief of each, standardised together: later questions are brief, reports are not."""
+        if not self.config.brief_weight:
+            return self.embed_texts(texts, chance), None
+        drawn = chance.purpose("brief")
+        keys = Chance(torch.cat([chance.keys, drawn.keys]))
+        whole, brief = self.embed_texts([*texts, *map(_brief, texts, drawn.uniform(_PAIR + 1).tolist())], keys).chunk(2)
+        return whole, brief
 
     def beside(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
         """Files of a weights folder beside the backbone's, of tensors and of text, as `aligned` reads them."""
@@ -269,6 +289,17 @@ class Siglip(nn.Module):
     ) -> Float[Tensor, "sample 2*scan_dim"]:
         """The blocks of each scan together: concat(the scan's cls, mean of its block tokens)."""
         return pool(*self.backbone.look_at_scan(described, grid, chance=keys))
+
+
+def _brief(text: str, drawn: Sequence[float]) -> str:
+    """One or two sentences of a text, in their order; `drawn` in [0, 1) says how many and which."""
+    said = [sentence.strip() for sentence in sentences(text) if sentence.strip()]
+    if len(said) < _PAIR:
+        return text
+    few, one, other = drawn
+    first, second = int(one * len(said)), int(other * (len(said) - 1))
+    second += second >= first
+    return said[first] if few < 0.5 else " ".join(said[place] for place in sorted((first, second)))  # noqa: PLR2004 - half
 
 
 def in_chunks(work: Callable[..., Tensor], parts: Sequence[tuple[Any, ...]]) -> Float[Tensor, "row dim"]:

@@ -131,8 +131,8 @@ def tiny() -> PretrainConfig:
       later.
     - Batches are as large as they must be for pairs that agree in all their organs: only these ask for lesions.
     - Heads are standardised over the batch and the temperature is low: fresh networks would become all alike.
-    - A frozen tower reads sentence by sentence, so that a prompt of one sentence is nothing new, and whole reports, for
-      a text that says little of its scan is a weak pair.
+    - A frozen tower reads sentence by sentence, and whole reports: a text that says little of its scan is a weak pair.
+      Beside them one or two of their sentences are compared, so that a prompt of one sentence is nothing new.
     - Patches are large, and one block is the whole frame: of a part of it, other places would pass for the same.
     """
     return PretrainConfig(
@@ -158,6 +158,7 @@ def tiny() -> PretrainConfig:
             bias_start=-3.5,
             chunk=128,
             standardise=True,
+            brief_weight=0.5,
         ),
         views=ViewsConfig(
             global_=ViewKind(count=1, size_ijk=(48, 40, 48)),
