@@ -127,12 +127,10 @@ def tiny() -> PretrainConfig:
     - Matrices learn by Muon. With AdamW scans and reports agree on the contrast agent a thousand steps before organs.
     - The texture of each place is compared with what is usual there: a nodule changes less than a breath does. Views
       are not jittered, for a frame lies the same way in use, and few are mirrored: usual is what bodies are mostly.
-      No attention stands between that and the heads, and the branches of the scan level begin small: it only came
-      later.
+      No attention stands between that and the heads: with it lesions came later.
     - Batches are as large as they must be for pairs that agree in all their organs: only these ask for lesions.
     - Heads are standardised over the batch and the temperature is low: fresh networks would become all alike.
-    - A frozen tower reads sentence by sentence, and whole reports: a text that says little of its scan is a weak pair.
-      Beside them one or two of their sentences are compared, so that a prompt of one sentence is nothing new.
+    - A frozen tower reads whole reports, and one or two of their sentences beside: prompts are single sentences.
     - Patches are large, and one block is the whole frame: of a part of it, other places would pass for the same.
     """
     return PretrainConfig(
