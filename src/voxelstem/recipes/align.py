@@ -135,7 +135,7 @@ def tiny() -> PretrainConfig:
     """
     return PretrainConfig(
         recipe="tiny.align",
-        steps=800,
+        steps=600,
         spec=InputSpec(
             spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(48, 40, 48), frame_ijk=(48, 40, 48)
         ),
