@@ -41,6 +41,7 @@ from voxelstem.aligned import Aligned, read_aligned
 from voxelstem.demo import public_key
 from voxelstem.ingest import ingest_studies
 from voxelstem.manifest import write_whole
+from voxelstem.model import Model
 from voxelstem.prompts import read_prompts
 from voxelstem.sources.paired import PairedConfig, paired, subject
 from voxelstem.store import Fractions, Store
@@ -85,14 +86,12 @@ def learnable(space: Aligned, held: Pairs, seen: Pairs, kept: Path) -> list[dict
     """How well a ridge that is told the facts finds them in coarse voxels and in vectors of texts."""
     voxels = seen.rows(coarse, kept / "coarse/seen.npz"), held.rows(coarse, kept / "coarse/held.npz")
     texts = tuple(space.tower(pairs.texts(SECTIONS["report"])).detach().cpu().numpy() for pairs in (seen, held))
-    lines: list[dict[str, Any]] = []
-    for fact in TOLD:
-        said, truth = ([one[fact] for one in pairs.facts] for pairs in (seen, held))
-        line: dict[str, Any] = {"fact": fact}
-        for name, (rows, tested) in (("voxels", voxels), ("text", texts)):
-            line[name], line["chance"] = decodable(rows, said, tested, truth)
-        lines.append(line)
-    return lines
+    said, truth = ([{fact: one[fact] for fact in TOLD} for one in pairs.facts] for pairs in (seen, held))
+    in_voxels, in_texts = (decodable(rows, said, tested, truth) for rows, tested in (voxels, texts))
+    return [
+        {"fact": fact, "voxels": in_voxels[fact][0], "text": in_texts[fact][0], "chance": in_voxels[fact][1]}
+        for fact in TOLD
+    ]
 
 
 def table(figures: Sequence[Figure]) -> str:

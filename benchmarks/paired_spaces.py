@@ -7,7 +7,7 @@ same training pairs: of the same network untrained, of the intensity histogram, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -207,15 +207,22 @@ def untrained(model: Model, *, seed: int) -> Features:
     return features
 
 
-def decodable(rows: np.ndarray, said: Sequence[str], tested: np.ndarray, truth: Sequence[str]) -> tuple[float, float]:
-    """Balanced accuracy of a ridge that is told the fact, and what guessing gives."""
-    classes = sorted(set(said))
-    told = np.array([[one == kind for kind in classes] for one in said], np.float64)
+def decodable(
+    rows: np.ndarray, said: Sequence[Mapping[str, str]], tested: np.ndarray, truth: Sequence[Mapping[str, str]]
+) -> dict[str, tuple[float, float]]:
+    """Balanced accuracy of a ridge that is told all these facts, and what guessing gives, for each fact."""
+    classes = {fact: sorted({one[fact] for one in said}) for fact in said[0]}
+    told = np.array(
+        [[one[fact] == kind for fact, kinds in classes.items() for kind in kinds] for one in said], np.float64
+    )
     # Each class weighs the same, however rare.
-    found = Ridge.fit(rows, told / told.mean(axis=0))(tested).argmax(axis=1)
-    shares = [
-        float(np.mean([classes[place] == kind for place, one in zip(found, truth, strict=True) if one == kind]))
-        for kind in classes
-        if kind in truth
-    ]
-    return float(np.mean(shares)), 1 / len(classes)
+    answers = Ridge.fit(rows, told / told.mean(axis=0))(tested)
+    found: dict[str, tuple[float, float]] = {}
+    for fact, kinds in classes.items():
+        answer, answers = answers[:, : len(kinds)].argmax(axis=1), answers[:, len(kinds) :]
+        right = {
+            kind: [kinds[place] == kind for place, one in zip(answer, truth, strict=True) if one[fact] == kind]
+            for kind in kinds
+        }
+        found[fact] = float(np.mean([np.mean(hits) for hits in right.values() if hits])), 1 / len(kinds)
+    return found
