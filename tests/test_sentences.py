@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelstem.sentences import LANGUAGES, sentences, spoken
+from voxelstem.sentences import LANGUAGES, bare_sentences, sentences, spoken
 
 
 @given(st.text())
@@ -12,6 +12,11 @@ def test_sentences_joined_are_the_text(text):
     parts = sentences(text)
     assert "".join(parts) == text
     assert all(parts)
+
+
+def test_bare_sentences_have_no_blanks_around_them_and_none_is_empty():
+    assert bare_sentences("  Mass. \n\n No effusion.\n") == ["Mass.", "No effusion."]
+    assert bare_sentences(" \n") == []
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ def sentences(text: str) -> list[str]:
     return [part for part in (*parts, text[start:]) if part]
 
 
+def bare_sentences(text: str) -> list[str]:
+    """The sentences without the blanks around them; those that are blank are left out."""
+    return [part.strip() for part in sentences(text) if part.strip()]
+
+
 def _ends_sentence(piece: str) -> bool:
     return not (len(piece) <= _LONGEST_SHORT and _NUMBER.fullmatch(piece)) and not _SHORT.search(
         piece[-_LONGEST_SHORT:]

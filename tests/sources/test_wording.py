@@ -101,3 +101,28 @@ def test_only_a_healthy_patient_is_called_so():
 def test_the_same_numbers_write_the_same_report_and_others_another():
     assert write_report(ILL, rng(3)) == write_report(ILL, rng(3))
     assert len({write_report(ILL, rng(seed)).text for seed in range(50)}) > 45
+
+
+@pytest.mark.parametrize(("topic", "case"), [("lung", "none"), ("effusion", "none"), ("kidneys", "both")])
+def test_what_is_normal_is_said_of_each_side_too_and_then_of_both(topic: str, case: str):
+    # Denied only where the other side is ill, a side would tell of the other.
+    one = Saying(topic=topic, case=case, amiss=False)
+    beside = {
+        form: {
+            side: {
+                fill(line, {"other": side}, rng(seed)) for line in templates(topic, "other", form) for seed in range(99)
+            }
+            for side in ("left", "right")
+        }
+        for form in ("prose", "terse")
+    }
+    for form, said_of in beside.items():
+        texts = [wording._say(one, form, rng(seed)) for seed in range(200)]
+        sided = [
+            text
+            for text in texts
+            if any(f"{left} {right}" == text for left in said_of["left"] for right in said_of["right"])
+        ]
+        assert 60 < len(sided) < 140, (form, len(sided))
+    whole = Saying(topic="spleen", case="normal", amiss=False, values={"length": "90"})
+    assert "left" not in " ".join(wording._say(whole, "prose", rng(seed)) for seed in range(50))

@@ -22,7 +22,7 @@ from voxelstem.backbones.lowrank import Draws, LowRankConfig, put_beside
 from voxelstem.backbones.pretrained import MINILM, Pretrained, read_pretrained
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
-from voxelstem.sentences import sentences
+from voxelstem.sentences import bare_sentences
 
 _log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def project(
     if tower.config.each == "text" or not texts:
         return head(tower(texts).to(device))
     check_texts(texts)
-    parts = [[part.strip() for part in sentences(text) if part.strip()] for text in texts]
+    parts = [bare_sentences(text) for text in texts]
     said = head(tower([part for each in parts for part in each]).to(device))
     return torch.stack([rows.mean(dim=0) for rows in said.split([len(each) for each in parts])])
 

@@ -31,7 +31,7 @@ from voxelstem.config import flatten
 from voxelstem.errors import ConfigError
 from voxelstem.losses.siglip import Form, cosines, pair_figures, siglip
 from voxelstem.protocols import Batch, StepOutput
-from voxelstem.sentences import sentences
+from voxelstem.sentences import bare_sentences
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.tile import split_blocks
 
@@ -293,7 +293,7 @@ class Siglip(nn.Module):
 
 def _brief(text: str, drawn: Sequence[float]) -> str:
     """One or two sentences of a text, in their order; `drawn` in [0, 1) says how many and which."""
-    said = [sentence.strip() for sentence in sentences(text) if sentence.strip()]
+    said = bare_sentences(text)
     if len(said) < _PAIR:
         return text
     few, one, other = drawn
