@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from collection import GTV, Collection
 from light_heads import Linear, Neighbours
+from torch import Tensor
 
 from voxelstem.adapt import FeaturesOf, Truth, draw, examples_of
 from voxelstem.demo import ORGANS
+from voxelstem.embedding import Embedding
 from voxelstem.evaluate import Contest, Outcomes, check_leakage, intensity_features
 from voxelstem.manifest import write_whole
-from voxelstem.model import Model
+from voxelstem.model import Model, Reference
 from voxelstem.progress import progress
 from voxelstem.protocols import Task
 from voxelstem.store import Store
-from voxelstem.streaming import of_store
+from voxelstem.streaming import Scan, of_store
 
 TUMOUR_DRAWS = 12
 """Draws of labelled sarcoma patients for each pretraining seed: there are few, and which ones matters."""
@@ -86,12 +88,13 @@ class Contestant:
     answer: Callable[[Contest], Outcomes] | None = None
 
     @staticmethod
-    def of(model: Model) -> Contestant:
+    def of(model: Model, layers: Sequence[int] = ()) -> Contestant:
+        """The model's tokens; with `layers`, those after several of them, side by side."""
         card = model.card
-        what = [card.sha256, sorted(card.architecture.items()), repr(card.spec)]
+        what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), *([list(layers)] if layers else [])]
 
         def embed(store: Store) -> FeaturesOf:
-            return lambda key: model.embed(of_store(store, key), tokens=True)
+            return lambda key: look(model, of_store(store, key), layers)
 
         return Contestant(mark=digest(what), features=embed)
 
@@ -107,6 +110,26 @@ class Contestant:
     def atlas(model: Model) -> Contestant:
         spec = model.spec
         return Contestant(mark=digest(["atlas", spec.low_hu, spec.high_hu]), answer=lambda contest: contest.atlas(spec))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer(Reference):
+    """The tokens after one layer of the first level, in place of the last ones."""
+
+    number: int
+
+    def encode_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backbone.intermediates(blocks, [self.number])[0]
+
+
+def look(model: Model, scan: Scan, layers: Sequence[int]) -> Embedding:
+    """Embed a scan with its tokens, those of several layers side by side."""
+    if not layers:
+        return model.embed(scan, tokens=True)
+    ways = [Layer(backbone=model.backbone, number=number) for number in layers]
+    seen = [model.embed(scan, tokens=True, computing=way) for way in ways]
+    joined = np.concatenate([one.tokens for one in seen if one.tokens is not None], axis=-1)
+    return dataclasses.replace(seen[-1], tokens=joined)
 
 
 def answer(folder: Path, contestant: Contestant, wanted: Sequence[tuple[Question, int]]) -> dict[str, Outcomes]:

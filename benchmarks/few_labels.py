@@ -10,7 +10,8 @@ are then asked about subjects that this pretraining did not see:
   its heads, so that every patient is held out by one seed;
 - organs of the two real CTs with many of them, from the other one and from phantoms: printed for each scan.
 
-A variant may continue another one: `NAME=RECIPE,after=OTHER NAME`. Each seed has its own draws of labelled subjects,
+A variant may continue another one: `NAME=RECIPE,after=OTHER NAME`; or look at its runs in another way, through several
+layers at once: `NAME=RECIPE,runs_of=OTHER NAME,layers=1+2+3+4`. Each seed has its own draws of labelled subjects,
 and every contestant learns from the same ones: `scratch` is the variant's own network untrained, one for each seed.
 Figures are averaged over seeds and draws within a subject, intervals resample subjects, and differences are paired by
 subject. What is done rests below --out: started again, it goes on, also with other variants. Prints tables for LOG.md
@@ -65,20 +66,31 @@ class Variant:
     settings: tuple[str, ...]
     after: str = ""
     """Name of the variant whose weights it continues."""
+    runs_of: str = ""
+    """Name of the variant whose runs it takes as they are."""
+    layers: tuple[int, ...] = ()
+    """Whose tokens heads see side by side; those of the last one alone where none is named."""
 
     @staticmethod
     def read(text: str) -> Variant:
         name, _, rest = text.partition("=")
-        recipe, *settings = (part.strip() for part in rest.split(","))
-        after = [setting.removeprefix("after=") for setting in settings if setting.startswith("after=")]
-        settings = [setting for setting in settings if not setting.startswith("after=")]
-        return Variant(name=name.strip(), recipe=recipe, settings=tuple(settings), after="".join(after))
+        recipe, *parts = (part.strip() for part in rest.split(","))
+        own = {"after": "", "runs_of": "", "layers": ""}
+        own |= {key: value for key, _, value in (part.partition("=") for part in parts) if key in own}
+        return Variant(
+            name=name.strip(),
+            recipe=recipe,
+            settings=tuple(part for part in parts if part.partition("=")[0] not in own),
+            after=own["after"],
+            runs_of=own["runs_of"],
+            layers=tuple(int(layer) for layer in own["layers"].split("+") if layer),
+        )
 
     def config(self, seed: int) -> PretrainConfig:
         return overlay(recipes.named(self.recipe), {**parse_assignments(self.settings), "seed": seed})
 
     def folder(self, seed: int) -> str:
-        plain = "".join(letter if letter.isalnum() else "-" for letter in self.name)
+        plain = "".join(letter if letter.isalnum() else "-" for letter in self.runs_of or self.name)
         return f"{plain}-seed{seed}"
 
 
@@ -127,8 +139,8 @@ def rows_of(
         untrained = [model.scratch(seed=seed) for model, seed in zip(models, asked.seeds, strict=True)]
         teams = {
             # Each repeat is another model's; intensity and the atlas answer all of them.
-            "pretrained": [Contestant.of(model) for model in models],
-            "scratch": [Contestant.of(model) for model in untrained],
+            "pretrained": [Contestant.of(model, variant.layers) for model in models],
+            "scratch": [Contestant.of(model, variant.layers) for model in untrained],
             "intensity": [Contestant.intensity(models[0])] * repeats,
             "atlas": [Contestant.atlas(models[0])] * repeats,
         }
@@ -208,7 +220,9 @@ def costs(out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
     for variant in variants:
         runs = [out / "runs" / variant.folder(seed) / "minutes.json" for seed in seeds]
         minutes = " ".join(f"{json.loads(run.read_text()):.1f}" for run in runs if run.exists())
-        what = " ".join((variant.recipe, *variant.settings, *([f"after {variant.after}"] if variant.after else [])))
+        more = {"after": variant.after, "runs of": variant.runs_of, "layers": "+".join(map(str, variant.layers))}
+        said = (f"{name} {value}" for name, value in more.items() if value)
+        what = " ".join((variant.recipe, *variant.settings, *said))
         lines.append(f"| {variant.name} | `{what}` | {variant.config(0).steps} | {minutes} |")
     return "\n".join(lines)
 

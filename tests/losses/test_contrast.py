@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.losses.contrast import nt_xent, same_subject, vicreg
+from voxelstem.losses.contrast import nt_xent, same_subject, standardised, vicreg
 
 
 @pytest.fixture
@@ -42,6 +42,26 @@ def test_other_samples_of_the_same_subject_are_no_negatives(pair, subjects: tupl
     expected = naive_nt_xent(*(side.numpy() for side in pair), 0.5, subjects)
     same = same_subject(torch.tensor(subjects).float()[:, None])
     assert float(nt_xent(*pair, same=same, temperature=0.5)) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_what_all_views_share_is_taken_off_before_they_are_compared(pair) -> None:
+    rows = np.concatenate([side.numpy() for side in pair]).astype(float)
+    deviation = rows.std(axis=0)
+    expected = (rows - rows.mean(axis=0)) / (deviation + 1e-3 * deviation.mean())
+    np.testing.assert_allclose(torch.cat(standardised(*pair)).numpy(), expected, rtol=1e-4, atol=1e-5)
+    # Far from 0 all views point one way, and none can be told from another.
+    far = tuple(1e3 + side for side in pair)
+    assert float(nt_xent(*far)) == pytest.approx(math.log(9), rel=1e-3)
+    assert float(nt_xent(*standardised(*far))) == pytest.approx(float(nt_xent(*standardised(*pair))), rel=1e-2)
+
+
+def test_a_column_that_does_not_vary_says_nothing_and_breaks_nothing() -> None:
+    one, other = (torch.zeros(3, 2, requires_grad=True) for _ in range(2))
+    sides = standardised(one, other)
+    assert not torch.cat(sides).any()
+    torch.cat(sides).square().sum().backward()
+    assert one.grad is not None
+    assert torch.isfinite(one.grad).all()
 
 
 def test_nobody_knows_whose_scan_it_is_and_so_it_is_like_no_other(pair) -> None:

@@ -93,13 +93,33 @@ def test_the_last_fifth_of_the_bottleneck_answers_nothing_but_the_picture(batch:
         return maps
 
     objective.backbone.features = features
-    objective.backbone.decode = lambda maps, _chance: (
-        torch.zeros_like(batch.views["global"].flatten(0, 1)) * maps[0].sum()
-    )
+    objective.backbone.rise = lambda maps, _chance: maps[0]
+    objective.backbone.paint = lambda finest: torch.zeros_like(batch.views["global"].flatten(0, 1)) * finest.sum()
     objective.step(batch, progress=0.0).loss.backward()
     assert seen[0].grad is not None
     moved = seen[0].grad.abs().sum(dim=(0, 2, 3, 4)) > 0
     assert moved.tolist() == [True] * 8 + [False] * 2
+
+
+def test_every_voxel_says_where_it_lies_between_the_views_of_its_scan(batch: Batch) -> None:
+    objective = anatomy(place_weight=0.5, place_mm=40.0)
+    assert objective.locate is not None
+    truth, masked, _, _ = painted(objective, batch)
+    said = objective.locate(objective.backbone.rise(objective.backbone.features(truth.masked_fill(masked, 0.0))))
+    said = said.detach().numpy().reshape(4, 2, 3, 8, 8, 8)
+    errors = []
+    for sample, places in enumerate(batch.places_mm["global"].numpy()):
+        guessed, true = [], []
+        for view, (start, extent) in enumerate(places):
+            for at in np.ndindex(8, 8, 8):
+                guessed.append(said[sample, view][:, *at])
+                true.append((start + (np.array(at) + 0.5) / 8 * extent) / 40.0)
+        off = np.abs((np.array(guessed) - np.mean(guessed, 0)) - (np.array(true) - np.mean(true, 0)))
+        errors.append(np.where(off < 1, off**2 / 2, off - 0.5).mean())
+    output, without = (each.step(batch, progress=0.0) for each in (objective, anatomy()))
+    assert output.scalars["loss/place"] == pytest.approx(np.mean(errors), rel=1e-4)
+    difference = float((output.loss - without.loss).detach())
+    assert difference == pytest.approx(0.5 * output.scalars["loss/place"], rel=1e-4)
 
 
 def test_what_is_hidden_does_not_reach_the_network(batch: Batch) -> None:
@@ -189,6 +209,8 @@ def test_a_batch_that_does_not_say_what_is_asked_is_refused(batch: Batch) -> Non
         {"anatomy_weight": -1.0},
         {"anatomy_channels": 0.8},
         {"columns": 0},
+        {"place_weight": -1.0},
+        {"place_mm": 0.0},
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
@@ -207,3 +229,5 @@ def test_views_and_networks_that_do_not_fit_are_refused() -> None:
         config.check(ViewKind(size_ijk=(8, 8, 6)), NONE, batch=1, backbone=backbone())
     with pytest.raises(ValueError, match="none or all of the 1 blocks"):
         AnatomyConfig(mask_block=8).check(view, NONE, batch=1, backbone=backbone())
+    with pytest.raises(ValueError, match=r"set views\.global_\.count to 2"):
+        replace(config, place_weight=1.0).check(view, NONE, batch=1, backbone=backbone())

@@ -12,7 +12,7 @@ from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
 from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent
+from voxelstem.losses.contrast import nt_xent, standardised
 from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.protocols import Batch
 from voxelstem.testing import check_objective, make_batch
@@ -177,7 +177,7 @@ def test_subjects_are_told_apart_by_the_mean_over_their_latents_cells(batch: Bat
         for name in ("global", "other")
     )
     found = objective.step(batch, progress=0.5).scalars["loss/nt_xent"]
-    assert found == pytest.approx(float(nt_xent(one, other, temperature=0.5).detach()), rel=1e-5)
+    assert found == pytest.approx(float(nt_xent(*standardised(one, other), temperature=0.5).detach()), rel=1e-5)
 
 
 def test_a_subject_that_is_in_a_batch_twice_is_not_told_from_itself(batch: Batch) -> None:
@@ -190,7 +190,9 @@ def test_a_subject_that_is_in_a_batch_twice_is_not_told_from_itself(batch: Batch
     one, other = (
         objective.backbone.latents(twice[name][:2, 0]).subject_mean.mean(dim=(2, 3, 4)) for name in ("global", "other")
     )
-    views = torch.nn.functional.normalize(torch.cat([one, other]).detach().double(), dim=1)
+    both = torch.cat([one, other]).detach().double()
+    both = (both - both.mean(dim=0)) / (both.std(dim=0, correction=0) + 1e-3 * both.std(dim=0, correction=0).mean())
+    views = torch.nn.functional.normalize(both, dim=1)
     near = (views @ views.T / 0.1).exp()
     costs = [-(near[i, i ^ 2] / (near[i, i ^ 2] + 2 * near[i, i ^ 1] + 2 * near[i, i ^ 3])).log() for i in range(4)]
     assert found == pytest.approx(float(torch.stack(costs).mean()), rel=1e-4)

@@ -266,8 +266,15 @@ class UNet(nn.Module):
         Raises:
             ValueError: there is no decoder.
         """
-        decoder = self._decoder()
-        return decoder.seg_layers[-1](self._risen(decoder, features, chance)[-1])
+        return self.paint(self.rise(features, chance))
+
+    def rise(self, features: list[Tensor], chance: Chance | None = None) -> Float[Tensor, "row width i j k"]:
+        """The decoder's finest map, before any head; arguments as in `decode`."""
+        return self._risen(self._decoder(), features, chance)[-1]
+
+    def paint(self, finest: Float[Tensor, "row width i j k"]) -> Float[Tensor, "row out_channels i j k"]:
+        """What the finest head makes of that map."""
+        return self._decoder().seg_layers[-1](finest)
 
     def decode_levels(self, features: list[Tensor], chance: Chance | None = None) -> list[Tensor]:
         """What the heads of all levels paint, from fine to coarse, for deep supervision; arguments as in `decode`."""

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+_LEAST_VARIANCE = 1e-12
+
 
 def nt_xent(
     one: Float[Tensor, "row dim"],
@@ -41,6 +43,23 @@ def nt_xent(
         found = F.one_hot(partner, len(views)).bool()
         left_out = left_out | (same.to(views.device).repeat(2, 2) & ~found)
     return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
+
+
+def standardised(
+    one: Float[Tensor, "row dim"], other: Float[Tensor, "row dim"], *, eps: float = 1e-3
+) -> tuple[Float[Tensor, "row dim"], Float[Tensor, "row dim"]]:
+    """Both views with each column's mean over all of them taken off, and divided by its standard deviation.
+
+    What all scans share says nothing of whose they are, and in a fresh network it is nearly all that there is: every
+    cosine is then 1, and nothing is learned from it. `eps` times the mean deviation is added to each: a column that
+    does not vary stays near 0.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        both = torch.cat([one, other]).float()
+        # A root has no slope at 0, where columns that do not vary would lie.
+        spread = (both.var(dim=0, correction=0) + _LEAST_VARIANCE).sqrt()
+        first, second = ((both - both.mean(dim=0)) / (spread + eps * spread.mean())).chunk(2)
+    return first, second
 
 
 def same_subject(number: Float[Tensor, "row 1"]) -> Bool[Tensor, "row row"]:

@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from voxelstem.backbones.layers import grid_positions
 from voxelstem.backbones.readouts import Progressive
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
 from voxelstem.losses.masked import among, masked_mse
+from voxelstem.losses.position import place_of, relative_position
 from voxelstem.losses.terms import Term, add_up
 from voxelstem.losses.volumes import Form, known_volumes, pathology, volume_regression
 from voxelstem.protocols import Batch, StepOutput
@@ -45,6 +47,11 @@ class AnatomyConfig:
     """Weight of the reconstruction of what was not hidden."""
     anatomy_weight: float = 0.15
     pathology_weight: float = 0.15
+    place_weight: float = 0.0
+    """Ours: of saying for every voxel where it lies, in `place_mm` from the middle of all views of a scan. What two
+    views show must be known to tell how far they lie apart, so there are two or more."""
+    place_mm: float = 100.0
+    """About half of the field of view."""
     anatomy_form: Form = "huber"
     """How volumes are compared; `released` is SSL3D's un-centred cosine, for columns that are not standardised."""
     unknown_pathology: Literal["left_out", "positive"] = "left_out"
@@ -61,12 +68,14 @@ class AnatomyConfig:
         Raises:
             ValueError: a weight, share or count outside its range, or nothing to learn.
         """
-        weights = ("reconstruction_weight", "visible_weight", "anatomy_weight", "pathology_weight")
+        weights = ("reconstruction_weight", "visible_weight", "anatomy_weight", "pathology_weight", "place_weight")
         for name in weights:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.reconstruction_weight == 0:
             raise ValueError("reconstruction_weight must be > 0: nothing else is asked of the decoder")
+        if not 0 < self.place_mm < math.inf:
+            raise ValueError(f"place_mm must be > 0, got {self.place_mm}")
         if not 0 < self.mask_ratio < 1 or self.mask_block < 1 or self.columns < 1:
             raise ValueError(
                 "need 0 < mask_ratio < 1, mask_block >= 1 and columns >= 1, got "
@@ -80,9 +89,12 @@ class AnatomyConfig:
         """Hold the other parts of a recipe against what a step needs.
 
         Raises:
-            ValueError: no U-Net with a decoder, or views that its cells or the hidden blocks do not fill.
+            ValueError: no U-Net with a decoder, views that its cells or the hidden blocks do not fill, or a single view
+                that is asked where it lies.
         """
         del local, batch
+        if self.place_weight and global_.count < 2:  # noqa: PLR2004 - one view lies nowhere
+            raise ValueError("objective.place_weight compares views of a scan: set views.global_.count to 2 or more")
         if not getattr(backbone, "decoder", False) or getattr(backbone, "skips", None) is None:
             raise ValueError(f"anatomy needs a U-Net with its decoder (backbone.name=unet), got {backbone.name}")
         for edge, name in ((backbone.patch, "the backbone's cells"), (self.mask_block, "objective.mask_block")):
@@ -103,7 +115,7 @@ class Anatomy(nn.Module):
     Config = AnatomyConfig
 
     def __init__(self, config: AnatomyConfig, backbone: Any) -> None:
-        """`backbone` is a `backbones.unet.UNet` with its decoder, or one that has its `features` and `decode`.
+        """`backbone` is a `backbones.unet.UNet` with its decoder, or one that has its `features`, `rise` and `paint`.
 
         What a configuration has no use for is not there.
 
@@ -111,7 +123,7 @@ class Anatomy(nn.Module):
             ConfigError: the backbone cannot paint.
         """
         super().__init__()
-        if not (hasattr(backbone, "decode") and hasattr(backbone, "features")):
+        if not (hasattr(backbone, "paint") and hasattr(backbone, "features")):
             raise ConfigError(
                 f"objective 'anatomy' needs a network that paints, and '{backbone.config.name}' does not",
                 hint="choose backbone.name=unet, with decoder=true",
@@ -126,6 +138,7 @@ class Anatomy(nn.Module):
             Progressive(self.anatomy_count, config.columns, last_norm=norm) if config.anatomy_weight else None
         )
         self.health = Progressive(self.pathology_count, 2, last_norm=False) if config.pathology_weight else None
+        self.locate = nn.Conv3d(backbone.config.features[0], 3, 1) if config.place_weight else None
 
     @property
     def learner(self) -> Any:
@@ -148,12 +161,15 @@ class Anatomy(nn.Module):
         truth, chance = batch.views["global"].flatten(0, 1), _chance(batch)
         masked, counted = self._hidden(truth, chance), self._countable(batch)
         features = self.backbone.features(torch.where(masked, self._fill(truth), truth))
-        painted = self.backbone.decode(features, chance)
+        finest = self.backbone.rise(features, chance)
+        painted = self.backbone.paint(finest)
         found = masked_mse(painted, truth, masked, counted=counted, count=count("reconstruction"))
         terms = {"reconstruction": Term.of(config.reconstruction_weight, found)}
         if config.visible_weight:
             seen = masked_mse(painted, truth, ~masked, counted=counted, count=count("visible"))
             terms["visible"] = Term.of(config.visible_weight, seen)
+        if self.locate is not None:
+            terms["place"] = Term(weight=config.place_weight, value=self._misplaced(self.locate(finest), batch))
         if self.volumes is not None:
             guess = self.volumes(features[-1][:, : self.anatomy_count])
             volumes = self._target(batch, "volumes", config.columns)
@@ -183,6 +199,14 @@ class Anatomy(nn.Module):
 
     def after_step(self, *, progress: float) -> None:
         """Nothing follows: there is no teacher."""
+
+    def _misplaced(self, said: Float[Tensor, "row 3 i j k"], batch: Batch) -> Float[Tensor, ""]:
+        """Smooth L1 of the places of all voxels of a scan's views, relative to their mean."""
+        i, j, k = said.shape[-3:]
+        positions = grid_positions((i, j, k)).to(said.device).expand(len(said), -1, -1)
+        true_mm = place_of(positions, batch.places_mm["global"].to(said.device))
+        located = said.flatten(2).mT.unflatten(0, (len(batch), -1)).flatten(1, 2)
+        return relative_position(located, true_mm, scale_mm=self.config.place_mm)
 
     def _hidden(self, truth: Float[Tensor, "row channel i j k"], chance: Chance) -> Bool[Tensor, "row 1 i j k"]:
         i, j, k = truth.shape[-3:]

@@ -23,7 +23,7 @@ from voxelstem.backbones.disentangled import Latents
 from voxelstem.backbones.readouts import Sides
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent, same_subject, vicreg
+from voxelstem.losses.contrast import nt_xent, same_subject, standardised, vicreg
 from voxelstem.losses.latent import contrast_repulsion, kl, subject_cosine
 from voxelstem.losses.masked import among, masked_mse, smooth_l1
 from voxelstem.losses.terms import Counted, Term, add_up
@@ -70,7 +70,7 @@ class DisentangleConfig:
     """Volumes of a scan."""
     pathology_weight: float = 0.0
     nt_xent_weight: float = 0.0
-    """Of finding a subject's other scan among all scans of the batch."""
+    """Of finding a subject's other scan among all scans of the batch, by what they do not share with all others."""
     temperature: float = 0.1
     vicreg_weight: float = 0.0
     """Of 25 invariance + 25 variance + 1 covariance of subjects."""
@@ -304,7 +304,7 @@ class Disentangle(nn.Module):
             if config.nt_xent_weight:
                 number = batch.targets.get("subject")
                 same = None if number is None else same_subject(distributed.rows(number))
-                value = nt_xent(one, other, same=same, temperature=config.temperature)
+                value = nt_xent(*standardised(one, other), same=same, temperature=config.temperature)
                 terms["nt_xent"] = Term(weight=config.nt_xent_weight, value=value)
             if config.vicreg_weight:
                 parts = vicreg(one, other)
