@@ -19,7 +19,7 @@ from voxelstem.intake import Intake, IntakeConfig, Outcome, Task, describe
 from voxelstem.progress import Advance, progress
 from voxelstem.reports import Reports, read_reports
 from voxelstem.sources import Source, iterate, stem
-from voxelstem.sources.nnssl import read_collection
+from voxelstem.sources.nnssl import REMOVED, read_collection
 from voxelstem.store.catalogue import SUBJECTS, Refusal, is_store
 from voxelstem.store.reader import Store
 from voxelstem.store.subjects import key_mark, site_key, source_name
@@ -282,16 +282,21 @@ def _find(paths: Sequence[Path | str], laid: _Laid) -> list[tuple[Source, int]]:
         other = exchange.find(Path(path))
         if other is not None:
             laid.own[number] = other.masks
-        for source in other.sources if other is not None else _listed(Path(path)):
+        for source in other.sources if other is not None else _listed(Path(path), number, laid):
             found.setdefault((source.path.resolve(), source.series), (source, number))
     masks = {path for masks in laid.all() for path in masks.files}
     return [(source, number) for (path, _), (source, number) in found.items() if path not in masks]
 
 
-def _listed(path: Path) -> Iterable[Source]:
-    """The images that a folder's list names, or else all scans below it."""
+def _listed(path: Path, number: int, laid: _Laid) -> Iterable[Source]:
+    """The images that a folder's list names with their masks, or else all scans below it."""
     collection = read_collection(path)
-    return iterate(path) if collection is None else collection.sources()
+    if collection is None:
+        return iterate(path)
+    root = path.resolve()
+    masks = {scan: root / mask for scan, mask in collection.removed.items()}
+    laid.own[number] = Masks(root=root, classes={1: REMOVED}, by_scan=masks, files=set(masks.values()))
+    return collection.sources()
 
 
 def _check_places(found: Sequence[tuple[Source, int]], laid: _Laid, texts: Reports) -> None:

@@ -128,7 +128,7 @@ class Intake:
         relative, dataset = task.source.relative, self.datasets[task.dataset]
         said = bids.said(relative, dataset) if isinstance(dataset, Bids) else _told(relative, dataset)
         classes = sorted(task.classes.items()) if task.mask else None
-        mask = _content([task.mask]) if task.mask else ""
+        mask = _content(filter(Path.is_file, [task.mask])) if task.mask else ""
         wished = (self.config, said, classes, mask, *filter(None, [task.source.dataset]))
         return hashlib.sha256(repr(wished).encode()).hexdigest()
 

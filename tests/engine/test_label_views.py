@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from voxelstem.engine.label_views import LABELS, follow, label_view, with_labels
+from voxelstem.engine.label_views import LABELS, count_flags, follow, label_view, with_labels
 from voxelstem.engine.loader import Loader, LoaderConfig
 from voxelstem.errors import StoreError
-from voxelstem.sources.brain import BrainConfig, brain
+from voxelstem.sources.brain import BrainConfig, brain, brain_subject
 from voxelstem.store import Store, write
 from voxelstem.store.subjects import pseudonym
 from voxelstem.study import InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.multicrop import ViewsConfig
+from voxelstem.views.pair import PairConfig
 
 EDGE = 8.0
 SPEC = InputSpec(modality="MR", spacing_mm=(EDGE,) * 3, low_hu=0.0, high_hu=1000.0, block_ijk=(8, 8, 8))
@@ -115,3 +116,50 @@ def test_labels_of_another_scan_are_never_laid_under_a_view(labelled):
     batch = loader.batch(0)
     with pytest.raises(StoreError, match="is of another scan"):
         with_labels(loader, batch, 1)
+
+
+@pytest.mark.parametrize("made", ["worker", "device"])
+def test_a_class_that_is_left_out_is_flagged_in_every_view_and_nothing_else_changes(labelled, made):
+    def loader(left_out):
+        views, config = replace(VIEWS, left_out=left_out), LoaderConfig(batch=3, made=made)
+        return Loader(labelled, [record.key for record in labelled], SPEC, views=views, config=config, seed=1)
+
+    batch, plain = (loader(left_out).batch(1) for left_out in ("white_matter", ""))
+    assert plain.views.keys() == {"global"}
+    assert batch.views["global"].equal(plain.views["global"])
+    assert batch.places_mm.keys() == {"global"}
+    flags = batch.views["counted:global"]
+    for row in range(3):
+        record, _ = loader("").plan(1, row)
+        labels = labelled.labels(record.key)
+        (value,) = (value for value, name in labels.classes.items() if name == "white_matter")
+        for view in range(2):
+            place = batch.places_mm["global"][row, view].numpy()
+            wanted = naive(labels.array, place, (8, 8, 8), EDGE) != value
+            assert not wanted.all()
+            assert (flags[row, view, 0].numpy() == wanted).all()
+
+
+def test_scans_without_the_class_or_without_labels_count_whole(labelled):
+    record = next(iter(labelled))
+    place = np.array([[[0, 0, 0], [64, 64, 64]]], np.float32)
+    assert count_flags(labelled, record, place, (8, 8, 8), "removed").all()
+    assert count_flags(labelled, replace(record, classes={}), place, (8, 8, 8), "white_matter").all()
+
+
+def test_the_second_scan_of_a_pair_has_flags_of_its_own(tmp_path):
+    store = Store.create(tmp_path / "store")
+    for study in brain_subject(0, sessions=2, contrasts=("T1w",), like=BrainConfig(seed=0, shape_ijk=(16, 20, 16))):
+        write(store, replace(study, subject=pseudonym(study.subject, bytes(32))))
+    pair = PairConfig(same_session=0.0, other_session=1.0)
+    views = replace(VIEWS, global_=replace(WHOLE, count=1), pair=pair, left_out="ventricles")
+    loader = Loader(store, [one.key for one in store], SPEC, views=views, config=LoaderConfig(batch=2), seed=0)
+    batch = loader.batch(0)
+    for row in range(2):
+        record, _ = loader.plan(0, row)
+        (other,) = (one for one in store if one.key != record.key)
+        for name, shown in (("global", record), ("other", other)):
+            place = batch.places_mm[name][row].numpy()
+            wanted = count_flags(store, shown, place, (8, 8, 8), "ventricles")
+            assert (batch.views[f"counted:{name}"][row].numpy() == wanted).all()
+    assert not batch.views["counted:global"].equal(batch.views["counted:other"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.losses.contrast import nt_xent, same_subject, standardised, vicreg
+from voxelstem.losses.contrast import between_groups, nt_xent, same_subject, standardised, vicreg
 
 
 @pytest.fixture
@@ -62,6 +62,38 @@ def test_a_column_that_does_not_vary_says_nothing_and_breaks_nothing() -> None:
     torch.cat(sides).square().sum().backward()
     assert one.grad is not None
     assert torch.isfinite(one.grad).all()
+
+
+def test_what_lies_between_groups_equals_its_naive_twin() -> None:
+    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    group = torch.tensor([0.0, 2, 2, math.nan, 0, 5, 5, 5, math.nan])
+    shares = []
+    for column in values.numpy().T:
+        known = [(float(g), value) for g, value in zip(group, column, strict=True) if not math.isnan(g)]
+        middle = np.mean([value for _, value in known])
+        total = sum((value - middle) ** 2 for _, value in known)
+        between = 0.0
+        for name in (0.0, 2.0, 5.0):
+            own = [value for g, value in known if g == name]
+            between += len(own) * (np.mean(own) - middle) ** 2
+        shares.append(between / total)
+    assert float(between_groups(values, group)) == pytest.approx(np.mean(shares), rel=1e-5)
+
+
+def test_groups_that_are_points_take_all_and_groups_with_one_mean_nothing() -> None:
+    group = torch.tensor([0.0, 0, 1, 1])
+    assert float(between_groups(torch.tensor([[1.0], [1], [3], [3]]), group)) == pytest.approx(1.0)
+    assert float(between_groups(torch.tensor([[1.0], [3], [3], [1]]), group)) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("group", [[math.nan] * 3, [1.0, 1.0, math.nan]])
+def test_one_group_alone_has_nothing_to_lie_between(group: list[float]) -> None:
+    values = torch.randn(3, 2, requires_grad=True)
+    found = between_groups(values, torch.tensor(group))
+    found.backward()
+    assert found == 0
+    assert values.grad is not None
+    assert not values.grad.any()
 
 
 def test_nobody_knows_whose_scan_it_is_and_so_it_is_like_no_other(pair) -> None:

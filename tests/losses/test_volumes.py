@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.losses.volumes import pathology, volume_regression
+from voxelstem.losses.volumes import known_class, volume_regression
 
 NAN = math.nan
 
@@ -78,14 +78,14 @@ def test_pathology_is_the_cross_entropy_of_those_of_whom_it_is_known() -> None:
     logits = torch.tensor([[2.0, -1.0], [0.3, 0.9], [5.0, 5.0]])
     truth = torch.tensor([0.0, 1.0, NAN])
     costs = [math.log(math.exp(a) + math.exp(b)) - own for (a, b), own in (((2.0, -1.0), 2.0), ((0.3, 0.9), 0.9))]
-    found = pathology(logits, truth)
+    found = known_class(logits, truth)
     assert float(found.value) == pytest.approx(np.mean(costs), rel=1e-5)
     assert float(found.count) == 2
-    assert float(pathology(torch.zeros(2, 2), torch.tensor([1.0, 0.0])).value) == pytest.approx(math.log(2))
+    assert float(known_class(torch.zeros(2, 2), torch.tensor([1.0, 0.0])).value) == pytest.approx(math.log(2))
 
 
 def test_an_unknown_is_no_illness_and_has_no_slope() -> None:
     logits = torch.zeros(2, 2, requires_grad=True)
-    pathology(logits, torch.tensor([NAN, 1.0])).value.backward()
+    known_class(logits, torch.tensor([NAN, 1.0])).value.backward()
     assert logits.grad is not None
     assert logits.grad.tolist() == [[0.0, 0.0], [0.5, -0.5]]

@@ -12,7 +12,7 @@ from voxelstem.backbones.disentangled import DisentangledConfig
 from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.errors import ConfigError
 from voxelstem.losses.masked import masked_mse
-from voxelstem.losses.volumes import pathology, volume_regression
+from voxelstem.losses.volumes import known_class, volume_regression
 from voxelstem.objectives.anatomy import Anatomy, AnatomyConfig
 from voxelstem.protocols import Batch
 from voxelstem.testing import make_batch
@@ -55,7 +55,7 @@ def test_the_loss_is_the_weighed_sum_of_three_terms(batch: Batch) -> None:
     wanted = {
         "reconstruction": masked_mse(guess, truth, masked).value,
         "anatomy": volume_regression(objective.volumes(bottleneck[:, :5]), twice["volumes"]).value,
-        "pathology": pathology(objective.health(bottleneck[:, 5:8]), twice["pathology"][:, 0]).value,
+        "pathology": known_class(objective.health(bottleneck[:, 5:8]), twice["pathology"][:, 0]).value,
     }
     output = objective.step(batch, progress=0.3)
     for name, value in wanted.items():

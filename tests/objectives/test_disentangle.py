@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
 from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent, standardised
+from voxelstem.losses.contrast import between_groups, nt_xent, standardised
 from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.protocols import Batch
 from voxelstem.testing import check_objective, make_batch
@@ -23,6 +24,7 @@ NONE = ViewKind(count=0)
 NETWORK = DisentangledConfig(width=4, levels=2, latent=6, block_ijk=EDGE)
 UNET = UNetConfig(features=(4, 8), depths=(1, 1), strides=(1, 2), block_ijk=EDGE, skips="dropped")
 OURS = {"columns": 3, "anatomy_weight": 0.2, "pathology_weight": 0.3, "nt_xent_weight": 0.1, "vicreg_weight": 0.05}
+OURS |= {"leak_weight": 0.4, "name_weight": 0.6}
 
 
 def disentangle(network: Any = NETWORK, **settings: Any) -> Disentangle:
@@ -160,7 +162,7 @@ def test_our_terms_are_weighed_and_said_by_name(batch: Batch) -> None:
     objective = disentangle(UNET, masked_weight=2.0, **OURS)
     output = objective.step(batch, progress=1.0)
     weights = {"self": 3.0, "cross": 1.0, "kl": 0.001, "subject": 0.5, "contrast": 0.5, "masked": 2.0}
-    weights |= {"anatomy": 0.2, "pathology": 0.3, "nt_xent": 0.1}
+    weights |= {"anatomy": 0.2, "pathology": 0.3, "nt_xent": 0.1, "leak": 0.4, "name": 0.6}
     weights |= {"invariance": 1.25, "variance": 1.25, "covariance": 0.05}
     assert {name for name in output.scalars if name.startswith("loss/")} == {f"loss/{name}" for name in weights}
     total = sum(weight * output.scalars[f"loss/{name}"] for name, weight in weights.items())
@@ -196,6 +198,29 @@ def test_a_subject_that_is_in_a_batch_twice_is_not_told_from_itself(batch: Batch
     near = (views @ views.T / 0.1).exp()
     costs = [-(near[i, i ^ 2] / (near[i, i ^ 2] + 2 * near[i, i ^ 1] + 2 * near[i, i ^ 3])).log() for i in range(4)]
     assert found == pytest.approx(float(torch.stack(costs).mean()), rel=1e-4)
+
+
+def test_contrasts_are_named_by_one_half_and_kept_out_of_the_other(batch: Batch) -> None:
+    objective = disentangle(mask_ratio=0.0, leak_weight=1.0, name_weight=1.0, names=4).eval()
+    assert objective.names is not None
+    contrast = torch.tensor([[0.0, 1.0], [1.0, 0.0], [3.0, math.nan], [0.0, 3.0]])
+    given = replace(batch, targets=batch.targets | {"contrast": contrast})
+    found = objective.step(given, progress=0.5).scalars
+    costs, subjects, groups = [], [], []
+    for side, name in enumerate(("global", "other")):
+        for row in range(4):
+            latents = objective.backbone.latents(batch.views[name][row : row + 1, 0])
+            subjects.append(latents.subject_mean.mean(dim=(2, 3, 4))[0])
+            groups.append(contrast[row, side])
+            if not contrast[row, side].isnan():
+                said = objective.names(latents.contrast_mean.mean(dim=(2, 3, 4)))[0].log_softmax(dim=0)
+                costs.append(-float(said[int(contrast[row, side])].detach()))
+    assert found["known/name"] == len(costs) == 7
+    assert found["loss/name"] == pytest.approx(np.mean(costs), rel=1e-4)
+    leak = between_groups(torch.stack(subjects).detach(), torch.stack(groups))
+    assert found["loss/leak"] == pytest.approx(float(leak), rel=1e-4)
+    with pytest.raises(ConfigError, match=r"objective\.names is 4, and the batch holds contrast number 9"):
+        objective.step(replace(given, targets=given.targets | {"contrast": 3.0 * contrast}), progress=0.5)
 
 
 def test_air_does_not_count_where_it_is_ignored(batch: Batch) -> None:

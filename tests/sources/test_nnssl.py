@@ -103,6 +103,38 @@ def test_images_are_ingested_and_their_masks_are_not(folder: Path, tmp_path: Pat
     assert ingest([folder], tmp_path / "store").skipped == 4
 
 
+def with_mask(path: str) -> dict[str, Any]:
+    """The list, with an anonymisation mask of the first image."""
+    content = listed()
+    first = content["datasets"]["1"]["subjects"]["sub-1"]["sessions"]["ses-1"]["images"][0]
+    first["associated_masks"]["anonymization_mask"] = path
+    return content
+
+
+def test_what_was_taken_off_an_image_becomes_a_voxel_label(folder: Path, tmp_path: Path):
+    face = np.zeros((8, 8, 8), np.int16)
+    face[:, 5:] = 1
+    nifti.write(folder / "ds1/sub-1/t1_anon.nii.gz", face, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    write(folder, with_mask("$nnssl_raw/Dataset001_Brains/ds1/sub-1/t1_anon.nii.gz"))
+    done = ingest([folder], tmp_path / "store")
+    assert (done.kept, done.refused) == (4, 0)
+    store = Store.open(tmp_path / "store")
+    (record,) = (one for one in store if one.has_labels)
+    assert (record.acquisition.contrast, record.classes) == ("T1w", {1: "removed"})
+    # Stored voxels run along +R, +A and +S.
+    assert (store.labels(record.key).array == face[::-1, ::-1]).all()
+
+
+def test_a_mask_that_is_not_there_is_a_line_of_the_ledger_and_its_scan_is_kept(folder: Path, tmp_path: Path):
+    write(folder, with_mask("$nnssl_raw/Dataset001_Brains/ds1/nowhere.nii.gz"))
+    done = ingest([folder], tmp_path / "store")
+    assert (done.kept, done.refused) == (4, 1)
+    assert "sub-1" not in done.refusals[0].reason
+    write(folder, with_mask("../elsewhere.nii.gz"))
+    with pytest.raises(ConfigError, match="image 1 has a mask that does not lie below its folder"):
+        read_collection(folder)
+
+
 @pytest.mark.parametrize("prefix", ["$nnssl_raw/Dataset001_Brains/", "", "./", "$nnssl_raw/Dataset001_Brains/ds9/../"])
 def test_paths_may_begin_with_the_variable_or_with_nothing(folder: Path, prefix: str):
     write(folder, listed(prefix))

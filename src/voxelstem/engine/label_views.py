@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Float32, Int16
 
-from voxelstem.engine.loader import Loader
 from voxelstem.errors import StoreError
 from voxelstem.protocols import Batch
-from voxelstem.store.reader import Store
+from voxelstem.store.reader import Record, Store
 
-GLOBAL, LABELS = "global", "labels:global"
+if TYPE_CHECKING:
+    from voxelstem.engine.loader import Loader
+
+GLOBAL, LABELS, COUNTED = "global", "labels:global", "counted:"
 TOLERANCE_MM = 0.01
 
 
@@ -54,6 +57,24 @@ def with_labels(loader: Loader, batch: Batch, step: int) -> Batch:
         samples.append(np.stack([label_view(loader.store, record.key, place, size) for place in where]))
     labels = torch.from_numpy(np.stack(samples)[:, :, None]).to(view)
     return replace(batch, views={**batch.views, LABELS: labels})
+
+
+def count_flags(
+    store: Store, record: Record, places_mm: Float[np.ndarray, "view 2 3"], size_ijk: tuple[int, int, int], name: str
+) -> Float32[np.ndarray, "view 1 i j k"]:
+    """0 in the voxels of a scan's views whose label is the class `name`, 1 in all others.
+
+    A scan without voxel labels, or without this class, counts whole.
+
+    Raises:
+        StoreError: the labels cannot be read.
+    """
+    flags = np.ones((len(places_mm), 1, *size_ijk), np.float32)
+    values = [value for value, called in record.classes.items() if called == name]
+    if record.has_labels and values:
+        for flag, place in zip(flags, places_mm, strict=True):
+            flag[0] = ~np.isin(label_view(store, record.key, place, size_ijk), values)
+    return flags
 
 
 def label_view(

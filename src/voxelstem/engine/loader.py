@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Int64
 
 from voxelstem.engine.pair_counts import NAME_LETTERS, PairCounts
-from voxelstem.engine.reading import Made, Reading, Sample, Slot, SlotReader
+from voxelstem.engine.reading import Reading, Sample, Slot, SlotReader
 from voxelstem.engine.targets import read_facts
 from voxelstem.engine.transfer import Crops
 from voxelstem.errors import ConfigError, StoreError
@@ -319,16 +319,17 @@ class Loader:
                     pool.shutdown(cancel_futures=True)
 
     def _batch(self, step: int, samples: list[Sample], device: torch.device) -> Batch:
-        made = [sample.views for sample in samples if isinstance(sample, Made)]
-        views = (
-            {name: torch.from_numpy(np.stack([views[name] for views in made])) for name in made[0]}
-            if made
-            else make_views([s for s in samples if isinstance(s, Region)], self.spec, self.views, device=device)
-        )
+        regions = [sample for sample in samples if isinstance(sample, Region)]
+        # What is there already: whole samples, or the flags of those that are made now.
+        there = [sample.all_flags if isinstance(sample, Region) else sample.views for sample in samples]
+        views = {name: torch.from_numpy(np.stack([one[name] for one in there])) for name in there[0]}
+        if regions:
+            flags = {name: each.to(device) for name, each in views.items()}
+            views = make_views(regions, self.spec, self.views, device=device) | flags
         places = [sample.places_mm for sample in samples]
         return Batch(
             views=views,
-            places_mm={name: torch.from_numpy(np.stack([each[name] for each in places])) for name in views},
+            places_mm={name: torch.from_numpy(np.stack([each[name] for each in places])) for name in places[0]},
             seed=int(np.random.default_rng([_STEP, self.seed, step]).integers(2**62)),
             first=self._share.start,
             texts=tuple(sample.text for sample in samples) if self.views.report else (),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float32, Int16
 from torch import Tensor
 
+from voxelstem.engine.label_views import COUNTED, count_flags
 from voxelstem.engine.pairing import Partner, find_partner
 from voxelstem.engine.targets import Facts
 from voxelstem.engine.transfer import Crops
@@ -135,6 +136,8 @@ class SlotReader:
                     blamed = slot.key
                     partners.append(partner.record.key)
                     refused.append(partner.refused)
+                if self.views.left_out:
+                    region = self._flagged(region, record, partners[-1] if region.other else "")
                 if self.facts is not None:
                     region = replace(region, targets=self.facts.targets(slot.key, *partners[-1:]))
                 samples.append(self._make(region) if self.makes else region)
@@ -179,13 +182,25 @@ class SlotReader:
             return replace(region, views=views, changes=changes, text="")
         return self._region(partner.record, views, changes, tally)
 
+    def _flagged(self, region: Region, record: Record, partner: str) -> Region:
+        """The region, and its second scan's, with flags of what counts in their views."""
+        places = region.places_mm
+        flags = {
+            f"{COUNTED}{name}": count_flags(
+                self.crops.store, record, places[name], plans[0].size_ijk, self.views.left_out
+            )
+            for name, plans in region.views.items()
+        }
+        other = self._flagged(region.other, self.crops.store.record(partner), "") if region.other else None
+        return replace(region, flags=flags, other=other)
+
     def _rng(self, purpose: int, slot: Slot, phase: int) -> np.random.Generator:
         return np.random.default_rng([purpose, self.seed, slot.epoch, slot.place, phase])
 
     def _make(self, region: Region) -> Made:
         views = make_views([region], self.spec, self.views)
         made = {name: view[0].numpy() for name, view in views.items()}
-        return Made(views=made, places_mm=region.places_mm, text=region.text, targets=region.targets)
+        return Made(views=made | region.all_flags, places_mm=region.places_mm, text=region.text, targets=region.targets)
 
     def _text(self, record: Record, changes: ChangePlans, rng: np.random.Generator) -> str:
         """Some of the scan's report, drawn anew for each sample; nothing where the recipe wants none."""

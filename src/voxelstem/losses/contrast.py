@@ -62,6 +62,23 @@ def standardised(
     return first, second
 
 
+def between_groups(values: Float[Tensor, "row dim"], group: Float[Tensor, " row"]) -> Float[Tensor, ""]:
+    """The share of the columns' variance that lies between groups, averaged over columns (Fisher's correlation ratio).
+
+    0 where all groups have one mean, and no linear reader can tell them apart; 1 where a group's rows are all alike.
+    Rows of whom nobody knows the group (NaN) are left out; 0 without a slope where fewer than two groups are left. Of
+    n rows in g groups (g - 1) / (n - 1) are to be expected where there is nothing.
+    """
+    rows, group = values.float()[~group.isnan()], group[~group.isnan()]
+    names = group.unique()
+    if len(names) < 2:  # noqa: PLR2004 - nothing lies between one group and itself
+        return 0.0 * values.float().sum()
+    centred = rows - rows.mean(dim=0)
+    member = (group[:, None] == names).to(centred)
+    between = ((member.T @ centred).square() / member.sum(dim=0)[:, None]).sum(dim=0)
+    return (between / (centred.square().sum(dim=0) + _LEAST_VARIANCE)).mean()
+
+
 def same_subject(number: Float[Tensor, "row 1"]) -> Bool[Tensor, "row row"]:
     """Which rows have one subject's number; NaN, whom nobody knows, is like no other."""
     return number == number.mT

@@ -49,7 +49,7 @@ def volume_regression(
     return counted_mean(-cosine if form == "released" else 1 - cosine, counted, count=count)
 
 
-def pathology(
+def known_class(
     logits: Float[Tensor, "row class"], truth: Float[Tensor, " row"], *, count: Float[Tensor, ""] | None = None
 ) -> Counted:
     """Mean cross-entropy of the rows of which the class is known; NaN where nobody knows. `count`: `counted_mean`."""

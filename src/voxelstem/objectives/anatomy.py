@@ -23,7 +23,7 @@ from voxelstem.errors import ConfigError
 from voxelstem.losses.masked import among, masked_mse
 from voxelstem.losses.position import place_of, relative_position
 from voxelstem.losses.terms import Term, add_up
-from voxelstem.losses.volumes import Form, known_volumes, pathology, volume_regression
+from voxelstem.losses.volumes import Form, known_class, known_volumes, volume_regression
 from voxelstem.protocols import Batch, StepOutput
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.mask import Background, countable, draw_voxels
@@ -177,7 +177,7 @@ class Anatomy(nn.Module):
             terms["anatomy"] = Term.of(config.anatomy_weight, found)
         if self.health is not None:
             guess = self.health(features[-1][:, self.anatomy_count :][:, : self.pathology_count])
-            found = pathology(guess, self._ill(batch), count=count("pathology"))
+            found = known_class(guess, self._ill(batch), count=count("pathology"))
             terms["pathology"] = Term.of(config.pathology_weight, found)
         return add_up(terms)
 

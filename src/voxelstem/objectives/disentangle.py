@@ -23,14 +23,15 @@ from voxelstem.backbones.disentangled import Latents
 from voxelstem.backbones.readouts import Sides
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
-from voxelstem.losses.contrast import nt_xent, same_subject, standardised, vicreg
+from voxelstem.losses.contrast import between_groups, nt_xent, same_subject, standardised, vicreg
 from voxelstem.losses.latent import contrast_repulsion, kl, subject_cosine
 from voxelstem.losses.masked import among, masked_mse, smooth_l1
 from voxelstem.losses.terms import Counted, Term, add_up
-from voxelstem.losses.volumes import known_volumes, pathology, volume_regression
+from voxelstem.losses.volumes import known_class, known_volumes, volume_regression
 from voxelstem.protocols import Batch, StepOutput
 from voxelstem.views.crop import ViewKind
 from voxelstem.views.mask import Background, countable, draw_voxels
+from voxelstem.views.pair import CONTRASTS
 
 PAIR = 2
 
@@ -72,6 +73,13 @@ class DisentangleConfig:
     nt_xent_weight: float = 0.0
     """Of finding a subject's other scan among all scans of the batch, by what they do not share with all others."""
     temperature: float = 0.1
+    leak_weight: float = 0.0
+    """Of how far the subject's latent tells contrasts apart: the share of its variance that lies between them, among
+    all scans of the batch whose contrast is known."""
+    name_weight: float = 0.0
+    """Of naming a scan's contrast by its contrast's latent, where it is known."""
+    names: int = len(CONTRASTS)
+    """How many contrasts have a name: as many as `views.pair.contrasts`."""
     vicreg_weight: float = 0.0
     """Of 25 invariance + 25 variance + 1 covariance of subjects."""
 
@@ -94,8 +102,10 @@ class DisentangleConfig:
             raise ValueError(
                 f"need kl_warm_up in [0, 1] and temperature > 0, got {self.kl_warm_up} and {self.temperature}"
             )
-        if min(self.latent, self.columns) < 1:
-            raise ValueError(f"latent and columns must be >= 1, got {self.latent} and {self.columns}")
+        if min(self.latent, self.columns, self.names) < 1:
+            raise ValueError(
+                f"latent, columns and names must be >= 1, got {self.latent}, {self.columns} and {self.names}"
+            )
 
     def check(self, global_: ViewKind, local: ViewKind, *, batch: int, backbone: Any) -> None:
         """Hold the other parts of a recipe against what a step needs.
@@ -159,6 +169,7 @@ class Disentangle(nn.Module):
         latent = config.latent if self.sides is not None else backbone.config.latent
         self.volumes = nn.Linear(latent, config.columns) if config.anatomy_weight else None
         self.health = nn.Linear(2 * latent, 2) if config.pathology_weight else None
+        self.names = nn.Linear(latent, config.names) if config.name_weight else None
 
     @property
     def learner(self) -> Any:
@@ -248,6 +259,8 @@ class Disentangle(nn.Module):
             found["anatomy"] = known_volumes(self._volumes(batch)).sum()
         if self.health is not None:
             found["pathology"] = (~self._target(batch, "pathology", 1)[:, 0].isnan()).sum()
+        if self.names is not None:
+            found["name"] = (~self._contrasts(batch).isnan()).sum()
         return found
 
     def _painted(self, pair: _Pair, subject: Tensor, contrast: Tensor, known: Mapping[str, Tensor]) -> dict[str, Term]:
@@ -297,8 +310,16 @@ class Disentangle(nn.Module):
             # A lesion may show in one contrast only; what is known is known of scan a.
             both = torch.cat([subject, latents.contrast_mean.flatten(2).mean(dim=2)], dim=1)[: len(batch)]
             ill = self._target(batch, "pathology", 1)[:, 0]
-            found = pathology(self.health(both), ill, count=count("pathology"))
+            found = known_class(self.health(both), ill, count=count("pathology"))
             terms["pathology"] = Term.of(config.pathology_weight, found)
+        if self.names is not None:
+            guess, truth = self.names(latents.contrast_mean.flatten(2).mean(dim=2)), self._contrasts(batch).T.flatten()
+            named = known_class(guess, truth, count=count("name"))
+            terms["name"] = Term.of(config.name_weight, named)
+        if config.leak_weight:
+            both = distributed.rows(subject.unflatten(0, (PAIR, -1)).transpose(0, 1)).flatten(0, 1)
+            groups = distributed.rows(self._contrasts(batch)).flatten()
+            terms["leak"] = Term(weight=config.leak_weight, value=between_groups(both, groups))
         if config.nt_xent_weight or config.vicreg_weight:
             one, other = (distributed.rows(side) for side in subject.float().chunk(PAIR))
             if config.nt_xent_weight:
@@ -313,6 +334,16 @@ class Disentangle(nn.Module):
                 terms["covariance"] = Term(weight=config.vicreg_weight, value=parts.covariance)
         return terms
 
+    def _contrasts(self, batch: Batch) -> Float[Tensor, "sample 2"]:
+        found = self._target(batch, "contrast", PAIR)
+        if bool((found >= self.config.names).any()):
+            most = int(found.nan_to_num().max())
+            raise ConfigError(
+                f"objective.names is {self.config.names}, and the batch holds contrast number {most}",
+                hint="set objective.names to how many views.pair.contrasts there are",
+            )
+        return found
+
     def _volumes(self, batch: Batch) -> Float[Tensor, "both column"]:
         names = ("volumes", "volumes_other" if "volumes_other" in batch.targets else "volumes")
         return torch.cat([self._target(batch, name, self.config.columns) for name in names])
@@ -322,10 +353,11 @@ class Disentangle(nn.Module):
         found = batch.targets.get(name)
         if found is None or found.shape[1] != columns:
             held = "none" if found is None else f"{found.shape[1]} values"
-            term = "pathology" if name == "pathology" else "anatomy"
+            terms = {"pathology": "pathology_weight", "contrast": "name_weight and leak_weight"}
             raise ConfigError(
                 f"objective 'disentangle' learns {columns} values of '{name}' of each scan, and the store says {held}",
-                hint=f"set objective.columns to what there is, ingest scans with it, or set objective.{term}_weight=0",
+                hint="set objective.columns to what there is, ingest scans with it, or set to 0 in objective: "
+                + terms.get(name, "anatomy_weight"),
             )
         return found
 

@@ -17,6 +17,7 @@ from voxelstem.engine.optim import OptimConfig
 from voxelstem.objectives.anatomy import AnatomyConfig
 from voxelstem.objectives.disentangle import DisentangleConfig
 from voxelstem.pretrain import PretrainConfig
+from voxelstem.sources.nnssl import REMOVED
 from voxelstem.study import INPUT_SPECS, InputSpec
 from voxelstem.views.augment import AugmentConfig
 from voxelstem.views.crop import ViewKind
@@ -114,7 +115,7 @@ def base() -> PretrainConfig:
     - Pairs of contrasts, and of sessions; what is known to be one contrast is not pushed apart.
     - Volumes of each session, standardised by column, so that change over the years is not erased; health where it is
       known; and each subject told from the others in the batch.
-    - Air and removed faces do not count.
+    - Air does not count, nor what the scans' labels call `removed`: faces.
     - z-scores, as nnU-Net wants them: cut off at the 99th percentile, an infarct is as bright as the brain around it.
     """
     start = fomo25()
@@ -137,6 +138,7 @@ def base() -> PretrainConfig:
         views=ViewsConfig(
             global_=ViewKind(size_ijk=edge, min_scale=0.85, max_scale=1.15),
             region_scale=1.15,
+            left_out=REMOVED,
             pair=PairConfig(same_session=0.7, other_session=0.2, any_scan=0.1, volumes_of="session"),
         ),
         loader=LoaderConfig(batch=8, workers=8),

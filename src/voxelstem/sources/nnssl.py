@@ -1,7 +1,8 @@
 """nnssl's raw data sets: a `pretrain_data.json` that lists images by data set, subject and session.
 
-Format: `documentation/dataset_format.md` of MIC-DKFZ/nnssl, as OpenMind (arXiv 2412.17041) is given out. Only images
-are read: anatomy and anonymisation masks that belong to them are no scans, and are left where they lie.
+Format: `documentation/dataset_format.md` of MIC-DKFZ/nnssl, as OpenMind (arXiv 2412.17041) is given out. An image's
+anonymisation mask becomes its voxel label `removed`, which `views.left_out` keeps out of losses; anatomy masks are left
+where they lie.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from voxelstem.study import Acquisition
 FILE = "pretrain_data.json"
 MOST_BYTES = 2**30
 """OpenMind's 114,570 images take a tenth of it."""
+REMOVED = "removed"
+"""What the voxels of an anonymisation mask (value 1) are called."""
 NO_SESSION = "ses-DEFAULT"
 """What nnssl calls the session where nobody named one."""
 _VARIABLE = re.compile(r"\$(\w+)(?:/|$)", re.ASCII)
+_BELOW = (
+    f"put {FILE} into the folder that holds all of its images, or set the variable that paths begin with, and ingest "
+    "that folder"
+)
 _SHAPE = (
     '{"collection_name": …, "datasets": {"1": {"subjects": {"s1": {"subject_info": …, "sessions": {"1": '
     '{"images": [{"image_path": …, "modality": "T1w"}]}}}}}}}'
@@ -37,6 +44,8 @@ class Nnssl:
 
     root: Path
     images: Mapping[str, Told] = field(default_factory=dict)
+    removed: Mapping[str, str] = field(default_factory=dict)
+    """Place of an image to that of the mask of what was taken off it, or drawn anew, so that nobody is known by it."""
 
     def sources(self) -> tuple[Source, ...]:
         """What `ingest` is to read, in the order of the places; a file that is not there is refused when it is read."""
@@ -63,21 +72,22 @@ def read_collection(root: Path) -> Nnssl | None:
     if not (root / FILE).is_file():
         return None
     images: dict[str, Told] = {}
-    for number, (told, path) in enumerate(_entries(_read(root / FILE), root.resolve().name), start=1):
+    removed: dict[str, str] = {}
+    for number, (told, path, mask) in enumerate(_entries(_read(root / FILE), root.resolve().name), start=1):
         place = _place(path, root)
         if place is None:
-            raise _malformed(
-                number,
-                "does not lie below its folder",
-                hint=f"put {FILE} into the folder that holds all of its images, or set the variable that paths begin "
-                "with, and ingest that folder",
-            )
+            raise _malformed(number, "does not lie below its folder", hint=_BELOW)
         if ending(place) not in KINDS or KINDS[ending(place)] == "dicom":
             raise _malformed(number, "is of no known kind", hint=f"known: {', '.join(sorted(KINDS))}")
         if place in images:
             raise _malformed(number, "is listed for the second time", hint="list each image once")
         images[place] = told
-    return Nnssl(root=root, images=images)
+        if mask:
+            where = _place(mask, root)
+            if where is None:
+                raise _malformed(number, "has a mask that does not lie below its folder", hint=_BELOW)
+            removed[place] = where
+    return Nnssl(root=root, images=images, removed=removed)
 
 
 def said(relative: str, dataset: object) -> Told | None:
@@ -85,7 +95,8 @@ def said(relative: str, dataset: object) -> Told | None:
     return dataset.images.get(relative) if isinstance(dataset, Nnssl) else None
 
 
-def _entries(content: Mapping[str, Any], fallback: str) -> Iterator[tuple[Told, str]]:
+def _entries(content: Mapping[str, Any], fallback: str) -> Iterator[tuple[Told, str, str]]:
+    """What is said of each image, its path, and that of its anonymisation mask."""
     collection = str(content.get("collection_name") or fallback)
     for index, dataset in _part(content, "datasets").items():
         for subject, person in _part(dataset, "subjects").items():
@@ -102,10 +113,11 @@ def _entries(content: Mapping[str, Any], fallback: str) -> Iterator[tuple[Told, 
                     yield _told(whose, str(session), told, image)
 
 
-def _told(person: tuple[str, ...], session: str, info: Mapping[str, Any], image: Any) -> tuple[Told, str]:
+def _told(person: tuple[str, ...], session: str, info: Mapping[str, Any], image: Any) -> tuple[Told, str, str]:
     if not isinstance(image, dict) or not isinstance(image.get("image_path"), str):
         raise _bad_shape("image_path")
     path, contrast = str(image["image_path"]), str(image.get("modality") or "")
+    mask = str(_part(image, "associated_masks").get("anonymization_mask") or "")
     day = keep.parse_day(str(info.get("acq_time") or info.get("date") or ""))
     facts = Acquisition(
         date=day.isoformat() if day else "",
@@ -115,7 +127,7 @@ def _told(person: tuple[str, ...], session: str, info: Mapping[str, Any], image:
     )
     named = "" if session in (NO_SESSION, "DEFAULT") else session
     told = acquisition(person, named, name=str(image.get("name") or path.rpartition("/")[2]), facts=facts)
-    return Told(subject="/".join(person), acquisition=told, labels=health(info.get("health_status"))), path
+    return Told(subject="/".join(person), acquisition=told, labels=health(info.get("health_status"))), path, mask
 
 
 def _part(content: Any, name: str) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class ViewsConfig:
     pair: PairConfig | None = None
     """Which second scan of the same subject a sample shows, at the place of its one global view, as the view `other`,
     and what is said of both; None: each sample is one scan."""
+    left_out: str = ""
+    """A class of the scans' voxel labels that no loss may count, such as `removed`: a face that was taken off or drawn
+    anew. Beside each view there are then flags of its size, called `counted:` and its name: 0 where it lies, else 1."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -136,6 +139,13 @@ class Region:
     """The box of the second scan, of which the view `other` is made."""
     stats: Stats | None = None
     """Of the whole scan; None where the spec's normalisation asks for nothing."""
+    flags: Mapping[str, Float32[np.ndarray, "view 1 i j k"]] = field(default_factory=dict[str, np.ndarray])
+    """Which voxels of its views count, by the names that they have in `Batch.views`."""
+
+    @property
+    def all_flags(self) -> dict[str, Float32[np.ndarray, "view 1 i j k"]]:
+        """Those of the second scan's view too."""
+        return {**self.flags, **(self.other.flags if self.other else {})}
 
     @property
     def places_mm(self) -> dict[str, Float32[np.ndarray, "view 2 3"]]:
