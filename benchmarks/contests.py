@@ -173,9 +173,10 @@ def answer(folder: Path, contestant: Contestant, wanted: Sequence[tuple[Question
 
 
 def questions_of(
-    stores: Collection, *, budgets: Sequence[int], tumour_budgets: Sequence[int], repeats: int
+    stores: Collection, *, budgets: Sequence[int], tumour_budgets: Sequence[int], seeds: Sequence[int]
 ) -> list[Question]:
     """All questions, in the order of the table."""
+    repeats = len(seeds)
     phantoms = Store.open(stores.phantoms)
     organs = Truth(records=tuple(phantoms), labels={}, classes=ORGANS)
     check_leakage(phantoms, organs.of("train"), organs.of("test"))
@@ -187,7 +188,7 @@ def questions_of(
     sarcomas = Store.open(stores.sarcomas)
     tumours = Truth(records=tuple(sarcomas), labels={}, classes=(GTV,))
     questions += [
-        in_folds(_contest(sarcomas, tumours, head), stores.held_out, budget, repeats)
+        in_folds(_contest(sarcomas, tumours, head), stores.held_out, budget, seeds)
         for head in HEADS
         for budget in tumour_budgets
     ]
@@ -218,11 +219,11 @@ def held_out_phantoms(contest: Contest, budget: int, repeats: int) -> Question:
     )
 
 
-def in_folds(contest: Contest, held_out: Sequence[Set[str]], budget: int, repeats: int) -> Question:
-    """Each pretraining seed has its own fold of patients, whom it has not seen; labels are drawn among the others."""
+def in_folds(contest: Contest, held_out: Sequence[Set[str]], budget: int, seeds: Sequence[int]) -> Question:
+    """Each pretraining seed has a fold of patients whom it has not seen; labels are drawn among the others."""
     rounds: list[tuple[Heat, ...]] = []
-    for index in range(TUMOUR_DRAWS * repeats):
-        apart = held_out[index % repeats]
+    for index in range(TUMOUR_DRAWS * len(seeds)):
+        apart = held_out[seeds[index % len(seeds)] % len(held_out)]
         tested = tuple(record for record in contest.tested if record.subject in apart)
         others = [record for record in contest.tested if record.subject not in apart]
         drawn = np.random.default_rng(index).permutation(len(others))[:budget].tolist()
@@ -230,7 +231,7 @@ def in_folds(contest: Contest, held_out: Sequence[Set[str]], budget: int, repeat
         fold = dataclasses.replace(contest, labelled=tuple(others[place] for place in drawn), tested=tested)
         rounds.append(((fold, fold),))
     return Question(
-        task="tumours of sarcoma CTs", mode=contest.mode, budget=budget, repeats=repeats, rounds=tuple(rounds)
+        task="tumours of sarcoma CTs", mode=contest.mode, budget=budget, repeats=len(seeds), rounds=tuple(rounds)
     )
 
 

@@ -6,8 +6,8 @@ Every variant is pretrained once for each seed: on phantoms and, with --data, on
 are then asked about subjects that this pretraining did not see:
 
 - organs of held-out phantoms, by a linear head (Dice of voxels) and by neighbours (balanced accuracy of tokens);
-- the tumours of the sarcoma CTs: each seed has its own fold of the patients, seen neither by its pretraining nor by
-  its heads, so that every patient is held out by one seed;
+- the tumours of the sarcoma CTs: each seed has a fold of the patients (of three: seeds 0, 3 and 6 have the first), seen
+  neither by its pretraining nor by its heads, so that every patient is held out by one seed or more;
 - organs of the two real CTs with many of them, from the other one and from phantoms: printed for each scan.
 
 A variant may continue another one: `NAME=RECIPE,after=OTHER NAME`; or look at its runs in another way, through several
@@ -45,6 +45,8 @@ from voxelstem.model import Model, load
 from voxelstem.pretrain import PretrainConfig
 
 SMALL = ["loader.batch=2", "steps=2", "backbone.block.depth=1", "backbone.scan.depth=0"]
+FOLDS = 3
+"""Of the sarcoma patients."""
 SOFT = "spec.low_hu=-200"
 """A window of soft tissue: at -1000 HU an untrained network of this size finds tumours three times worse."""
 VARIANTS = (
@@ -90,7 +92,7 @@ class Variant:
         return overlay(recipes.named(self.recipe), {**parse_assignments(self.settings), "seed": seed})
 
     def folder(self, seed: int) -> str:
-        plain = "".join(letter if letter.isalnum() else "-" for letter in self.runs_of or self.name)
+        plain = "".join(letter if letter.isalnum() else "-" for letter in self.name)
         return f"{plain}-seed{seed}"
 
 
@@ -109,6 +111,8 @@ class Row:
 
 def train(out: Path, seen: Path, variants: Sequence[Variant], variant: Variant, seed: int) -> Model:
     """Pretrain, or take what was pretrained before."""
+    if variant.runs_of:
+        return train(out, seen, variants, next(one for one in variants if one.name == variant.runs_of), seed)
     run = out / "runs" / variant.folder(seed)
     if not (run / "weights").exists():
         weights = None
@@ -129,13 +133,10 @@ def rows_of(
     """Train and measure everything; a row for each variant on each question."""
     stand = asked.out / "answers"
     repeats = len(asked.seeds)
-    questions = questions_of(stores, budgets=asked.budgets, tumour_budgets=asked.tumour_budgets, repeats=repeats)
+    questions = questions_of(stores, budgets=asked.budgets, tumour_budgets=asked.tumour_budgets, seeds=asked.seeds)
     rows: dict[str, list[Row]] = {question.name: [] for question in questions}
     for variant in variants:
-        models = [
-            train(asked.out, seen, variants, variant, seed)
-            for seen, seed in zip(stores.seen, asked.seeds, strict=False)
-        ]
+        models = [train(asked.out, stores.seen[seed % FOLDS], variants, variant, seed) for seed in asked.seeds]
         untrained = [model.scratch(seed=seed) for model, seed in zip(models, asked.seeds, strict=True)]
         teams = {
             # Each repeat is another model's; intensity and the atlas answer all of them.
@@ -218,7 +219,8 @@ def costs(out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
     """Markdown: what each variant is, and what a run of it took."""
     lines = ["| variant | recipe and differences | steps | minutes of each run |", "|---|---|---:|---|"]
     for variant in variants:
-        runs = [out / "runs" / variant.folder(seed) / "minutes.json" for seed in seeds]
+        base = next(one for one in variants if one.name == (variant.runs_of or variant.name))
+        runs = [out / "runs" / base.folder(seed) / "minutes.json" for seed in seeds]
         minutes = " ".join(f"{json.loads(run.read_text()):.1f}" for run in runs if run.exists())
         more = {"after": variant.after, "runs of": variant.runs_of, "layers": "+".join(map(str, variant.layers))}
         said = (f"{name} {value}" for name, value in more.items() if value)
@@ -240,7 +242,8 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="coarse phantoms and two steps, to see that it runs")
     asked = parser.parse_args()
     asked.variant = [Variant.read(text) for text in asked.variant]
-    lost = {one.after for one in asked.variant} - {one.name for one in asked.variant} - {""}
+    lost = {name for one in asked.variant for name in (one.after, one.runs_of)} - {one.name for one in asked.variant}
+    lost -= {""}
     if lost:
         parser.error(f"no variant is called {', '.join(sorted(lost))}")
     return asked
@@ -252,9 +255,7 @@ def main() -> None:
     common = (*asked.set, *(SMALL if asked.small else []))
     variants = [dataclasses.replace(one, settings=(*one.settings, *common)) for one in asked.variant]
     with public_key(asked.out):
-        stores = collect(
-            asked.out, phantoms=asked.phantoms, folds=max(len(asked.seeds), 3), coarse=asked.small, data=asked.data
-        )
+        stores = collect(asked.out, phantoms=asked.phantoms, folds=FOLDS, coarse=asked.small, data=asked.data)
         found = list(rows_of(asked, variants, stores))
     facts = [
         {

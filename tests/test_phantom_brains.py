@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count, islice, permutations
 
 import numpy as np
 import pytest
@@ -12,11 +14,16 @@ from torch import Tensor, nn
 from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.experts import ContrastSet, SetConfig, encode_set, index_contrasts
 from voxelstem.backbones.trajectory import TrajectoryConfig
+from voxelstem.backbones.unet import UNet, UNetConfig
 from voxelstem.chance import Chance
 from voxelstem.change import Follower
 from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
+from voxelstem.losses.masked import smooth_l1
 from voxelstem.metrics import auroc
+from voxelstem.objectives.anatomy import Anatomy, AnatomyConfig
+from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.objectives.longitudinal import Longitudinal, LongitudinalConfig
+from voxelstem.probes import disentanglement
 from voxelstem.protocols import Batch
 from voxelstem.sources.brain import INTRACRANIAL, VOLUME_LABEL, BrainConfig, Contrast, brain_subject
 from voxelstem.study import InputSpec, Study
@@ -168,3 +175,134 @@ def test_an_infarct_is_told_from_any_set_that_shows_it_and_from_no_other() -> No
         assert auroc(truth, answers(*shows)) > 0.8
     assert abs(auroc(truth, answers("T1w")) - 0.5) < 0.2
     np.testing.assert_allclose(answers(*ALL), answers(*reversed(ALL)), atol=1e-5)
+
+
+@dataclass(frozen=True)
+class People:
+    """One session of some people in all contrasts."""
+
+    scans: Tensor
+    """(person, contrast, 1, i, j, k) in [0, 1]."""
+    ventricles: Tensor
+    """(person, 1), standardised."""
+
+    @classmethod
+    def drawn(cls, first: int, people: int) -> People:
+        scans, shares = [], []
+        for seed in range(first, first + people):
+            like = BrainConfig(seed=seed, shape_ijk=GRID, spacing_mm=SPEC.spacing_mm, pathology="none")
+            studies = brain_subject(seed, sessions=1, contrasts=ALL, like=like)
+            arrays = [study.volumes[0].array for study in studies]
+            scans.append(torch.stack([window(torch.from_numpy(array), limits(array, SPEC)) for array in arrays]))
+            shares.append([volume(studies[0], "ventricles") / volume(studies[0], INTRACRANIAL)])
+        # What is usual among these drawings, so that training and held-out people have one scale.
+        return cls(torch.stack(scans), (torch.tensor(shares) - 0.04) / 0.02)
+
+    def pairs(self, step: int, rng: np.random.Generator) -> Batch:
+        """Two contrasts of each of some people."""
+        rows = rng.choice(len(self.scans), 16, replace=False)
+        kinds = np.stack([rng.choice(len(ALL), 2, replace=False) for _ in rows])
+        views = {name: self.scans[rows, kinds[:, at]][:, None] for at, name in enumerate(("global", "other"))}
+        contrast = torch.from_numpy(kinds).float()
+        return Batch(
+            views=views, places_mm={}, seed=step, targets={"copy": torch.zeros(len(rows), 1), "contrast": contrast}
+        )
+
+
+UNTANGLE = DisentangleConfig(
+    subject_weight=0.0, nt_xent_weight=2.0, temperature=0.5, leak_weight=6.0, name_weight=2.0, background="ignored"
+)
+
+
+def train(objective: nn.Module, batches: Iterator[Batch], *, steps: int, lr: float) -> nn.Module:
+    optim = replace(OPTIM, lr=lr)
+    optimizer = make_optimizer(objective, objective.learner.param_groups(), optim)
+    for step, batch in enumerate(islice(batches, steps)):
+        set_rate(optimizer, optim, progress=step / steps)
+        optimizer.zero_grad()
+        objective.step(batch, progress=step / steps).loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), optim.clip_norm)
+        optimizer.step()
+    return objective.eval()
+
+
+@pytest.fixture(scope="module")
+def people() -> People:
+    return People.drawn(0, 320)
+
+
+@pytest.fixture(scope="module")
+def strangers() -> People:
+    return People.drawn(HELD_FROM, 60)
+
+
+def painter(people: People, config: DisentangleConfig, *, steps: int = 300) -> Disentangled:
+    """A network without skips that learned to paint contrasts of one person from each other."""
+    network = DisentangledConfig(width=8, levels=2, latent=16, block_ijk=GRID, vae=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        objective = Disentangle(config, Disentangled(network))
+    rng = np.random.default_rng(0)
+    return train(objective, (people.pairs(step, rng) for step in count()), steps=steps, lr=6e-3).backbone
+
+
+@torch.inference_mode()
+def swaps(network: Disentangled, held: People) -> tuple[float, float]:
+    """Mean error of scan b, painted from a's subject with b's contrast, and with a's own."""
+    latents = network.latents(held.scans.flatten(0, 1))
+    subject, contrast = (side.unflatten(0, (-1, len(ALL))) for side in (latents.subject_mean, latents.contrast_mean))
+    errors = [
+        [
+            float(smooth_l1(network.reconstruct(subject[:, a], contrast[:, how]), held.scans[:, b]).value)
+            for how in (b, a)
+        ]
+        for a, b in permutations(range(len(ALL)), 2)
+    ]
+    right, wrong = np.mean(errors, axis=0)
+    return float(right), float(wrong)
+
+
+def test_only_the_true_swap_paints_the_other_contrast_and_parts_subject_from_contrast(
+    people: People, strangers: People
+) -> None:
+    network = painter(people, UNTANGLE)
+    right, wrong = swaps(network, strangers)
+    assert right < 0.8 * wrong
+    released, without = swaps(painter(people, replace(UNTANGLE, swap="released", repel_copies=True)), strangers)
+    assert released > 0.95 * without
+    assert right < 0.9 * released
+    with torch.inference_mode():
+        latents = network.latents(strangers.scans.flatten(0, 1))
+    subject, contrast = (side.flatten(2).mean(dim=2).numpy() for side in (latents.subject_mean, latents.contrast_mean))
+    whose = [str(person) for person in range(len(strangers.scans)) for _ in ALL]
+    found = disentanglement(subject, contrast, contrasts=ALL * len(strangers.scans), subjects=whose)
+    assert found.contrast_from_contrast.value.estimate > 0.9
+    assert found.contrast_from_subject.value.estimate < 0.6
+    assert found.subject_from_subject.value.estimate > 20 * found.subject_from_subject.chance
+    centred = torch.from_numpy(subject - subject.mean(axis=0)).unflatten(0, (-1, len(ALL)))
+    one, other = (nn.functional.normalize(centred[:, kind], dim=1) for kind in (0, 1))
+    near = one @ other.T
+    assert near.diagonal().mean() > near.mean() + 0.5
+
+
+def test_volumes_are_read_from_people_that_were_never_seen(people: People, strangers: People) -> None:
+    network = UNetConfig(features=(8, 16, 32), depths=(1, 1, 1), strides=(1, 2, 2), block_ijk=GRID)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AnatomyConfig(mask_block=4, mask_ratio=0.5, pathology_weight=0.0, columns=1, anatomy_weight=0.5)
+        objective = Anatomy(config, UNet(network))
+    rng = np.random.default_rng(0)
+
+    def batches() -> Iterator[Batch]:
+        for step in count():
+            rows, kinds = rng.choice(len(people.scans), 16, replace=False), rng.integers(len(ALL), size=16)
+            views = {"global": people.scans[rows, kinds][:, None]}
+            yield Batch(views=views, places_mm={}, seed=step, targets={"volumes": people.ventricles[rows]})
+
+    trained = train(objective, batches(), steps=300, lr=3e-3)
+    with torch.inference_mode():
+        deepest = trained.backbone.features(strangers.scans.flatten(0, 1))[-1]
+        said = trained.volumes(deepest[:, : trained.anatomy_count]).unflatten(0, (-1, len(ALL)))[..., 0]
+    truth = strangers.ventricles
+    left = ((said - truth) ** 2).sum(dim=0) / ((truth - truth.mean()) ** 2).sum()
+    assert (1 - left > 0.5).all()

@@ -14,9 +14,12 @@ from jaxtyping import Float
 from voxelstem import geometry
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.sources import MASKS, iterate, read_labels, stem
+from voxelstem.sources.nnssl import REMOVED
 from voxelstem.study import LabelMap, Study, Volume
 from voxelstem.table import closest
 
+FACES = {1: REMOVED}
+"""Classes of masks of what was taken off scans."""
 LABELS_FILE = "labels.json"
 SAME_PLACE_MM = 1e-3
 """How far a corner of a mask may lie from the scan's: formats keep affines as float32 or as rounded text."""
@@ -64,6 +67,44 @@ class Masks:
     def relative(self, path: Path) -> str:
         """Where a mask lies below the folder of masks."""
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+
+
+class Laid:
+    """The user's masks, and those that lie among the scans of a folder in another program's layout."""
+
+    def __init__(self, masks: Masks) -> None:
+        """Begin with the user's."""
+        self.masks = masks
+        self.own: dict[int, Masks] = {}
+        """By the number of the folder: two data sets may hold a case of the same name."""
+
+    def take(self, relative: str, dataset: int, *, drawn: bool = False) -> tuple[Path | None, dict[int, str]]:
+        """The mask of a scan and the names of its classes; the user's comes first.
+
+        `drawn`: the store holds what somebody drew on it, which a mask of faces does not replace.
+        """
+        both = (self.masks, self.own.get(dataset, Masks()))
+        for mask, masks in [(masks.take(relative), masks) for masks in both]:
+            if mask is not None and not (drawn and masks.classes == FACES):
+                return mask, masks.names(relative)
+        return None, {}
+
+    def all(self) -> list[Masks]:
+        """The user's, then those of each folder."""
+        return [self.masks, *self.own.values()]
+
+    def unused(self) -> list[tuple[Path, str]]:
+        """Masks whose scan did not come by, and where they lie."""
+        return [(path, masks.relative(path)) for masks in self.all() for path in masks.unused()]
+
+    def relative(self, mask: Path) -> str:
+        """Where a mask lies below the folder that it came with."""
+        return next((masks.relative(mask) for masks in self.all() if mask in masks.files), mask.name)
+
+
+def is_there(mask: Path | None) -> bool:
+    """Whether a scan has a mask, and it is a file."""
+    return mask is not None and mask.is_file()
 
 
 def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from voxelstem import exchange
-from voxelstem.annotations import Masks, read_masks
+from voxelstem.annotations import FACES, Laid, Masks, is_there, read_masks
 from voxelstem.cluster import Cluster
 from voxelstem.deidentify import deidentify
 from voxelstem.errors import ConfigError, IngestError, StoreError
@@ -98,7 +98,7 @@ def ingest(
     key = site_key()
     masks = read_masks(labels, sources) if labels else Masks()
     texts = read_reports(reports, key) if reports else Reports()
-    laid = _Laid(masks)
+    laid = Laid(masks)
     found = _find(sources, laid)
     _check_places(found, laid, texts)
     intake = Intake(key=key, config=config, datasets=tuple(describe(Path(path)) for path in sources))
@@ -176,7 +176,7 @@ def note_volumes(
         StoreError: the store cannot be opened or written, or was made with another site key.
     """
     key, table = site_key(), read_volumes(volumes, qc)
-    found = [source for source, _ in _find(sources, _Laid(Masks()))]
+    found = [source for source, _ in _find(sources, Laid(Masks()))]
     places = Counter(stem(source.relative) for source in found)
     names = Counter(stem(source.relative.rpartition("/")[2]) for source in found)
     used: set[str] = set()
@@ -248,34 +248,7 @@ def _as_before(found: list[tuple[Source, int]], writer: Writer) -> list[tuple[So
     return [(replace(source, dataset=""), number) for source, number in found]
 
 
-class _Laid:
-    """The user's masks, and those that lie among the scans of a folder in another program's layout."""
-
-    def __init__(self, masks: Masks) -> None:
-        self.masks = masks
-        self.own: dict[int, Masks] = {}
-        """By the number of the folder: two data sets may hold a case of the same name."""
-
-    def take(self, relative: str, dataset: int) -> tuple[Path | None, dict[int, str]]:
-        """The mask of a scan and the names of its classes."""
-        for masks in (self.masks, self.own.get(dataset, Masks())):
-            mask = masks.take(relative)
-            if mask is not None:
-                return mask, masks.names(relative)
-        return None, {}
-
-    def all(self) -> list[Masks]:
-        return [self.masks, *self.own.values()]
-
-    def unused(self) -> list[tuple[Path, str]]:
-        """Masks whose scan did not come by, and where they lie."""
-        return [(path, masks.relative(path)) for masks in self.all() for path in masks.unused()]
-
-    def relative(self, mask: Path) -> str:
-        return next((masks.relative(mask) for masks in self.all() if mask in masks.files), mask.name)
-
-
-def _find(paths: Sequence[Path | str], laid: _Laid) -> list[tuple[Source, int]]:
+def _find(paths: Sequence[Path | str], laid: Laid) -> list[tuple[Source, int]]:
     """List all scans and which of `paths` each was found in; each once, also where one path lies below another."""
     found: dict[tuple[Path, str], tuple[Source, int]] = {}
     for number, path in enumerate(paths):
@@ -288,18 +261,18 @@ def _find(paths: Sequence[Path | str], laid: _Laid) -> list[tuple[Source, int]]:
     return [(source, number) for (path, _), (source, number) in found.items() if path not in masks]
 
 
-def _listed(path: Path, number: int, laid: _Laid) -> Iterable[Source]:
+def _listed(path: Path, number: int, laid: Laid) -> Iterable[Source]:
     """The images that a folder's list names with their masks, or else all scans below it."""
     collection = read_collection(path)
     if collection is None:
         return iterate(path)
     root = path.resolve()
     masks = {scan: root / mask for scan, mask in collection.removed.items()}
-    laid.own[number] = Masks(root=root, classes={1: REMOVED}, by_scan=masks, files=set(masks.values()))
+    laid.own[number] = Masks(root=root, classes=FACES, by_scan=masks, files=set(masks.values()))
     return collection.sources()
 
 
-def _check_places(found: Sequence[tuple[Source, int]], laid: _Laid, texts: Reports) -> None:
+def _check_places(found: Sequence[tuple[Source, int]], laid: Laid, texts: Reports) -> None:
     """See that a mask or a report that is meant for one scan cannot go to two, and let names count only where unique.
 
     Raises:
@@ -320,7 +293,7 @@ def _check_places(found: Sequence[tuple[Source, int]], laid: _Laid, texts: Repor
 class _Run:
     """The counts of one ingest, and its one way into the store."""
 
-    def __init__(self, key: bytes, masks: _Laid, reports: Reports) -> None:
+    def __init__(self, key: bytes, masks: Laid, reports: Reports) -> None:
         self.key, self.masks, self.reports = key, masks, reports
         self.kept = self.skipped = 0
         self.refusals: list[Refused] = []
@@ -350,8 +323,9 @@ class _Run:
             done = writer.catalogue.done(task.name)
             keys = done[1] if done else ()
         else:
-            # Without a fingerprint it is read again next time, when its mask may have been put right.
-            fingerprint = "" if outcome.mask_code else outcome.fingerprint
+            # Without a fingerprint it is read again next time, when its mask may have been put right. Whether it is
+            # there at all is part of the fingerprint.
+            fingerprint = "" if outcome.mask_code and is_there(task.mask) else outcome.fingerprint
             before = _annotated(writer, (volume.key for volume in outcome.study.volumes))
             try:
                 keys = writer.add(outcome.study, source=task.name, fingerprint=fingerprint)
@@ -376,7 +350,7 @@ class _Run:
                 text = self.reports.find(task.source.relative, record.subject)
                 if text is not None and text != record.report:
                     writer.catalogue.put(replace(record, report=text))
-            if task.mask and not outcome.mask_code:
+            if is_there(task.mask) and not outcome.mask_code:
                 writer.catalogue.forgive(_name(task.mask, self.key))
 
 
@@ -391,9 +365,11 @@ def _name(path: Path, key: bytes, series: str = "") -> str:
     return source_name("\0".join(filter(None, (path.resolve().as_posix(), series))), key)
 
 
-def _task(source: Source, dataset: int, writer: Writer, laid: _Laid, key: bytes) -> Task:
+def _task(source: Source, dataset: int, writer: Writer, laid: Laid, key: bytes) -> Task:
     name = _name(source.path, key, source.series)
     done = writer.catalogue.done(name)
     known = done[0] if done and writer.holds(name, done[0]) else ""
-    mask, classes = laid.take(source.relative, dataset)
+    records = map(writer.catalogue.record, done[1]) if done and dataset in laid.own else ()
+    drawn = any(record is not None and set(record.classes.values()) - {REMOVED} for record in records)
+    mask, classes = laid.take(source.relative, dataset, drawn=drawn)
     return Task(source=source, name=name, known=known, mask=mask, classes=classes, dataset=dataset)

@@ -95,11 +95,11 @@ class PretrainConfig:
             )
         if getattr(self.backbone, "channels", 1) != 1:
             raise ValueError(f"backbone.channels must be 1, as in every scan of a store, got {self.backbone.channels}")
-        # An objective may say what it needs of the other parts.
-        check = getattr(self.objective, "check", None)
-        if check is not None:
-            together = self.loader.batch // self.parallel.accumulate
-            check(self.views.global_, self.views.local, batch=together, backbone=self.backbone)
+        views, together = self.views, self.loader.batch // self.parallel.accumulate
+        if check := getattr(self.objective, "check", None):
+            check(views.global_, views.local, batch=together, backbone=self.backbone)
+        if views.left_out and not getattr(self.objective, "leaves_out", False):
+            raise ValueError(f"views.left_out: '{name}' has no use for it; leave it empty")
 
     def _check_numbers(self) -> None:
         if self.seed < 0:

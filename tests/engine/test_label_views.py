@@ -163,3 +163,20 @@ def test_the_second_scan_of_a_pair_has_flags_of_its_own(tmp_path):
             wanted = count_flags(store, shown, place, (8, 8, 8), "ventricles")
             assert (batch.views[f"counted:{name}"][row].numpy() == wanted).all()
     assert not batch.views["counted:global"].equal(batch.views["counted:other"])
+
+
+def test_damaged_labels_of_a_second_scan_are_blamed_on_it(tmp_path):
+    store = Store.create(tmp_path / "store")
+    for study in brain_subject(0, sessions=3, contrasts=("T1w",), like=BrainConfig(seed=0, shape_ijk=(16, 20, 16))):
+        write(store, replace(study, subject=pseudonym(study.subject, bytes(32))))
+    records = list(store)
+    bad = records[0]
+    (path,) = (store.path / "labels").rglob(f"{bad.label_key}*")
+    path.write_bytes(path.read_bytes()[:40])
+    pair = PairConfig(same_session=0.0, other_session=1.0)
+    views = replace(VIEWS, global_=replace(WHOLE, count=1), pair=pair, left_out="ventricles")
+    config = LoaderConfig(batch=2, max_bad_share=0.4)
+    loader = Loader(store, [one.key for one in records], SPEC, views=views, config=config, seed=0)
+    for step in range(4):
+        loader.batch(step)
+    assert loader.quarantined == {bad.key}

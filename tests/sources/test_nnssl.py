@@ -125,11 +125,44 @@ def test_what_was_taken_off_an_image_becomes_a_voxel_label(folder: Path, tmp_pat
     assert (store.labels(record.key).array == face[::-1, ::-1]).all()
 
 
+def test_what_was_drawn_on_a_scan_outlives_the_mask_of_its_face(folder: Path, tmp_path: Path):
+    face = np.zeros((8, 8, 8), np.int16)
+    face[:, 5:] = 1
+    nifti.write(folder / "ds1/sub-1/t1_anon.nii.gz", face, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    write(folder, with_mask("ds1/sub-1/t1_anon.nii.gz"))
+    nifti.write(tmp_path / "drawn" / PLACES[0], 1 - face, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    (tmp_path / "drawn/labels.json").write_text('{"classes": {"1": "tumour"}}')
+    done = ingest([folder], tmp_path / "store", labels=tmp_path / "drawn")
+    assert (done.kept, done.refused) == (4, 0)
+    for _ in range(2):
+        again = ingest([folder], tmp_path / "store")
+        assert (again.kept, again.refused) == (0, 0)
+        (record,) = (one for one in Store.open(tmp_path / "store") if one.has_labels)
+        assert record.classes == {1: "tumour"}
+
+
+def test_a_mask_belongs_to_one_image_and_is_none_itself(folder: Path):
+    content = with_mask(PLACES[1])
+    write(folder, content)
+    with pytest.raises(ConfigError, match="an image is listed as a mask too"):
+        read_collection(folder)
+    for image_ in content["datasets"]["1"]["subjects"]["sub-1"]["sessions"]["ses-1"]["images"]:
+        image_["associated_masks"]["anonymization_mask"] = "ds1/face.nii.gz"
+    write(folder, content)
+    with pytest.raises(ConfigError, match="image 2 has the mask of another image"):
+        read_collection(folder)
+
+
 def test_a_mask_that_is_not_there_is_a_line_of_the_ledger_and_its_scan_is_kept(folder: Path, tmp_path: Path):
     write(folder, with_mask("$nnssl_raw/Dataset001_Brains/ds1/nowhere.nii.gz"))
     done = ingest([folder], tmp_path / "store")
     assert (done.kept, done.refused) == (4, 1)
     assert "sub-1" not in done.refusals[0].reason
+    assert ingest([folder], tmp_path / "store").skipped == 4
+    assert len(list(Store.open(tmp_path / "store").refusals())) == 1
+    nifti.write(folder / "ds1/nowhere.nii.gz", np.ones((8, 8, 8), np.int16), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    assert ingest([folder], tmp_path / "store").kept == 1
+    assert not list(Store.open(tmp_path / "store").refusals())
     write(folder, with_mask("../elsewhere.nii.gz"))
     with pytest.raises(ConfigError, match="image 1 has a mask that does not lie below its folder"):
         read_collection(folder)

@@ -143,6 +143,9 @@ class Loader:
         self._crops = Crops(store, config.source)
         self._facts = read_facts(store, self.keys, views.pair) if views.pair else None
         self._notes: list[dict[str, Any]] = [self._crops.note(), *([self._facts.note()] if self._facts else [])]
+        if views.left_out:
+            held = sum(views.left_out in store.record(key).classes.values() for key in self.keys)
+            self._notes.append({f"left out, '{views.left_out}'": f"in {held} of {len(self.keys)} scans"})
         self.pairs = PairCounts()
         self._voxels, self._seconds = 0, 0.0
         self._waited, self._busy = 0.0, 0.0

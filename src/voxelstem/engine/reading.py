@@ -132,12 +132,12 @@ class SlotReader:
                 if self.facts is not None and self.facts.config.paired:
                     partner = self._partner(self.facts, record, region, slot, phase)
                     blamed = partner.record.key
-                    region = replace(region, other=self._other(region, partner, slot, phase, tally))
+                    other = self._other(region, partner, slot, phase, tally)
+                    region = replace(region, other=self._flagged(other, partner.record))
                     blamed = slot.key
                     partners.append(partner.record.key)
                     refused.append(partner.refused)
-                if self.views.left_out:
-                    region = self._flagged(region, record, partners[-1] if region.other else "")
+                region = self._flagged(region, record)
                 if self.facts is not None:
                     region = replace(region, targets=self.facts.targets(slot.key, *partners[-1:]))
                 samples.append(self._make(region) if self.makes else region)
@@ -182,8 +182,10 @@ class SlotReader:
             return replace(region, views=views, changes=changes, text="")
         return self._region(partner.record, views, changes, tally)
 
-    def _flagged(self, region: Region, record: Record, partner: str) -> Region:
-        """The region, and its second scan's, with flags of what counts in their views."""
+    def _flagged(self, region: Region, record: Record) -> Region:
+        """The region with flags of what counts in its own views, where the recipe leaves something out."""
+        if not self.views.left_out:
+            return region
         places = region.places_mm
         flags = {
             f"{COUNTED}{name}": count_flags(
@@ -191,8 +193,7 @@ class SlotReader:
             )
             for name, plans in region.views.items()
         }
-        other = self._flagged(region.other, self.crops.store.record(partner), "") if region.other else None
-        return replace(region, flags=flags, other=other)
+        return replace(region, flags=flags)
 
     def _rng(self, purpose: int, slot: Slot, phase: int) -> np.random.Generator:
         return np.random.default_rng([purpose, self.seed, slot.epoch, slot.place, phase])

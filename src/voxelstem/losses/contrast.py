@@ -73,10 +73,11 @@ def between_groups(values: Float[Tensor, "row dim"], group: Float[Tensor, " row"
     names = group.unique()
     if len(names) < 2:  # noqa: PLR2004 - nothing lies between one group and itself
         return 0.0 * values.float().sum()
-    centred = rows - rows.mean(dim=0)
-    member = (group[:, None] == names).to(centred)
-    between = ((member.T @ centred).square() / member.sum(dim=0)[:, None]).sum(dim=0)
-    return (between / (centred.square().sum(dim=0) + _LEAST_VARIANCE)).mean()
+    with torch.autocast(values.device.type, enabled=False):
+        centred = rows - rows.mean(dim=0)
+        member = (group[:, None] == names).to(centred)
+        between = ((member.T @ centred).square() / member.sum(dim=0)[:, None]).sum(dim=0)
+        return (between / (centred.square().sum(dim=0) + _LEAST_VARIANCE)).mean()
 
 
 def same_subject(number: Float[Tensor, "row 1"]) -> Bool[Tensor, "row row"]:

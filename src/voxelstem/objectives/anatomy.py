@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +40,8 @@ class AnatomyConfig:
     """Share of blocks that are hidden: of every view exactly as many."""
     fill: Literal["zero", "token"] = "zero"
     """What stands in hidden voxels: 0, which among z-scores is the mean and could be tissue, or a learned number."""
+    leaves_out: ClassVar[bool] = True
+    """Flags of what does not count (`views.left_out`) are obeyed."""
     background: Background = "counts"
     """Whether voxels at a view's lowest value (air, a removed face) count in the reconstruction."""
     reconstruction_weight: float = 0.70
@@ -49,7 +51,8 @@ class AnatomyConfig:
     pathology_weight: float = 0.15
     place_weight: float = 0.0
     """Ours: of saying for every voxel where it lies, in `place_mm` from the middle of all views of a scan. What two
-    views show must be known to tell how far they lie apart, so there are two or more."""
+    views show must be known to tell how far they lie apart, so there are two or more; what speaks of volumes and health
+    has one. All voxels are asked, also those that `views.left_out` names."""
     place_mm: float = 100.0
     """About half of the field of view."""
     anatomy_form: Form = "huber"
@@ -94,7 +97,10 @@ class AnatomyConfig:
         """
         del local, batch
         if self.place_weight and global_.count < 2:  # noqa: PLR2004 - one view lies nowhere
-            raise ValueError("objective.place_weight compares views of a scan: set views.global_.count to 2 or more")
+            raise ValueError(
+                "objective.place_weight compares views of a scan: set views.global_.count to 2 or more, and with it "
+                "views.pair=null and anatomy_weight and pathology_weight, which ask for a pair's facts, to 0"
+            )
         if not getattr(backbone, "decoder", False) or getattr(backbone, "skips", None) is None:
             raise ValueError(f"anatomy needs a U-Net with its decoder (backbone.name=unet), got {backbone.name}")
         for edge, name in ((backbone.patch, "the backbone's cells"), (self.mask_block, "objective.mask_block")):

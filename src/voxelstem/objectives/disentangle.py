@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,6 +48,8 @@ class DisentangleConfig:
     """Edge of a hidden block in voxels."""
     mask_ratio: float = 0.2
     """Share of blocks that are hidden: of every scan exactly as many, of both scans others."""
+    leaves_out: ClassVar[bool] = True
+    """Flags of what does not count (`views.left_out`) are obeyed."""
     background: Background = "counts"
     """Whether voxels at a view's lowest value (air, a removed face) count in what is painted."""
     latent: int = 256
@@ -123,7 +125,7 @@ class DisentangleConfig:
                 )
         if global_.count != 1:
             raise ValueError(f"disentangle compares one view of each scan: views.global_.count is {global_.count}")
-        if (self.nt_xent_weight or self.vicreg_weight) and batch < PAIR:
+        if (self.nt_xent_weight or self.vicreg_weight or self.leak_weight) and batch < PAIR:
             raise ValueError(f"subjects are told apart in a micro-batch of 2 or more, loader.batch gives {batch}")
         if self.masked_weight and not getattr(backbone, "decoder", False):
             raise ValueError(
@@ -260,7 +262,7 @@ class Disentangle(nn.Module):
         if self.health is not None:
             found["pathology"] = (~self._target(batch, "pathology", 1)[:, 0].isnan()).sum()
         if self.names is not None:
-            found["name"] = (~self._contrasts(batch).isnan()).sum()
+            found["name"] = (~self._target(batch, "contrast", PAIR).isnan()).sum()
         return found
 
     def _painted(self, pair: _Pair, subject: Tensor, contrast: Tensor, known: Mapping[str, Tensor]) -> dict[str, Term]:
@@ -302,7 +304,7 @@ class Disentangle(nn.Module):
         """What is ours: anatomy and health out of the latents' means, and each subject told from the others."""
         config, count = self.config, batch.known.get
         terms: dict[str, Term] = {}
-        subject = latents.subject_mean.flatten(2).mean(dim=2)
+        subject = latents.subject_mean.flatten(2).float().mean(dim=2)
         if self.volumes is not None:
             found = volume_regression(self.volumes(subject), self._volumes(batch), count=count("anatomy"))
             terms["anatomy"] = Term.of(config.anatomy_weight, found)
@@ -317,8 +319,8 @@ class Disentangle(nn.Module):
             named = known_class(guess, truth, count=count("name"))
             terms["name"] = Term.of(config.name_weight, named)
         if config.leak_weight:
-            both = distributed.rows(subject.unflatten(0, (PAIR, -1)).transpose(0, 1)).flatten(0, 1)
-            groups = distributed.rows(self._contrasts(batch)).flatten()
+            both = distributed.rows(subject.unflatten(0, (PAIR, -1)).transpose(0, 1).contiguous()).flatten(0, 1)
+            groups = distributed.rows(self._target(batch, "contrast", PAIR)).flatten()
             terms["leak"] = Term(weight=config.leak_weight, value=between_groups(both, groups))
         if config.nt_xent_weight or config.vicreg_weight:
             one, other = (distributed.rows(side) for side in subject.float().chunk(PAIR))

@@ -86,7 +86,11 @@ def read_collection(root: Path) -> Nnssl | None:
             where = _place(mask, root)
             if where is None:
                 raise _malformed(number, "has a mask that does not lie below its folder", hint=_BELOW)
+            if where in removed.values():
+                raise _malformed(number, "has the mask of another image", hint="list each mask once")
             removed[place] = where
+    if not images.keys().isdisjoint(removed.values()):
+        raise ConfigError(f"{FILE}: an image is listed as a mask too", hint="list what is a scan as image alone")
     return Nnssl(root=root, images=images, removed=removed)
 
 

@@ -59,8 +59,9 @@ class ViewsConfig:
     """Which second scan of the same subject a sample shows, at the place of its one global view, as the view `other`,
     and what is said of both; None: each sample is one scan."""
     left_out: str = ""
-    """A class of the scans' voxel labels that no loss may count, such as `removed`: a face that was taken off or drawn
-    anew. Beside each view there are then flags of its size, called `counted:` and its name: 0 where it lies, else 1."""
+    """A class of the scans' voxel labels, such as `removed` (a face that was taken off or drawn anew), that does not
+    count in what `anatomy` and `disentangle` paint. Beside each view there are then flags of its size, named `counted:`
+    and its name: 0 where it lies, else 1."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
