@@ -350,7 +350,7 @@ class _Run:
                 text = self.reports.find(task.source.relative, record.subject)
                 if text is not None and text != record.report:
                     writer.catalogue.put(replace(record, report=text))
-            if is_there(task.mask) and not outcome.mask_code:
+            if task.mask and is_there(task.mask) and not outcome.mask_code:
                 writer.catalogue.forgive(_name(task.mask, self.key))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.heads import drawn
 
 from voxelstem.backbones.encoder import EncoderConfig
 from voxelstem.backbones.scan_vit import ScanVit, ScanVitConfig
@@ -64,3 +65,13 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Three heads with voxel labels."""
+    store = Store.create(tmp_path_factory.mktemp("labelled") / "store")
+    for seed in range(3):
+        study = drawn(seed)
+        write(store, replace(study, subject=pseudonym(study.subject, bytes(32))))
+    return store

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float32, Int16
 from torch import Tensor
 
-from voxelstem.engine.label_views import COUNTED, count_flags
+from voxelstem.engine.label_crops import COUNTED, count_flags
 from voxelstem.engine.pairing import Partner, find_partner
 from voxelstem.engine.targets import Facts
 from voxelstem.engine.transfer import Crops
