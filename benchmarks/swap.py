@@ -25,6 +25,7 @@ import torch
 from sklearn.linear_model import RidgeCV
 
 from voxelstem.backbones.unet import UNet, UNetConfig
+from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
 from voxelstem.losses.masked import masked_mse, smooth_l1
 from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.protocols import Batch
@@ -32,10 +33,20 @@ from voxelstem.sources.brain import INTRACRANIAL, VOLUME_LABEL, BrainConfig, bra
 from voxelstem.views.mask import draw_voxels
 
 EDGE = 16
-TRAINED, UNSEEN = 64, 48
+TRAINED, UNSEEN = 256, 48
+OPTIM = OptimConfig(kind="muon", momentum=0.95, lr=6e-3)
 NETWORK = UNetConfig(features=(8, 16, 32), depths=(1, 1, 1), strides=(1, 2, 2), block_ijk=(EDGE,) * 3, skips="dropped")
 OURS = DisentangleConfig(
-    latent=8, mask_ratio=0.5, masked_weight=1.0, anatomy_weight=0.15, columns=1, background="ignored", kl_weight=1e-4
+    latent=16,
+    mask_ratio=0.5,
+    masked_weight=1.0,
+    anatomy_weight=1.0,
+    columns=1,
+    background="ignored",
+    kl_weight=1e-4,
+    subject_weight=0.0,
+    nt_xent_weight=0.5,
+    temperature=0.5,
 )
 WAYS: dict[str, tuple[UNetConfig, DisentangleConfig]] = {
     "ours": (NETWORK, OURS),
@@ -67,7 +78,7 @@ def train(network: UNetConfig, config: DisentangleConfig, *, steps: int, seed: i
     volumes = torch.from_numpy((shares - shares.mean()) / shares.std()).float()[:, None]
     torch.manual_seed(seed)
     objective = Disentangle(config, UNet(network))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=5e-3)
+    optimizer = make_optimizer(objective, objective.learner.param_groups(), OPTIM)
     rng = np.random.default_rng(seed)
     for step in range(steps):
         rows = torch.from_numpy(rng.permutation(TRAINED)[:8])
@@ -76,7 +87,9 @@ def train(network: UNetConfig, config: DisentangleConfig, *, steps: int, seed: i
         views = {name: side[:, None] for name, side in zip(("global", "other"), pair, strict=True)}
         targets = {"copy": torch.zeros(8, 1), "volumes": volumes[rows]}
         batch = Batch(views=views, places_mm={}, seed=seed * steps + step, targets=targets)
+        set_rate(optimizer, OPTIM, progress=step / steps)
         objective.step(batch, progress=step / steps).loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), OPTIM.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
     return objective.eval()

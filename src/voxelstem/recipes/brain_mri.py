@@ -114,7 +114,9 @@ def base() -> PretrainConfig:
       segmentation has its skips.
     - Pairs of contrasts, and of sessions; what is known to be one contrast is not pushed apart.
     - Volumes of each session, standardised by column, so that change over the years is not erased; health where it is
-      known; and each subject told from the others in the batch.
+      known; and each subject told from the others in the batch, in place of the cosine of its two scans, which all
+      scans meet by being alike.
+    - The contrast is named by its own latent, and kept out of the subject's.
     - Air does not count, nor what the scans' labels call `removed`: faces.
     - z-scores, as nnU-Net wants them: cut off at the 99th percentile, an infarct is as bright as the brain around it.
     """
@@ -133,7 +135,11 @@ def base() -> PretrainConfig:
             masked_weight=1.0,
             anatomy_weight=0.15,
             pathology_weight=0.15,
-            nt_xent_weight=0.05,
+            subject_weight=0.0,
+            nt_xent_weight=0.5,
+            temperature=0.5,
+            leak_weight=1.0,
+            name_weight=0.2,
         ),
         views=ViewsConfig(
             global_=ViewKind(size_ijk=edge, min_scale=0.85, max_scale=1.15),
