@@ -38,7 +38,7 @@ OPTIM = OptimConfig(kind="muon", momentum=0.95, lr=6e-3)
 NETWORK = UNetConfig(features=(8, 16, 32), depths=(1, 1, 1), strides=(1, 2, 2), block_ijk=(EDGE,) * 3, skips="dropped")
 OURS = DisentangleConfig(
     latent=16,
-    mask_ratio=0.5,
+    mask_ratio=0.25,
     masked_weight=1.0,
     anatomy_weight=1.0,
     columns=1,
@@ -47,6 +47,8 @@ OURS = DisentangleConfig(
     subject_weight=0.0,
     nt_xent_weight=0.5,
     temperature=0.5,
+    leak_weight=2.0,
+    name_weight=1.0,
 )
 WAYS: dict[str, tuple[UNetConfig, DisentangleConfig]] = {
     "ours": (NETWORK, OURS),
@@ -82,10 +84,12 @@ def train(network: UNetConfig, config: DisentangleConfig, *, steps: int, seed: i
     rng = np.random.default_rng(seed)
     for step in range(steps):
         rows = torch.from_numpy(rng.permutation(TRAINED)[:8])
-        turned = torch.from_numpy(rng.random(8) < 0.5)[:, None, None, None, None]
+        swapped = torch.from_numpy(rng.random(8) < 0.5)
+        turned = swapped[:, None, None, None, None]
         pair = torch.where(turned, b[rows], a[rows]), torch.where(turned, a[rows], b[rows])
         views = {name: side[:, None] for name, side in zip(("global", "other"), pair, strict=True)}
-        targets = {"copy": torch.zeros(8, 1), "volumes": volumes[rows]}
+        contrast = torch.stack([swapped, ~swapped], dim=1).float()
+        targets = {"copy": torch.zeros(8, 1), "volumes": volumes[rows], "contrast": contrast}
         batch = Batch(views=views, places_mm={}, seed=seed * steps + step, targets=targets)
         set_rate(optimizer, OPTIM, progress=step / steps)
         objective.step(batch, progress=step / steps).loss.backward()
