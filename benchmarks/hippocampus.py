@@ -3,11 +3,12 @@
     python benchmarks/hippocampus.py [a.b=value …] --data DIR [--out DIR] [--seeds 0 1 2] [--budgets 2 5 10 20]
 
 DIR holds `images` and `labels`: the hippocampus task of the Medical Segmentation Decathlon (T1 crops at 1 mm, anterior
-and posterior part labelled). For each seed a small U-Net is pretrained on the unlabelled training images (masked
-reconstruction, `brain_mri.tiny_ssl3d` without volumes and health). Then the whole network is fine-tuned on few labelled
-subjects, and so is the same network untrained: same subjects, same patches, same steps, hence the same training time.
-Every test subject is scored by both, Dice is averaged over seeds within a subject, intervals resample subjects and
-differences are paired. The nearest atlas, carried over without any training, stands beside them.
+and posterior part labelled). For each seed a small U-Net is pretrained on the unlabelled training images
+(`brain_mri.tiny_ssl3d` without volumes and health: what is hidden is painted, and every voxel says where it lies
+between two views). Then the whole network is fine-tuned on few labelled subjects, and so is the same network
+untrained: same subjects, same patches, same steps, hence the same training time. Every test subject is scored by both,
+Dice is averaged over seeds within a subject, intervals resample subjects and differences are paired. The nearest
+atlas, carried over without any training, stands beside them.
 
 Settings with a dot, such as `full.steps=300` or `pretrain.steps=800`, change how. What is done rests below --out:
 started again, it goes on. Prints tables for LOG.md, writes hippocampus.json, and a page with the curve. --small only
@@ -59,7 +60,10 @@ BLOCK = (32, 48, 32)
 SPEC = InputSpec(modality="MR", spacing_mm=(1.0, 1.0, 1.0), block_ijk=BLOCK, normalisation="zscore")
 FEATURES = (8, 16, 32, 64)
 COLOURS = {"pretrained": "#0b6e6e", "scratch": "#c4572b", "atlas": "#777777"}
-FULL = FinetuneConfig(steps=200, batch=2, lr=3e-3, schedule="warm_up", warm_up=0.1)
+FULL = FinetuneConfig(steps=200, batch=2, lr=2e-2, schedule="warm_up", warm_up=0.1)
+"""Muon leaves weights four times as large as they were drawn: at 3e-3 they hardly move."""
+VIEW = (24, 32, 24)
+"""Two of them lie in a crop, apart from each other."""
 
 
 def pretraining(seed: int, changes: dict[str, Any]) -> PretrainConfig:
@@ -69,11 +73,15 @@ def pretraining(seed: int, changes: dict[str, Any]) -> PretrainConfig:
     config = replace(
         start,
         seed=seed,
-        steps=600,
+        steps=800,
         spec=SPEC,
         backbone=UNetConfig(features=FEATURES, depths=depths, strides=strides, block_ijk=BLOCK),
-        objective=replace(start.objective, anatomy_weight=0.0, pathology_weight=0.0, mask_block=4),
-        views=replace(start.views, global_=replace(start.views.global_, size_ijk=BLOCK), pair=None),
+        objective=replace(
+            start.objective, anatomy_weight=0.0, pathology_weight=0.0, mask_block=4, place_weight=1.0, place_mm=20.0
+        ),
+        views=replace(
+            start.views, global_=replace(start.views.global_, size_ijk=VIEW, count=2), region_scale=1.6, pair=None
+        ),
         health=HealthConfig(every=300, blocks=16),
         checkpoint=CheckpointConfig(every=300),
     )
