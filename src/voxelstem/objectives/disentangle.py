@@ -304,19 +304,18 @@ class Disentangle(nn.Module):
         """What is ours: anatomy and health out of the latents' means, and each subject told from the others."""
         config, count = self.config, batch.known.get
         terms: dict[str, Term] = {}
-        subject = latents.subject_mean.flatten(2).float().mean(dim=2)
+        subject, style = _over_cells(latents.subject_mean), _over_cells(latents.contrast_mean)
         if self.volumes is not None:
             found = volume_regression(self.volumes(subject), self._volumes(batch), count=count("anatomy"))
             terms["anatomy"] = Term.of(config.anatomy_weight, found)
         if self.health is not None:
             # A lesion may show in one contrast only; what is known is known of scan a.
-            both = torch.cat([subject, latents.contrast_mean.flatten(2).mean(dim=2)], dim=1)[: len(batch)]
+            both = torch.cat([subject, style], dim=1)[: len(batch)]
             ill = self._target(batch, "pathology", 1)[:, 0]
             found = known_class(self.health(both), ill, count=count("pathology"))
             terms["pathology"] = Term.of(config.pathology_weight, found)
         if self.names is not None:
-            guess, truth = self.names(latents.contrast_mean.flatten(2).mean(dim=2)), self._contrasts(batch).T.flatten()
-            named = known_class(guess, truth, count=count("name"))
+            named = known_class(self.names(style), self._contrasts(batch).T.flatten(), count=count("name"))
             terms["name"] = Term.of(config.name_weight, named)
         if config.leak_weight:
             both = distributed.rows(subject.unflatten(0, (PAIR, -1)).transpose(0, 1).contiguous()).flatten(0, 1)
@@ -362,6 +361,11 @@ class Disentangle(nn.Module):
                 + terms.get(name, "anatomy_weight"),
             )
         return found
+
+
+def _over_cells(latent: Float[Tensor, "row dim i j k"]) -> Float[Tensor, "row dim"]:
+    """Mean over cells, in 32 bits or more: bf16 would round away what tells scans apart."""
+    return latent.flatten(2).to(torch.promote_types(latent.dtype, torch.float32)).mean(dim=2)
 
 
 def _turned(rows: Tensor) -> Tensor:
