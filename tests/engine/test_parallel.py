@@ -217,7 +217,8 @@ def make_brain(name: str) -> Any:
         network = UNet(UNetConfig(features=(4, 10), depths=(1, 1), strides=(1, 2), block_ijk=edge))
         if name == "anatomy":
             return Anatomy(AnatomyConfig(mask_block=4, visible_weight=0.5, **ours), network)
-        return Disentangle(DisentangleConfig(latent=6, masked_weight=1.0, anatomy_weight=1.0, **ours), network)
+        more = {"masked_weight": 1.0, "anatomy_weight": 1.0, "name_weight": 1.0}
+        return Disentangle(DisentangleConfig(latent=6, **more, **ours), network)
 
 
 def make_labelled() -> Batch:
@@ -227,6 +228,7 @@ def make_labelled() -> Batch:
         "pathology": torch.where(ROWS == 5, 1.0, torch.nan),
         "volumes": torch.where(ROWS < 3, made.targets["volumes"].nan_to_num(0.5), torch.nan),
         "volumes_other": torch.where(ROWS < 4, made.targets["volumes"].flip(0).nan_to_num(0.5), torch.nan),
+        "contrast": torch.where(ROWS < 2, torch.nan, made.targets["contrast"]),
         "copy": ((ROWS == 0) | (ROWS > 5)).float(),
         "years": torch.where(ROWS == 1, torch.nan, 0.3 * (ROWS + 1)),
     }
