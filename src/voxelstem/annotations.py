@@ -102,11 +102,6 @@ class Laid:
         return next((masks.relative(mask) for masks in self.all() if mask in masks.files), mask.name)
 
 
-def is_there(mask: Path | None) -> bool:
-    """Whether a scan has a mask, and it is a file."""
-    return mask is not None and mask.is_file()
-
-
 def read_masks(folder: Path, sources: Sequence[Path | str] = ()) -> Masks:
     """Find the masks of a folder; no voxel is read yet.
 

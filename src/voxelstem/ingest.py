@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from voxelstem import exchange
-from voxelstem.annotations import FACES, Laid, Masks, is_there, read_masks
+from voxelstem.annotations import FACES, Laid, Masks, read_masks
 from voxelstem.cluster import Cluster
 from voxelstem.deidentify import deidentify
 from voxelstem.errors import ConfigError, IngestError, StoreError
@@ -325,7 +325,7 @@ class _Run:
         else:
             # Without a fingerprint it is read again next time, when its mask may have been put right. Whether it is
             # there at all is part of the fingerprint.
-            fingerprint = "" if outcome.mask_code and is_there(task.mask) else outcome.fingerprint
+            fingerprint = "" if outcome.mask_code and task.mask and task.mask.is_file() else outcome.fingerprint
             before = _annotated(writer, (volume.key for volume in outcome.study.volumes))
             try:
                 keys = writer.add(outcome.study, source=task.name, fingerprint=fingerprint)
@@ -350,7 +350,7 @@ class _Run:
                 text = self.reports.find(task.source.relative, record.subject)
                 if text is not None and text != record.report:
                     writer.catalogue.put(replace(record, report=text))
-            if task.mask and is_there(task.mask) and not outcome.mask_code:
+            if task.mask and task.mask.is_file() and not outcome.mask_code:
                 writer.catalogue.forgive(_name(task.mask, self.key))
 
 

@@ -1,8 +1,8 @@
 """nnssl's raw data sets: a `pretrain_data.json` that lists images by data set, subject and session.
 
 Format: `documentation/dataset_format.md` of MIC-DKFZ/nnssl, as OpenMind (arXiv 2412.17041) is given out. An image's
-anonymisation mask becomes its voxel label `removed`, which `views.left_out` keeps out of losses; anatomy masks are left
-where they lie.
+anonymisation mask becomes its voxel label `removed`, which `views.left_out` keeps out of what is painted; anatomy masks
+are left where they lie.
 """
 
 from __future__ import annotations
@@ -86,8 +86,6 @@ def read_collection(root: Path) -> Nnssl | None:
             where = _place(mask, root)
             if where is None:
                 raise _malformed(number, "has a mask that does not lie below its folder", hint=_BELOW)
-            if where in removed.values():
-                raise _malformed(number, "has the mask of another image", hint="list each mask once")
             removed[place] = where
     if not images.keys().isdisjoint(removed.values()):
         raise ConfigError(f"{FILE}: an image is listed as a mask too", hint="list what is a scan as image alone")
