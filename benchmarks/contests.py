@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 from collection import GTV, Collection
 from light_heads import Linear, Neighbours
-from torch import Tensor
 
-from voxelstem.adapt import FeaturesOf, Truth, draw, examples_of
+from voxelstem.adapted import SeeConfig
 from voxelstem.demo import ORGANS
-from voxelstem.embedding import Embedding
 from voxelstem.evaluate import Contest, Outcomes, check_leakage, intensity_features
+from voxelstem.features import FeaturesOf, examples_of, with_intensity
 from voxelstem.manifest import write_whole
-from voxelstem.model import Model, Reference
+from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Task
 from voxelstem.store import Store
-from voxelstem.streaming import Scan, of_store
+from voxelstem.streaming import of_store
+from voxelstem.truth import Truth, draw
 
 TUMOUR_DRAWS = 12
 """Draws of labelled sarcoma patients for each pretraining seed: there are few, and which ones matters."""
@@ -88,13 +88,18 @@ class Contestant:
     answer: Callable[[Contest], Outcomes] | None = None
 
     @staticmethod
-    def of(model: Model, layers: Sequence[int] = ()) -> Contestant:
-        """The model's tokens; with `layers`, those after several of them, side by side."""
-        card = model.card
-        what = [card.sha256, sorted(card.architecture.items()), repr(card.spec), *([list(layers)] if layers else [])]
+    def of(model: Model, see: SeeConfig) -> Contestant:
+        """The model's tokens, or what `see` says."""
+        card, seen = model.card, model.through(see.layers) if see.layers else model
+        what: list[Any] = [card.sha256, sorted(card.architecture.items()), repr(card.spec)]
+        what += [*([list(see.layers)] if see.layers else []), *([see.beside] if see.beside != "nothing" else [])]
 
         def embed(store: Store) -> FeaturesOf:
-            return lambda key: look(model, of_store(store, key), layers)
+            def look(key: str) -> Any:
+                found = seen.embed(of_store(store, key), tokens=True)
+                return found if see.beside == "nothing" else with_intensity(found, store.volume(key), model.spec)
+
+            return look
 
         return Contestant(mark=digest(what), features=embed)
 
@@ -110,26 +115,6 @@ class Contestant:
     def atlas(model: Model) -> Contestant:
         spec = model.spec
         return Contestant(mark=digest(["atlas", spec.low_hu, spec.high_hu]), answer=lambda contest: contest.atlas(spec))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer(Reference):
-    """The tokens after one layer of the first level, in place of the last ones."""
-
-    number: int
-
-    def encode_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        return self.backbone.intermediates(blocks, [self.number])[0]
-
-
-def look(model: Model, scan: Scan, layers: Sequence[int]) -> Embedding:
-    """Embed a scan with its tokens, those of several layers side by side."""
-    if not layers:
-        return model.embed(scan, tokens=True)
-    ways = [Layer(backbone=model.backbone, number=number) for number in layers]
-    seen = [model.embed(scan, tokens=True, computing=way) for way in ways]
-    joined = np.concatenate([one.tokens for one in seen if one.tokens is not None], axis=-1)
-    return dataclasses.replace(seen[-1], tokens=joined)
 
 
 def answer(folder: Path, contestant: Contestant, wanted: Sequence[tuple[Question, int]]) -> dict[str, Outcomes]:

@@ -11,7 +11,8 @@ are then asked about subjects that this pretraining did not see:
 - organs of the two real CTs with many of them, from the other one and from phantoms: printed for each scan.
 
 A variant may continue another one: `NAME=RECIPE,after=OTHER NAME`; or look at its runs in another way, through several
-layers at once: `NAME=RECIPE,runs_of=OTHER NAME,layers=1+2+3+4`. Each seed has its own draws of labelled subjects,
+layers at once and with each patch's histogram beside: `NAME=RECIPE,runs_of=OTHER NAME,layers=1+2+3+4,beside=intensity`;
+`scratch` is then seen in the same way. Each seed has its own draws of labelled subjects,
 and every contestant learns from the same ones: `scratch` is the variant's own network untrained, one for each seed.
 Figures are averaged over seeds and draws within a subject, intervals resample subjects, and differences are paired by
 subject. What is done rests below --out: started again, it goes on, also with other variants. Prints tables for LOG.md
@@ -27,7 +28,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from contests import Contestant, Question, answer, questions_of
 from light_heads import mean_of
 
 from voxelstem import __version__, pretrain, recipes
+from voxelstem.adapted import SeeConfig
 from voxelstem.config import overlay, parse_assignments
 from voxelstem.demo import public_key
 from voxelstem.evaluate import Outcomes, Repeats, table_of
@@ -70,22 +72,23 @@ class Variant:
     """Name of the variant whose weights it continues."""
     runs_of: str = ""
     """Name of the variant whose runs it takes as they are."""
-    layers: tuple[int, ...] = ()
-    """Whose tokens heads see side by side; those of the last one alone where none is named."""
+    see: SeeConfig = field(default_factory=SeeConfig)
+    """What heads see: `layers=1+2` and `beside=intensity` among the differences say it."""
 
     @staticmethod
     def read(text: str) -> Variant:
         name, _, rest = text.partition("=")
         recipe, *parts = (part.strip() for part in rest.split(","))
-        own = {"after": "", "runs_of": "", "layers": ""}
+        own = {"after": "", "runs_of": "", "layers": "", "beside": "nothing"}
         own |= {key: value for key, _, value in (part.partition("=") for part in parts) if key in own}
+        layers = tuple(int(layer) for layer in own["layers"].split("+") if layer)
         return Variant(
             name=name.strip(),
             recipe=recipe,
             settings=tuple(part for part in parts if part.partition("=")[0] not in own),
             after=own["after"],
             runs_of=own["runs_of"],
-            layers=tuple(int(layer) for layer in own["layers"].split("+") if layer),
+            see=overlay(SeeConfig(layers=layers), {"beside": own["beside"]}),
         )
 
     def config(self, seed: int) -> PretrainConfig:
@@ -140,8 +143,8 @@ def rows_of(
         untrained = [model.scratch(seed=seed) for model, seed in zip(models, asked.seeds, strict=True)]
         teams = {
             # Each repeat is another model's; intensity and the atlas answer all of them.
-            "pretrained": [Contestant.of(model, variant.layers) for model in models],
-            "scratch": [Contestant.of(model, variant.layers) for model in untrained],
+            "pretrained": [Contestant.of(model, variant.see) for model in models],
+            "scratch": [Contestant.of(model, variant.see) for model in untrained],
             "intensity": [Contestant.intensity(models[0])] * repeats,
             "atlas": [Contestant.atlas(models[0])] * repeats,
         }
@@ -222,7 +225,8 @@ def costs(out: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> str:
         base = next(one for one in variants if one.name == (variant.runs_of or variant.name))
         runs = [out / "runs" / base.folder(seed) / "minutes.json" for seed in seeds]
         minutes = " ".join(f"{json.loads(run.read_text()):.1f}" for run in runs if run.exists())
-        more = {"after": variant.after, "runs of": variant.runs_of, "layers": "+".join(map(str, variant.layers))}
+        more = {"after": variant.after, "runs of": variant.runs_of, "layers": "+".join(map(str, variant.see.layers))}
+        more["beside"] = variant.see.beside.replace("nothing", "")
         said = (f"{name} {value}" for name, value in more.items() if value)
         what = " ".join((variant.recipe, *variant.settings, *said))
         lines.append(f"| {variant.name} | `{what}` | {variant.config(0).steps} | {minutes} |")

@@ -34,7 +34,6 @@ import torch
 
 import voxelstem
 from voxelstem import pretrain, recipes
-from voxelstem.adapt import Truth, draw
 from voxelstem.backbones.unet import UNetConfig
 from voxelstem.config import overlay, parse_assignments
 from voxelstem.contest import Contest, Outcomes, Repeats
@@ -54,6 +53,7 @@ from voxelstem.report.figures import Picture, blank, to_png
 from voxelstem.store import Store
 from voxelstem.study import InputSpec, LabelMap, Study
 from voxelstem.tasks.segment import Segment
+from voxelstem.truth import Truth, draw
 
 CLASSES = ("anterior", "posterior")
 BLOCK = (32, 48, 32)

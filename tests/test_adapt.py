@@ -1,54 +1,24 @@
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.fewlabelled import FRACTIONS, SPEC, make_store, make_weights
 
 from voxelstem import adapt, evaluate
+from voxelstem.adapted import read_run
 from voxelstem.card import Card, read_card, write_weights
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.features import embedder, examples_of
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
-from voxelstem.store import Fractions, Store, split_of, write
+from voxelstem.store import Store, split_of, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, Study
-
-SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
-ARCHITECTURE = {
-    "name": "scan_vit",
-    "block_ijk": (16, 16, 16),
-    "block.dim": 24,
-    "block.depth": 1,
-    "block.heads": 2,
-    "scan.depth": 0,
-}
-FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
-
-
-def make_store(folder: Path, count: int = 12) -> tuple[Store, Path, Path]:
-    """A store of coarse phantoms with voxel labels, the table of who has contrast, and a labels.json."""
-    store = Store.create(folder / "store", fractions=FRACTIONS)
-    key = site_key()
-    rows = [("subject", "label")]
-    for seed in range(count):
-        study = phantom(PhantomConfig(seed=seed, spacing_mm=(7.0, 7.0, 8.0), phase="portal" if seed % 2 else "none"))
-        write(store, replace(study, subject=pseudonym(study.subject, key)))
-        rows.append((study.subject, study.labels["contrast"]))
-    with (folder / "contrast.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    classes = {"1": "lung_left", "2": "lung_right", "3": "liver"}
-    (folder / "labels.json").write_text(json.dumps({"classes": classes}))
-    return store, folder / "contrast.csv", folder / "labels.json"
-
-
-def make_weights(folder: Path) -> Path:
-    model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
-    write_weights(folder / "weights", model.backbone.state_dict(), model.card)
-    return folder / "weights"
+from voxelstem.study import Study
+from voxelstem.weights.hub import load
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +52,7 @@ def test_a_run_can_be_read_back_whole(place: Path, tmp_path: Path, task: str, mo
         budget=2,
         settings={"seed": 3},
     )
-    read = adapt.read_run(out)
+    read = read_run(out)
     assert (read.config.task, read.config.mode, read.config.budget, read.config.seed) == (task, mode, 2, 3)
     assert len(read.subjects) == 2
     assert all(split_of(subject, FRACTIONS) == "train" for subject in read.subjects)
@@ -90,8 +60,8 @@ def test_a_run_can_be_read_back_whole(place: Path, tmp_path: Path, task: str, mo
     assert not [path for path in tmp_path.iterdir() if path != out]
     store = Store.open(place / "store")
     truth = adapt.read_truth(store, place / labels, read.task, SPEC)
-    features = adapt.embedder(adapt.load(read.weights), store, tmp_path / "features", tokens=read.task.voxels)
-    example = next(adapt.examples_of(store, truth.of("test"), truth, features, read.task))
+    features = embedder(load(read.weights), store, tmp_path / "features", tokens=read.task.voxels)
+    example = next(examples_of(store, truth.of("test"), truth, features, read.task))
     assert read.task.outcome(read.head, example)
 
 
@@ -210,19 +180,19 @@ def test_an_interrupted_run_goes_on(place: Path, tmp_path: Path) -> None:
     (left / "head.json").write_text("{")
     out = adapt.run(**arguments(place, tmp_path))  # pyright: ignore[reportArgumentType]
     assert not left.exists()
-    assert adapt.load(adapt.read_run(out).weights).spec == SPEC
+    assert load(read_run(out).weights).spec == SPEC
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a finished run"):
-        adapt.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_arrays_of_a_head_survive_the_disk(place: Path, tmp_path: Path) -> None:
     out = adapt.run(**arguments(place, tmp_path))  # pyright: ignore[reportArgumentType]
-    head = adapt.read_run(out).head
+    head = read_run(out).head
     again = adapt.run(**arguments(place, tmp_path / "again"))  # pyright: ignore[reportArgumentType]
-    for name, array in adapt.read_run(again).head.arrays.items():
+    for name, array in read_run(again).head.arrays.items():
         np.testing.assert_array_equal(array, head.arrays[name])
 
 
@@ -254,7 +224,7 @@ def test_a_whole_network_is_trained_kept_and_scored_beside_itself_from_scratch(
         budget=2,
         settings={"full.steps": 2, "full.schedule": "sawtooth", "full.warm_up": 0.2},
     )
-    read = adapt.read_run(out)
+    read = read_run(out)
     assert read.config.full is not None
     assert (read.config.full.steps, read.config.full.schedule) == (2, "sawtooth")
     card = read_card(out / "weights")
@@ -274,7 +244,7 @@ def test_a_run_whose_weights_say_another_spacing_is_refused(place: Path, tmp_pat
     path.unlink()
     path.write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match="fitted to scans fed with another spacing_mm"):
-        adapt.read_run(out)
+        read_run(out)
 
 
 def test_a_task_that_cannot_train_whole_networks_says_which_modes_it_has(place: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from voxelstem import adapt, evaluate
+from voxelstem.adapted import Adapted, read_run
 from voxelstem.aligned import read_aligned
 from voxelstem.backbones.text import TowerConfig
 from voxelstem.card import Card, write_weights
@@ -102,7 +103,7 @@ def calibrated(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prompts_need_no_label_and_ask_for_the_whole_set(place: Path, tmp_path: Path) -> None:
-    read = adapt.read_run(asked(place, tmp_path, labels=None))
+    read = read_run(asked(place, tmp_path, labels=None))
     said = read_prompts("phantom")
     assert read.head.classes == said.classes
     assert (read.labelled, read.subjects) == ((), ())
@@ -111,7 +112,7 @@ def test_prompts_need_no_label_and_ask_for_the_whole_set(place: Path, tmp_path: 
 
 
 def test_calibration_learns_from_validation_subjects_and_no_others(place: Path, calibrated: Path) -> None:
-    read = adapt.read_run(calibrated)
+    read = read_run(calibrated)
     store = Store.open(place / "store")
     assert read.labelled
     assert {store.record(key).split for key in read.labelled} == {"validation"}
@@ -136,7 +137,7 @@ def test_a_calibrated_run_stands_beside_untrained_networks_intensities_and_share
     said = read_prompts("phantom")
     assert (one["prompts"], one["version"], one["sha256"]) == ("phantom", said.version, said.sha256)
     assert one["pool"] == found.test_scans
-    assert one["calibrated_on"] == len(adapt.read_run(calibrated).subjects)
+    assert one["calibrated_on"] == len(read_run(calibrated).subjects)
     html = (out / "index.html").read_text()
     assert said.sha256 in html
     assert f"{one['pool']} test scans of {one['subjects']} subjects" in html
@@ -182,7 +183,7 @@ def test_one_of_several_is_answered_and_judged(place: Path, tmp_path: Path) -> N
 
 
 def test_an_untrained_network_answers_through_the_trained_heads(place: Path, calibrated: Path, tmp_path: Path) -> None:
-    run = adapt.read_run(calibrated)
+    run = read_run(calibrated)
     store, space = Store.open(place / "store"), read_aligned(run.weights)
     contest = contest_of(place, run)
     found = zeroshot_baselines(contest, run.head, space, tmp_path / "features")
@@ -195,7 +196,7 @@ def test_an_untrained_network_answers_through_the_trained_heads(place: Path, cal
     )
 
 
-def contest_of(place: Path, run: adapt.Adapted) -> Contest:
+def contest_of(place: Path, run: Adapted) -> Contest:
     store = Store.open(place / "store")
     truth = read_truth(store, place / "findings.csv", run.task, SPEC)
     by_key = {record.key: record for record in truth.records}

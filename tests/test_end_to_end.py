@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from voxelstem import adapt, evaluate, geometry, pretrain
+from voxelstem.adapted import read_run
 from voxelstem.config import overlay
 from voxelstem.demo import public_key
 from voxelstem.ingest import ingest
@@ -48,7 +49,7 @@ def walk(root: Path) -> PhantomFiles:
 
 def test_organs_are_found_where_they_are(journey: tuple[Path, PhantomFiles]) -> None:
     root, _ = journey
-    store, adapted = Store.open(root / "store"), adapt.read_run(root / "adapted")
+    store, adapted = Store.open(root / "store"), read_run(root / "adapted")
     model = load(adapted.weights)
     tested = [record for record in store if record.split == "test"]
     assert tested

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from voxelstem import adapt, evaluate
-from voxelstem.adapt import read_truth
+from voxelstem.adapted import read_run
 from voxelstem.baselines import Intensity, intensity
 from voxelstem.card import Card, write_weights
 from voxelstem.contest import Contest
 from voxelstem.errors import AuditError, ConfigError
+from voxelstem.features import FeaturesOf, embedder
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
@@ -22,6 +23,7 @@ from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import InputSpec
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.segment import Segment
+from voxelstem.truth import read_truth
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 ARCHITECTURE = {
@@ -94,7 +96,7 @@ def test_every_scan_that_is_scored_moves_a_bar(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, labels: str
 ) -> None:
     found = evaluate.run([place / run], store=place / "store", labels=place / labels, out=tmp_path / "report")
-    scans = len(adapt.read_run(place / run).labelled) + found.test_scans
+    scans = len(read_run(place / run).labelled) + found.test_scans
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith(f"evaluate: {run} {found.test_scans}/{found.test_scans} ")]
     total = (evaluate.INITS + 2) * scans
@@ -163,7 +165,7 @@ def test_the_floor_of_volumes_is_told_of_each_run_and_not_of_one_for_all(
         budget=3,
     )
     # Volumes are known of the few scans of one run, and of the other's not.
-    few = len(adapt.read_run(place / "contrast").labelled)
+    few = len(read_run(place / "contrast").labelled)
     monkeypatch.setattr(Contest, "morphometry", lambda self: self.majority() if len(self.labelled) == few else None)
 
     def floors(*runs: Path) -> list[str]:
@@ -189,12 +191,12 @@ def test_an_untrained_run_scores_exactly_like_the_scratch_baseline_of_its_seed(p
         budget=1,
         settings={"like": str(place / "weights"), "seed": 1},
     )
-    run = adapt.read_run(out)
+    run = read_run(out)
     store = Store.open(place / "store")
     contest = evaluate._contest(run, store, read_truth(store, place / "labels.json", run.task, SPEC))
     model = adapt.load(run.weights)
-    mine = contest.score(run.head, adapt.embedder(model, store, tmp_path / "a", tokens=True))
-    again = contest.fit_and_score(adapt.embedder(model.scratch(seed=1), store, tmp_path / "b", tokens=True))
+    mine = contest.score(run.head, embedder(model, store, tmp_path / "a", tokens=True))
+    again = contest.fit_and_score(embedder(model.scratch(seed=1), store, tmp_path / "b", tokens=True))
     assert mine == again
 
 
@@ -217,11 +219,11 @@ def test_label_efficiency_is_shown_for_every_budget_and_contestant(place: Path) 
     contest = contest_of(place, Segment(iterations=20, tokens=800), "labels.json")
     made: list[str] = []
 
-    def bright() -> adapt.FeaturesOf:
+    def bright() -> FeaturesOf:
         made.append("bright")
         return evaluate.intensity_features(contest.store, SPEC, (32.0, 32.0, 32.0))
 
-    def blind() -> adapt.FeaturesOf:
+    def blind() -> FeaturesOf:
         def features(key: str) -> Intensity:
             seen = intensity(contest.store.volume(key), SPEC, token_mm=(32.0, 32.0, 32.0))
             assert seen.tokens is not None

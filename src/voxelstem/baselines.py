@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
 from voxelstem.geometry import spacing_mm
@@ -62,9 +62,31 @@ def intensity(
     if token_mm is None:
         return Intensity(scan=scan, tokens=None, tokens_affine_ras=None)
     affine, size = cells.cover(volume.affine_ras, volume.shape_ijk, token_mm)
-    inside = cells.tally(levels, cells.lay(volume.affine_ras, volume.shape_ijk, affine, size), bins)
-    tokens = np.sqrt(inside / np.maximum(inside.sum(axis=3, keepdims=True), 1.0))
+    tokens = _histograms(levels, volume, affine, size, bins)
     return Intensity(scan=scan, tokens=tokens, tokens_affine_ras=affine)
+
+
+def patch_histograms(
+    volume: Volume,
+    spec: InputSpec,
+    affine_ras: Float[np.ndarray, "4 4"],
+    size_ijk: tuple[int, int, int],
+    *,
+    bins: int = 32,
+) -> Float[np.ndarray, "ti tj tk bins"]:
+    """The tokens of `intensity` on a given grid of patches, such as a model's; zeros where a patch holds no voxel."""
+    return _histograms(_levels(volume, spec, bins), volume, affine_ras, size_ijk, bins)
+
+
+def _histograms(
+    levels: Int[np.ndarray, "i j k"],
+    volume: Volume,
+    affine_ras: Float[np.ndarray, "4 4"],
+    size_ijk: tuple[int, int, int],
+    bins: int,
+) -> Float[np.ndarray, "ti tj tk bins"]:
+    inside = cells.tally(levels, cells.lay(volume.affine_ras, volume.shape_ijk, affine_ras, size_ijk), bins)
+    return np.sqrt(inside / np.maximum(inside.sum(axis=3, keepdims=True), 1.0))
 
 
 def token_mm(volume: Volume, spec: InputSpec, patch_ijk: tuple[int, int, int]) -> tuple[float, float, float]:

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from voxelstem import baselines, metrics
-from voxelstem.adapt import AdaptConfig, FeaturesOf, embedder, examples_of, projector
+from voxelstem.adapted import AdaptConfig, SeeConfig
 from voxelstem.aligned import Aligned
 from voxelstem.engine.targets import volume_mm3
+from voxelstem.features import FeaturesOf, embedder, examples_of, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
@@ -172,14 +173,14 @@ class Contest:
         return {subject: self.task.combine(outcomes) for subject, outcomes in by_subject.items()}
 
 
-def plain_baselines(contest: Contest, model: Model, folder: Path) -> dict[str, Repeats]:
+def plain_baselines(contest: Contest, model: Model, see: SeeConfig, folder: Path) -> dict[str, Repeats]:
     """Outcomes of everything that a model must beat, fitted to the same labels; embeddings rest in `folder`."""
     voxels = contest.task.voxels
     scans = len(contest.labelled) + len(contest.tested)
     with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
         untrained: list[Outcomes] = []
         for seed in range(INITS):
-            fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=voxels)
+            fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=voxels, see=see)
             untrained.append(contest.fit_and_score(counted(fresh, advance, note="scratch")))
         simple = simple_baselines(contest, model, advance)
     scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}

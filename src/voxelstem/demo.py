@@ -23,9 +23,11 @@ from typing import TypeVar
 import numpy as np
 
 from voxelstem import adapt, evaluate, pretrain, samples
+from voxelstem.adapted import read_run
 from voxelstem.embed import embed_volume_cached
 from voxelstem.engine.journal import read_journal
 from voxelstem.errors import ConfigError, StoreError, VoxelstemError
+from voxelstem.features import embedder
 from voxelstem.ingest import IngestReport, ingest
 from voxelstem.intake import IntakeConfig
 from voxelstem.manifest import write_whole
@@ -38,6 +40,7 @@ from voxelstem.sources.phantom import PhantomConfig, PhantomFiles, phantom_files
 from voxelstem.store import Fractions, Record, Store
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.tasks.segment import Segment, compare
+from voxelstem.truth import Truth
 
 ORGANS = ("lung_left", "lung_right", "liver", "spleen", "kidney_left", "kidney_right", "spine", "heart")
 ONLY_CT = IntakeConfig(modality="CT")
@@ -213,11 +216,9 @@ def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:
     """Fit to one of the two many-organ CTs and test on the other, both ways: per-scan figures, no interval."""
     store = Store.open(real)
     records = tuple(record for record in store if set(ORGANS) <= set(record.classes.values()))
-    truth = adapt.Truth(records=records, labels={}, classes=ORGANS)
+    truth = Truth(records=records, labels={}, classes=ORGANS)
     models = {"pretrained": [model], "scratch": [model.scratch(seed=seed) for seed in range(SCRATCH_SEEDS)]}
-    makers = {
-        name: [adapt.embedder(one, store, cache, tokens=True) for one in several] for name, several in models.items()
-    }
+    makers = {name: [embedder(one, store, cache, tokens=True) for one in several] for name, several in models.items()}
     makers["intensity"] = [evaluate.intensity_features(store, model.spec, model.backbone.patch_ijk)]
     contests = [
         evaluate.Contest(
@@ -336,9 +337,7 @@ def _shown(store: Store, gathered: Gathered) -> list[tuple[Store, Record]]:
 
 def _tokens(store: Store, record: Record, model: Model, cache: Path) -> str:
     networks = {"pretrained": model, "scratch (untrained)": model.scratch(seed=0)}
-    named_ = {
-        name: adapt.embedder(network, store, cache, tokens=True)(record.key) for name, network in networks.items()
-    }
+    named_ = {name: embedder(network, store, cache, tokens=True)(record.key) for name, network in networks.items()}
     drawn = figures.token_pca(store.volume(record.key), named_, low=-160.0, high=240.0)
     return page.picture(drawn)
 
@@ -354,9 +353,9 @@ def _neighbours(store: Store, model: Model, cache: Path) -> figures.Picture:
 def _segmented(store: Store, runs: Mapping[str, Path], cache: Path) -> str:
     """Truth beside prediction of the run with most labels."""
     name = [name for name in runs if name.startswith("segment")][-1]
-    adapted = adapt.read_run(runs[name])
+    adapted = read_run(runs[name])
     record = next(record for record in store if record.split == "test" and record.has_labels)
-    features = adapt.embedder(load(adapted.weights), store, cache, tokens=True)(record.key)
+    features = embedder(load(adapted.weights), store, cache, tokens=True, see=adapted.config.see)(record.key)
     assert isinstance(adapted.task, Segment)  # it was chosen by its name
     predicted = adapted.task.predict(adapted.head, features, record.affine_ras, record.shape_ijk)
     truth = store.labels(record.key)

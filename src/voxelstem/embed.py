@@ -204,6 +204,7 @@ def embed_volume_cached(model: Model, store: Store, key: str, cache: Path, *, to
     """
     card = model.card
     what = [card.sha256, sorted(card.architecture.items()), card.spec.mark, model.use_scan_level, key, tokens]
+    what += [model.layers] if model.layers else []
     path = cache / (hashlib.sha256(json.dumps(what).encode()).hexdigest() + ".npz")
     known = read(path)
     if known is None:

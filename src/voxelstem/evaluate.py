@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxelstem import metrics
-from voxelstem.adapt import (
-    Adapted,
-    FeaturesOf,
-    embedder,
-    open_space,
-    projector,
-    read_run,
-    speaker,
-)
+from voxelstem.adapted import Adapted, read_run
 from voxelstem.contest import (
     INITS,
     MORPHOMETRY,
@@ -35,6 +27,7 @@ from voxelstem.contest import (
     zeroshot_baselines,
 )
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.features import FeaturesOf, embedder, open_space, projector, speaker
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model
@@ -60,7 +53,7 @@ __all__ = [
 ]
 
 REFERENCES = ("scratch", "intensity")
-RESERVED = (*REFERENCES, "atlas", "majority", "mean", MORPHOMETRY)
+RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY)
 """Names of baselines, which a run may not carry in the table."""
 
 
@@ -258,8 +251,8 @@ def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commer
     contest = _contest(adapted, store, truth)
     return _Entry(
         contest=contest,
-        features=embedder(model, store, folder, tokens=adapted.task.voxels),
-        baselines=lambda: plain_baselines(contest, model, folder),
+        features=embedder(model, store, folder, tokens=adapted.task.voxels, see=adapted.config.see),
+        baselines=lambda: plain_baselines(contest, model, adapted.config.see, folder),
         mark=_mark(adapted, model),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from torch import Tensor
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.compute import Precision, choose
 from voxelstem.backbones.compute import Way as Named
+from voxelstem.backbones.layered import Layered
 from voxelstem.backbones.pools import Pool
 from voxelstem.card import Card, read_card, read_tensors
 from voxelstem.config import overlay
@@ -51,6 +53,8 @@ class Model:
     use_scan_level: bool
     """Whether a scan's embedding comes from the scan level: where that was trained, and in the `scratch` of such."""
     blocks_per_pass: int = 8
+    layers: tuple[int, ...] = ()
+    """Of the first level, whose tokens are seen side by side; the backbone is then `Layered`. Empty: the last one's."""
 
     @property
     def spec(self) -> InputSpec:
@@ -65,7 +69,17 @@ class Model:
         if take is not None:
             take(self.backbone)
         # By the same way through the network, or the comparison would be one of two poolings as well.
-        return dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
+        untrained = dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
+        return untrained.through(self.layers) if self.layers else untrained
+
+    def through(self, layers: Sequence[int]) -> Model:
+        """The same model, seen through several layers of its first level at once; a second level is not asked.
+
+        Raises:
+            ConfigError: the backbone does not have these layers, or shows none.
+        """
+        seen = Layered(self.backbone, layers)
+        return dataclasses.replace(self, backbone=seen, use_scan_level=False, layers=seen.layers)
 
     @torch.inference_mode()
     def embed(

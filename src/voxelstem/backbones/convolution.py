@@ -74,6 +74,23 @@ def draw_convolutions(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+@torch.no_grad()
+def resize_convolutions(network: nn.Module) -> None:
+    """Give what stands before a norm the size of a fresh draw, channel by channel; the network answers as before.
+
+    A norm undoes the size of what comes before it (but for its epsilon), so only the pace of learning changes: a rate
+    moves large weights little. The expected norm of a channel drawn by He et al. 2015 is the same for every kernel.
+    """
+    drawn = math.sqrt(2 / (1 + SLOPE**2))
+    for module in network.modules():
+        if isinstance(module, ConvNorm):
+            norms = module.conv.weight.flatten(1).norm(dim=1)
+            share = torch.where(norms > 0, drawn / norms.clamp(min=torch.finfo(norms.dtype).tiny), 1.0)
+            module.conv.weight.mul_(share.view(-1, 1, 1, 1, 1))
+            if module.conv.bias is not None:
+                module.conv.bias.mul_(share)
+
+
 def cells_of(blocks: Float[Tensor, "row channel i j k"], patch_ijk: Triple) -> Triple:
     """How many patches lie along each axis of a block.
 

@@ -1,4 +1,4 @@
-"""How a whole network is fine-tuned: the settings, with the run's other settings in `adapt.AdaptConfig.full`."""
+"""How a whole network is fine-tuned: the settings, with the run's other settings in `adapted.AdaptConfig.full`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class FinetuneConfig:
     """Share of the steps that a warm-up takes; see `schedules.tuning`."""
     transfer: Literal["all", "encoder"] = "all"
     """Take over whatever fits of the weights, or leave the decoder new."""
+    sizes: Literal["kept", "drawn"] = "kept"
+    """Leave convolutions as large as pretraining made them, or bring those before a norm to the size of a fresh draw:
+    the network answers as before, and one rate moves it as fast as it moves an untrained one."""
     loss: Overlap = "dice_ce"
     """Of segmentations, see `losses.overlap`."""
     patch_ijk: tuple[int, int, int] | None = None

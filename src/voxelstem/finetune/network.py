@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelstem.backbones import BACKBONES
+from voxelstem.backbones.convolution import resize_convolutions
 from voxelstem.backbones.heads import PooledHead, SkipDecoder
 from voxelstem.card import Card
 from voxelstem.chance import Chance
@@ -123,6 +124,8 @@ def build(model: Model, *, out: int, config: FinetuneConfig, voxels: bool, seed:
     if config.transfer == "encoder":
         old = {name: tensor for name, tensor in old.items() if not name.startswith("decoder")}
     net.backbone.load_state_dict(carry(old, net.backbone.state_dict()))
+    if config.sizes == "drawn":
+        resize_convolutions(net.backbone)
     after = dataclasses.replace(
         card,
         architecture=flatten(settings),

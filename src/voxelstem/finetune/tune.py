@@ -154,7 +154,7 @@ def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneC
 
 
 class Speaker:
-    """Says of any scan of a store what a tuned network makes of it: `adapt.FeaturesOf`."""
+    """Says of any scan of a store what a tuned network makes of it: `features.FeaturesOf`."""
 
     def __init__(self, model: Model, head: Head, store: Store, asked: Asked, config: FinetuneConfig) -> None:
         """Take a run apart; the InputSpec is the card's.

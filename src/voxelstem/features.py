@@ -1,0 +1,129 @@
+"""What heads see of scans: frozen features of a store's volumes, each made once, and the truth beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from jaxtyping import Float
+
+from voxelstem import baselines
+from voxelstem.adapted import AdaptConfig, Adapted, SeeConfig
+from voxelstem.aligned import Aligned, read_aligned
+from voxelstem.card import check_commercial, read_card
+from voxelstem.embed import embed_volume_cached
+from voxelstem.embedding import Embedding
+from voxelstem.errors import ConfigError
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, Speaker
+from voxelstem.model import Model
+from voxelstem.protocols import Example, Features, Task
+from voxelstem.store import Record, Store
+from voxelstem.study import InputSpec, Volume
+from voxelstem.truth import Truth
+from voxelstem.weights.hub import fetch
+
+FeaturesOf = Callable[[str], Features]
+"""Gives the frozen features of the volume with this key."""
+AS_IT_IS = SeeConfig()
+
+
+def examples_of(
+    store: Store, records: Sequence[Record], truth: Truth, features: FeaturesOf, task: Task
+) -> Iterator[Example]:
+    """Features and truth of scans, one after the other."""
+    for record in records:
+        yield Example(
+            subject=record.subject,
+            key=record.key,
+            features=features(record.key),
+            affine_ras=record.affine_ras,
+            label=truth.labels.get(record.subject),
+            value=truth.values.get(record.subject),
+            findings=truth.findings.get(record.subject),
+            survival=truth.survival.get(record.subject),
+            labels=store.labels(record.key) if task.voxels else None,
+        )
+
+
+def embedder(model: Model, store: Store, folder: Path, *, tokens: bool, see: SeeConfig = AS_IT_IS) -> FeaturesOf:
+    """Embed volumes with a model, each one once: the features rest in `folder`.
+
+    Raises:
+        ConfigError: the backbone does not have the layers to `see`.
+    """
+    seen = model.through(see.layers) if see.layers else model
+
+    def look(key: str) -> Features:
+        found = embed_volume_cached(seen, store, key, folder, tokens=tokens)
+        return found if see.beside == "nothing" else with_intensity(found, store.volume(key), model.spec)
+
+    return look
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined:
+    """What a model says of a scan, and beside it how bright the same places are."""
+
+    scan: Float[np.ndarray, " dim"]
+    tokens: Float[np.ndarray, "ti tj tk dim"] | None
+    tokens_affine_ras: Float[np.ndarray, "4 4"] | None
+
+
+def with_intensity(found: Embedding, volume: Volume, spec: InputSpec) -> Joined:
+    """Put the histograms of `baselines.intensity` beside what a model says of the same volume."""
+    scan = np.concatenate([found.scan, baselines.intensity(volume, spec, token_mm=None).scan])
+    if found.tokens is None or found.tokens_affine_ras is None:
+        return Joined(scan=scan, tokens=None, tokens_affine_ras=None)
+    i, j, k = found.tokens.shape[:3]
+    bright = baselines.patch_histograms(volume, spec, found.tokens_affine_ras, (i, j, k))
+    tokens = np.concatenate([found.tokens, bright.astype(found.tokens.dtype)], axis=-1)
+    return Joined(scan=scan, tokens=tokens, tokens_affine_ras=found.tokens_affine_ras)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projected:
+    """A scan in the space of texts, as a task sees it."""
+
+    scan: Float[np.ndarray, " out"]
+    """A unit vector."""
+    tokens: None = None
+    tokens_affine_ras: None = None
+
+
+def projector(space: Aligned, store: Store, folder: Path) -> FeaturesOf:
+    """Embed volumes and bring them into the space of texts; the embeddings before that rest in `folder`."""
+    plain = embedder(space.model, store, folder, tokens=False)
+    return lambda key: Projected(scan=space.embed_scan(cast(Embedding, plain(key))))
+
+
+def open_space(weights: str | Path, config: AdaptConfig, *, commercial: bool = False) -> Aligned:
+    """Read aligned weights for a task that compares scans with texts.
+
+    Raises:
+        ConfigError: `scratch`, which has no words; a tower or tokenizer that is not here; or the licence forbids it.
+        CheckpointError: the weights were not aligned with reports, or are damaged.
+    """
+    if str(weights) == "scratch":
+        raise ConfigError(
+            f"an untrained network has no words, so {config.task} cannot use it",
+            hint="give aligned weights; `evaluate` shows the same network untrained beside them",
+        )
+    folder = fetch(weights, text=True)
+    if commercial or config.commercial:
+        check_commercial(read_card(folder))
+    tokenizer = config.head.tokenizer
+    return read_aligned(folder, tokenizer=Path(tokenizer) if tokenizer else None)
+
+
+def speaker(adapted: Adapted, model: Model, store: Store) -> FeaturesOf:
+    """What the network of a run in mode `full` says of scans, by the InputSpec that it was trained with.
+
+    Raises:
+        CheckpointError: head and weights belong to different runs.
+    """
+    asked = Asked(task=adapted.config.task, voxels=adapted.task.voxels, classes=adapted.head.classes, targets={})
+    return Speaker(model, adapted.head, store, asked, adapted.config.full or FinetuneConfig())

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from voxelstem.adapted import AdaptConfig, SeeConfig, read_run, resolve, write_run
+from voxelstem.card import Card, write_weights
+from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.model import make_model
+from voxelstem.protocols import Head
+from voxelstem.study import InputSpec
+
+SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), block_ijk=(16, 16, 16))
+ARCHITECTURE = {"name": "scan_vit", "block_ijk": (16, 16, 16), "block.dim": 24, "block.depth": 1, "block.heads": 2}
+
+
+def written(folder: Path) -> AdaptConfig:
+    config = resolve("classify", "probe", budget=3, settings={"see.layers": (1,), "head.neighbours": 4})
+    model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
+    card = write_weights(folder / "weights", model.backbone.state_dict(), model.card)
+    head = Head(mode="probe", classes=("a", "b"), arrays={"weight": np.arange(6.0)}, facts={"strength": 0.1})
+    write_run(folder, config, head, card, [])
+    return config
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    read = read_run(tmp_path)
+    assert read.config == config
+    assert read.head.classes == ("a", "b")
+    np.testing.assert_array_equal(read.head.arrays["weight"], np.arange(6.0))
+    assert read.task.neighbours == 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_run_of_a_version_that_saw_tokens_only_is_still_read(tmp_path: Path) -> None:
+    written(tmp_path)
+    config = tmp_path / "config.toml"
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("see.")]
+    config.write_text("\n".join(lines) + "\n")
+    assert read_run(tmp_path).config.see == SeeConfig()
+
+
+def test_a_damaged_run_says_so(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "head.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [(0,), (1, 1), (-2, 3)])
+def test_layers_are_counted_from_one_and_named_once(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="different numbers from 1"):
+        SeeConfig(layers=layers)
+
+
+def test_what_stands_beside_is_one_of_two(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="beside"):
+        resolve("classify", "probe", budget=None, settings={"see.beside": "texture"})
