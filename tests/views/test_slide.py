@@ -55,6 +55,34 @@ def test_a_scan_smaller_than_the_window_is_padded_with_what_lies_outside() -> No
     assert rows[0, 0, :, :, 5:].eq(-2).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(19, 9, 23), (5, 30, 8), (8, 10, 8)])
+def test_rolling_along_any_axis_says_the_same_a_slab_at_a_time(axis: int, shape: tuple[int, int, int]) -> None:
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    window = (8, 10, 8)
+
+    def look(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows, rows.square(), rows.cumsum(dim=2 + axis)], dim=1)
+
+    slabs = list(slide.roll(look, image, window, axis=axis))
+    assert [slab.start for slab in slabs] == [
+        sum(one.values.shape[1 + axis] for one in slabs[:n]) for n in range(len(slabs))
+    ]
+    assert max(slab.values.shape[1 + axis] for slab in slabs) <= window[axis]
+    whole = torch.cat([slab.values for slab in slabs], dim=1 + axis)
+    # The naive twin holds everything at once.
+    padded = slide.pad(image, window, outside=0.0)
+    total, weight = torch.zeros(3, *padded.shape[1:]), torch.zeros(padded.shape[1:])
+    i, j, k = padded.shape[1:]
+    for low in slide.places((i, j, k), window, overlap=0.5):
+        box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
+        total[(slice(None), *box)] += look(padded[(slice(None), *box)][None])[0] * slide.bell(window)
+        weight[box] += slide.bell(window)
+    twin = (total / weight)[:, : shape[0], : shape[1], : shape[2]]
+    assert whole.shape == twin.shape
+    assert torch.allclose(whole, twin, atol=1e-5)
+
+
 @pytest.mark.slow  # importing MONAI's inferers takes longer than all of these tests
 def test_it_agrees_with_monai_where_windows_lie_at_the_same_places() -> None:
     from monai.inferers.utils import sliding_window_inference

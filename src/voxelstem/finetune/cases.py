@@ -13,7 +13,7 @@ from torch import Tensor
 from voxelstem.errors import ConfigError
 from voxelstem.resampling import resample
 from voxelstem.store import Record, Store
-from voxelstem.streaming import columns, lay, of_store
+from voxelstem.streaming import Scan, columns, lay, of_store
 from voxelstem.study import InputSpec
 from voxelstem.tasks.segment import numbered
 from voxelstem.views import slide, tile
@@ -52,10 +52,18 @@ def see(store: Store, keys: Sequence[str], spec: InputSpec) -> Seen:
         ConfigError: another modality, or scans on different grids.
         IngestError: a scan cannot be brought to the weights' spacing, or holds values that are not finite.
     """
-    records = [store.record(key) for key in keys]
-    _check(records, spec)
+    return look([of_store(store, key) for key in keys], spec, names=[key[:16] for key in keys])
+
+
+def look(scans: Sequence[Scan], spec: InputSpec, *, names: Sequence[str] = ()) -> Seen:
+    """Lay scans that lie on one grid out as the weights saw theirs; `names` are what messages call them.
+
+    Raises:
+        ConfigError: another modality, several channels, or scans on different grids.
+        IngestError: a scan cannot be brought to the weights' spacing, or holds values that are not finite.
+    """
+    _check(scans, spec, names or [str(place) for place in range(1, len(scans) + 1)])
     images: list[Tensor] = []
-    scans = [of_store(store, key) for key in keys]
     # All on one grid, but each with limits of its own.
     outlines = [lay(scan, spec) for scan in scans]
     laid = outlines[0]
@@ -118,20 +126,20 @@ def _visit(record: Record) -> tuple[str, str]:
     return record.subject, said.study or said.session or record.study
 
 
-def _check(records: Sequence[Record], spec: InputSpec) -> None:
-    first = records[0]
+def _check(scans: Sequence[Scan], spec: InputSpec, names: Sequence[str]) -> None:
+    first = scans[0]
     corner = np.array([*first.shape_ijk, 1.0])
-    for record in records:
-        if record.modality != spec.modality:
+    for scan, name in zip(scans, names, strict=True):
+        if scan.modality != spec.modality:
             raise ConfigError(
-                f"these weights were trained on {spec.modality}, scan {record.key[:16]} is {record.modality}",
-                hint=f"choose weights for {record.modality}, or a store with {spec.modality} scans",
+                f"these weights were trained on {spec.modality}, scan {name} is {scan.modality}",
+                hint=f"choose weights for {scan.modality}, or {spec.modality} scans",
             )
-        if record.channels != 1:
-            raise ConfigError(f"scan {record.key[:16]} has {record.channels} channels, one is seen at a time")
-        apart = np.abs((record.affine_ras - first.affine_ras) @ corner).max()
-        if record.shape_ijk != first.shape_ijk or apart > SAME_MM:
+        if scan.channels != 1:
+            raise ConfigError(f"scan {name} has {scan.channels} channels, one is seen at a time")
+        apart = np.abs((scan.affine_ras - first.affine_ras) @ corner).max()
+        if scan.shape_ijk != first.shape_ijk or apart > SAME_MM:
             raise ConfigError(
-                f"scans {first.key[:16]} and {record.key[:16]} of one session do not lie on one grid",
+                f"scans {names[0]} and {name} of one session do not lie on one grid",
                 hint="register and resample the contrasts to the first one, then ingest them again",
             )

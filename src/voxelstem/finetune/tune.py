@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from voxelstem.card import Card
@@ -23,7 +23,8 @@ from voxelstem.protocols import Head, Task
 from voxelstem.store import Record, Store
 from voxelstem.study import InputSpec
 from voxelstem.truth import Truth
-from voxelstem.views import slide
+from voxelstem.views import cells, slide
+from voxelstem.views.winners import winners
 
 OWN = "net."
 """Before the names of the tuned network's own tensors among a head's arrays."""
@@ -151,6 +152,36 @@ def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneC
     answers = torch.stack(rows)
     joined = answers.log_softmax(dim=1).mean(dim=0) if asked.classes else answers.quantile(0.5, dim=0)
     return Said(scan=joined.numpy())
+
+
+@torch.inference_mode()
+def mark(
+    net: Tuned,
+    seen: Seen,
+    config: FinetuneConfig,
+    affine_ras: Float[np.ndarray, "4 4"],
+    shape_ijk: tuple[int, int, int],
+) -> Int[np.ndarray, "i j k"]:
+    """The class of every voxel of a scan on its own grid, 0 for background, as `say` and its head would have it.
+
+    Logits live a window at a time, along the network grid's longest axis.
+    """
+    axis = int(np.argmax(seen.shape_ijk))
+    image, window = seen.image.to(next(net.parameters()).device), net.backbone.config.block_ijk
+    grid = cells.lay(affine_ras, shape_ijk, seen.affine_ras, seen.shape_ijk)
+    return winners(
+        _within(slide.roll(net, image, window, axis=axis, overlap=config.overlap), seen, axis), grid, axis=axis
+    )
+
+
+def _within(slabs: Iterable[slide.Slab], seen: Seen, axis: int) -> Iterator[slide.Slab]:
+    """Slabs without what lies behind the scan, in memory of the processor."""
+    i, j, k = seen.shape_ijk
+    for slab in slabs:
+        rows = min(slab.values.shape[1 + axis], seen.shape_ijk[axis] - slab.start)
+        if rows > 0:
+            values = slab.values.narrow(1 + axis, 0, rows)[:, :i, :j, :k]
+            yield slide.Slab(start=slab.start, values=values.float().cpu())
 
 
 class Speaker:

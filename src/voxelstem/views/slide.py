@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,10 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Triple = tuple[int, int, int]
+Look = Callable[[Float[Tensor, "row channel i j k"]], Float[Tensor, "row kind i j k"]]
 SIGMA = 0.125
 """Width of the weights' bell, as a share of the window (nnU-Net, Isensee et al. 2021)."""
 LEAST = 1e-3
 """Least weight of a voxel: at the scan's corners nothing else says anything."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Slab:
+    """What is said of some rows of a scan, from `start` on along one axis."""
+
+    start: int
+    values: Float[Tensor, "kind i j k"]
 
 
 def starts(size: int, window: int, *, overlap: float) -> list[int]:
@@ -52,7 +62,7 @@ def bell(window: Triple) -> Float[Tensor, "i j k"]:
 
 
 def slide(
-    look: Callable[[Float[Tensor, "row channel i j k"]], Float[Tensor, "row kind i j k"]],
+    look: Look,
     image: Float[Tensor, "channel i j k"],
     window: Triple,
     *,
@@ -68,16 +78,57 @@ def slide(
         overlap: Share of a window that the next one sees too.
         outside: What padding holds.
     """
+    whole = roll(look, image, window, axis=0, overlap=overlap, outside=outside)
+    return torch.cat([slab.values for slab in whole], dim=1)
+
+
+def roll(
+    look: Look,
+    image: Float[Tensor, "channel i j k"],
+    window: Triple,
+    *,
+    axis: int,
+    overlap: float = 0.5,
+    outside: float = 0.0,
+) -> Iterator[Slab]:
+    """`slide`, a slab at a time along an axis: what no later window sees is given away.
+
+    Never more than a window's length of answers is held, which for a hundred kinds of a long scan is the difference
+    between fitting into memory and not.
+    """
     whole = pad(image, window, outside=outside)
-    i, j, k = whole.shape[1:]
+    shape, device = list(whole.shape[1:]), whole.device
     weights = bell(window).to(image)
-    total, weight = whole.new_zeros(0), whole.new_zeros((i, j, k))
-    for low in places((i, j, k), window, overlap=overlap):
-        box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
-        said = look(whole[(slice(None), *box)][None])[0].to(whole.dtype)
-        if not len(total):
-            total = whole.new_zeros((len(said), i, j, k))
-        total[(slice(None), *box)] += said * weights
-        weight[box] += weights
-    a, b, c = image.shape[1:]
-    return (total / weight)[:, :a, :b, :c]
+    by_start: dict[int, list[Triple]] = {}
+    for low in places((shape[0], shape[1], shape[2]), window, overlap=overlap):
+        by_start.setdefault(low[axis], []).append(low)
+    begins = sorted(by_start)
+    held = [window[place] if place == axis else side for place, side in enumerate(shape)]
+    total, weight = torch.zeros(0, device=device), torch.zeros(held, device=device, dtype=whole.dtype)
+    for begin, after in zip(begins, [*begins[1:], shape[axis]], strict=True):
+        for low in by_start[begin]:
+            box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
+            said = look(whole[(slice(None), *box)][None])[0].to(whole.dtype)
+            if not len(total):
+                total = whole.new_zeros((len(said), *held))
+            here = tuple(slice(0, window[axis]) if place == axis else side for place, side in enumerate(box))
+            total[(slice(None), *here)] += said * weights
+            weight[here] += weights
+        rows = after - begin
+        done = (total.narrow(1 + axis, 0, rows) / weight.narrow(axis, 0, rows))[
+            (slice(None), *(slice(0, min(side, image.shape[1 + place])) for place, side in enumerate(held)))
+        ]
+        length = min(rows, image.shape[1 + axis] - begin)
+        if length > 0:
+            yield Slab(start=begin, values=done.narrow(1 + axis, 0, length))
+        _move_on(total, rows, 1 + axis)
+        _move_on(weight, rows, axis)
+
+
+def _move_on(held: Tensor, rows: int, axis: int) -> None:
+    """Let go of the first rows along an axis: the others move up, and what is new is 0."""
+    size = held.shape[axis]
+    for start in range(0, size - rows, rows):  # in steps that do not overlap: no copy of it all
+        count = min(rows, size - rows - start)
+        held.narrow(axis, start, count).copy_(held.narrow(axis, start + rows, count))
+    held.narrow(axis, max(size - rows, 0), min(rows, size)).zero_()
