@@ -9,8 +9,9 @@ import torch
 
 from voxelstem.contest import Contest
 from voxelstem.errors import CheckpointError
+from voxelstem.finetune.cases import see
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.tune import Asked, Speaker, tune
+from voxelstem.finetune.tune import Asked, Speaker, mark, say, tune, tuned
 from voxelstem.model import Model, load, make_model
 from voxelstem.protocols import Example, Head
 from voxelstem.store import Record, Store
@@ -53,6 +54,19 @@ def test_a_tuned_network_labels_the_ball_where_it_is(store: Store, unet: Model) 
     assert said.tokens is not None
     assert said.tokens.shape == (18, 20, 14, 2)
     assert task.outcome(head, example(store, record, said))["ball"] > 0.7
+
+
+def test_marks_made_a_window_at_a_time_are_those_of_all_logits_at_once(store: Store, unet: Model) -> None:
+    config = replace(CONFIG, steps=4)
+    head, card, tensors = tune(unet, store, labelled(store), BALL, config, seed=0)
+    model = make_model(card, seed=9)
+    model.backbone.load_state_dict(tensors)
+    model, record = replace(model, card=card), labelled(store)[1]
+    net, seen = tuned(model, head, BALL, config), see(store, [record.key], model.spec)
+    marks = mark(net, seen, model.spec, config, record.affine_ras, record.shape_ijk)
+    whole = Segment().predict(head, say(net, seen, model.spec, BALL, config), record.affine_ras, record.shape_ijk)
+    assert 0 < marks.mean() < 1
+    assert (marks != whole.array).mean() < 1e-3
 
 
 @pytest.mark.parametrize("fusion", ["early", "late"])

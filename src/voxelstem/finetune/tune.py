@@ -158,6 +158,7 @@ def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneC
 def mark(
     net: Tuned,
     seen: Seen,
+    spec: InputSpec,
     config: FinetuneConfig,
     affine_ras: Float[np.ndarray, "4 4"],
     shape_ijk: tuple[int, int, int],
@@ -167,11 +168,10 @@ def mark(
     Logits live a window at a time, along the network grid's longest axis.
     """
     axis = int(np.argmax(seen.shape_ijk))
-    image, window = seen.image.to(next(net.parameters()).device), net.backbone.config.block_ijk
+    image = seen.image.to(next(net.parameters()).device)
     grid = cells.lay(affine_ras, shape_ijk, seen.affine_ras, seen.shape_ijk)
-    return winners(
-        _within(slide.roll(net, image, window, axis=axis, overlap=config.overlap), seen, axis), grid, axis=axis
-    )
+    slabs = slide.roll(net, image, spec.block_ijk, axis=axis, overlap=config.overlap)
+    return winners(_within(slabs, seen, axis), grid, axis=axis)
 
 
 def _within(slabs: Iterable[slide.Slab], seen: Seen, axis: int) -> Iterator[slide.Slab]:
