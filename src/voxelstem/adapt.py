@@ -1,4 +1,4 @@
-"""Adapt: weights + few labels -> a task head, in a run folder for `evaluate`. Only mode `full` changes the weights."""
+"""Adapt: weights + few labels -> a head, in a run folder for `evaluate`. `adapters` and `full` change the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from voxelstem.adapted import FULL, AdaptConfig, keep_weights, read_run, resolve, write_run
+from voxelstem.adapted import TUNED, AdaptConfig, keep_weights, read_run, resolve, write_run
 from voxelstem.card import write_weights
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
@@ -59,7 +59,7 @@ def run(
     opened = Store.open(store)
     work = out.with_name(f".{out.name}.unfinished")
     try:
-        if config.mode == FULL:
+        if config.mode in TUNED:
             _tune_whole(weights, config, opened, labels, work)
         else:
             _fit_head(weights, config, opened, labels, work)

@@ -25,8 +25,8 @@ from voxelstem.table import closest
 from voxelstem.tasks import TASKS
 from voxelstem.weights.hub import fetch
 
-FULL = "full"
-"""The mode that leaves nothing frozen; tasks say by `tunable` that they know it."""
+TUNED = ("adapters", "full")
+"""The modes that change the network, by low-rank changes or as a whole; tasks say by `tunable` that they know them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ class AdaptConfig:
     see: SeeConfig = field(default_factory=SeeConfig)
     """What a head sees, in the modes that leave the network frozen."""
     full: FinetuneConfig | None = None
-    """How the whole network is trained, in mode `full`."""
+    """How the network is trained, in the modes `adapters` and `full`."""
     head: Any
     """The task's own settings."""
 
@@ -106,7 +106,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         ConfigError: unknown task, a mode that this task has not, or a setting that does not exist.
     """
     kind = TASKS[task]
-    modes = [*kind.modes, *([FULL] if getattr(kind, "tunable", False) else [])]
+    modes = [*kind.modes, *(TUNED if getattr(kind, "tunable", False) else ())]
     if mode not in modes:
         raise ConfigError(f"task {task} has no mode '{mode}'", hint=closest(mode, modes))
     taken = {"task", "mode", "budget"} & set(settings)
@@ -114,7 +114,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         name = sorted(taken)[0]
         raise ConfigError(f"'{name}' is not a setting here", hint=f"use --{name}")
     try:
-        full = FinetuneConfig() if mode == FULL else None
+        full = FinetuneConfig(changes="low_rank" if mode == "adapters" else "all") if mode in TUNED else None
         config = AdaptConfig(task=task, mode=mode, budget=budget, full=full, head=kind())
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from voxelstem.backbones.heads import AlignHead, PooledHead, Projector, ProjectorConfig, SkipDecoder
+from voxelstem.backbones.heads import AlignHead, PooledHead, Projector, ProjectorConfig, SkipDecoder, TokenPainter
 from voxelstem.chance import Chance
 
 CONFIG = ProjectorConfig(hidden=16, bottleneck=6, prototypes=9)
@@ -108,3 +109,17 @@ def test_a_pooled_head_leaves_features_out_only_where_chance_is_given_and_the_sa
     assert torch.equal(head(rows, keys), head(rows, keys))
     assert not torch.equal(head(rows, keys), head(rows))
     assert torch.allclose(head(rows, keys)[2:3], head(rows[2:3], keys.part(2, 3)), atol=1e-6)
+
+
+def test_cells_of_a_patch_lie_where_their_numbers_stand_in_the_answer() -> None:
+    torch.manual_seed(0)
+    head, grid = TokenPainter(5, 3, sub=2), (2, 3, 1)
+    tokens = torch.randn(2, 6, 5)
+    logits = head(tokens, grid, (4, 6, 2))  # as many voxels as cells: nothing to interpolate
+    said = head.answer(tokens)
+    for patch, (i, j, k) in enumerate(np.ndindex(*grid)):
+        for cell, (a, b, c) in enumerate(np.ndindex(2, 2, 2)):
+            for kind in range(3):
+                wanted = said[:, patch, kind * 8 + cell]
+                torch.testing.assert_close(logits[:, kind, 2 * i + a, 2 * j + b, 2 * k + c], wanted)
+    assert head(tokens, grid, (8, 12, 4)).shape == (2, 3, 8, 12, 4)

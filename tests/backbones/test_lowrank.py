@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from voxelstem.backbones.lowrank import Changed, Draws, LowRankConfig, put_beside
+from voxelstem.backbones.lowrank import Changed, Draws, LowRankConfig, fold, put_beside
 from voxelstem.chance import Chance
 from voxelstem.errors import ConfigError
 
@@ -227,3 +227,17 @@ def test_impossible_numbers_are_refused(rank: int, alpha: float, dropout: float)
     else:
         with pytest.raises(ValueError, match="need rank"):
             LowRankConfig(rank=rank, alpha=alpha, dropout=dropout)
+
+
+def test_folded_changes_say_what_they_said_beside_their_layers() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    put_beside(network, ("0", "2"), LowRankConfig(rank=2, alpha=4.0, dropout=0.0), Draws())
+    for name, parameter in network.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    x = torch.randn(5, 6)
+    said = network(x)
+    fold(network)
+    assert [type(module) for module in network] == [nn.Linear, nn.GELU, nn.Linear]
+    torch.testing.assert_close(network(x), said)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from voxelstem.backbones.lowrank import LowRankConfig
 from voxelstem.finetune.config import FinetuneConfig
 
 
@@ -26,3 +27,17 @@ def test_one_scan_is_seen_alone_and_several_contrasts_together() -> None:
 def test_settings_without_sense_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_decay": 0.0}, {"layer_decay": 1.5}, {"held": 1.0}, {"looks": 0}, {"patience": 0}],
+)
+def test_decay_and_stopping_have_bounds(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="layer_decay lies in"):
+        FinetuneConfig(**changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_adapters_drop_nothing() -> None:
+    with pytest.raises(ValueError, match="must be 0"):
+        FinetuneConfig(low_rank=LowRankConfig(dropout=0.1))

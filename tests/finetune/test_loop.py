@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from voxelstem.finetune import loop
 from voxelstem.finetune.cases import Case, Seen
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.loop import draw, fit, loss_of, turns_of
@@ -109,3 +110,41 @@ def test_every_step_is_reported_and_nothing_is_left_trainable(unet: Model) -> No
 def test_numbers_are_compared_by_huber() -> None:
     loss = loss_of("regress", CONFIG)(torch.tensor([[0.5], [3.0]]), torch.tensor([0.0, 0.0]))
     assert loss.item() == pytest.approx((0.5 * 0.25 + 2.5) / 2)
+
+
+def test_layers_farther_from_the_answer_learn_slower_by_the_decay_of_each(unet: Model) -> None:
+    config = replace(CONFIG, layer_decay=0.5)
+    net = network(unet, voxels=True)
+    groups = loop._solver(net, config).param_groups  # pyright: ignore[reportPrivateUsage]
+    assert groups[-1]["pace"] == 1.0
+    paces = {id(parameter): group["pace"] for group in groups for parameter in group["params"]}
+    by_depth = {depth: [id(p) for _, p in named] for depth, named in net.backbone.param_groups()}
+    last = max(by_depth)
+    encoder, rest = net.groups()
+    assert {id(p) for p in (*encoder, *rest)} == set(paces)
+    for parameter in encoder:
+        depth = next(depth for depth, ids in by_depth.items() if id(parameter) in ids)
+        assert paces[id(parameter)] == 0.5 ** (last - depth)
+
+
+def test_training_stops_and_goes_back_to_where_held_out_scans_were_told_best(unet: Model) -> None:
+    config = replace(CONFIG, steps=60, looks=30, patience=2, lr=0.5)  # a rate that ruins whatever it finds
+    net, asked = network(unet, voxels=True), []
+    cases, held = [case(marked=777)], [case(marked=500)]
+    watch = loop.Watch(net, held, config, loss_of("segment", config), 0)
+    before = watch._ask()  # pyright: ignore[reportPrivateUsage]
+    fit(net, cases, config, loss=loss_of("segment", config), seed=0, report=asked.append, held=held)
+    assert len(asked) < 60
+    after = loop.Watch(net, held, config, loss_of("segment", config), 0)._ask()  # pyright: ignore[reportPrivateUsage]
+    again = network(unet, voxels=True)
+    fit(again, cases, config, loss=loss_of("segment", config), seed=0)
+    last = loop.Watch(again, held, config, loss_of("segment", config), 0)._ask()  # pyright: ignore[reportPrivateUsage]
+    assert after <= last
+    assert np.isfinite(before)
+
+
+def test_without_held_out_scans_every_step_is_taken(unet: Model) -> None:
+    asked: list[float] = []
+    config = replace(CONFIG, steps=5, patience=1, looks=5)
+    fit(network(unet, voxels=True), [case()], config, loss=loss_of("segment", config), seed=0, report=asked.append)
+    assert len(asked) == 5

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from voxelstem.backbones.convolution import ConvNorm
 from voxelstem.card import Card
 from voxelstem.errors import ConfigError
 from voxelstem.finetune.config import FinetuneConfig
@@ -96,10 +97,56 @@ def test_another_patch_is_the_new_weights_block_and_nothing_else_of_the_spec_mov
     assert card.architecture["block_ijk"] == (8, 8, 8)
 
 
-def test_a_backbone_without_a_decoder_labels_no_voxels(unet: Model) -> None:
-    block = {"block.dim": 24, "block.depth": 1, "block.heads": 2, "scan.depth": 0}
-    vit = make_model(Card(architecture={"name": "scan_vit", "block_ijk": (16, 16, 16)} | block, spec=unet.spec), seed=0)
-    with pytest.raises(ConfigError, match="scan_vit has no decoder"):
-        build(vit, out=2, config=FinetuneConfig(), voxels=True, seed=0)
-    net, _ = build(vit, out=2, config=FinetuneConfig(), voxels=False, seed=0)
-    assert net(rows(1)).shape == (2, 2)
+def vit_like(model: Model) -> Model:
+    block = {"block.dim": 24, "block.depth": 2, "block.heads": 2, "scan.depth": 0}
+    return make_model(
+        Card(architecture={"name": "scan_vit", "block_ijk": (16, 16, 16)} | block, spec=model.spec), seed=0
+    )
+
+
+def test_a_backbone_without_a_decoder_labels_voxels_from_its_tokens(unet: Model) -> None:
+    vit = vit_like(unet)
+    for voxels, shape in ((True, (2, 3, 16, 16, 16)), (False, (2, 3))):
+        net, card = build(vit, out=3, config=FinetuneConfig(), voxels=voxels, seed=0)
+        assert net(rows(1)).shape == shape
+        again = restore(
+            replace(make_model(card, seed=5), card=card), net.own(), out=3, config=FinetuneConfig(), voxels=voxels
+        )
+        again.backbone.load_state_dict(net.backbone.state_dict())
+        assert torch.allclose(again(rows(1)), net.eval()(rows(1)), atol=1e-5)
+
+
+def test_low_rank_changes_alone_are_trained_and_change_nothing_before(unet: Model) -> None:
+    vit, config = vit_like(unet), FinetuneConfig(changes="low_rank")
+    net, _ = build(vit, out=2, config=config, voxels=True, seed=0)
+    plain, _ = build(vit, out=2, config=FinetuneConfig(), voxels=True, seed=0)
+    assert torch.allclose(net(rows(1)), plain(rows(1)), atol=1e-6)
+    encoder, rest = net.groups()
+    assert {tuple(parameter.shape) for parameter in encoder} == {(8, 24), (72, 8), (96, 8)}  # of qkv and fc1
+    assert sum(p.numel() for p in encoder) < 0.3 * sum(p.numel() for p in plain.groups()[0])
+    assert rest
+
+
+def test_a_network_without_the_named_layers_has_no_adapters(unet: Model) -> None:
+    with pytest.raises(ConfigError, match="no linear layer of this network is called 'qkv'"):
+        build(unet, out=2, config=FinetuneConfig(changes="low_rank"), voxels=True, seed=0)
+
+
+def test_a_patch_embedding_is_not_drawn_anew_for_more_contrasts(unet: Model) -> None:
+    with pytest.raises(ConfigError, match="takes 1 channel"):
+        build(vit_like(unet), out=2, config=FinetuneConfig(contrasts=TWO), voxels=True, seed=0)
+    net, _ = build(vit_like(unet), out=2, config=FinetuneConfig(contrasts=TWO, fusion="late"), voxels=True, seed=0)
+    assert net(rows(2)).shape == (2, 2, 16, 16, 16)
+
+
+def test_convolutions_brought_to_a_fresh_draw_s_size_answer_as_before(unet: Model) -> None:
+    large = make_model(replace(unet.card, sha256="b" * 64), seed=3)
+    for name, parameter in large.backbone.named_parameters():
+        if "conv.weight" in name:
+            parameter.data.mul_(5.0)
+    kept, _ = build(large, out=2, config=FinetuneConfig(), voxels=True, seed=0)
+    drawn, _ = build(large, out=2, config=FinetuneConfig(sizes="drawn"), voxels=True, seed=0)
+    x = rows(1)
+    torch.testing.assert_close(drawn(x), kept(x), atol=2e-3, rtol=2e-3)
+    norms = [m.conv.weight.flatten(1).norm(dim=1) for m in drawn.backbone.modules() if isinstance(m, ConvNorm)]
+    assert torch.allclose(torch.cat(norms), torch.tensor(2 / (1 + 1e-4)).sqrt(), atol=1e-4)

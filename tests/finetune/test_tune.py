@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from voxelstem.card import Card
 from voxelstem.contest import Contest
-from voxelstem.errors import CheckpointError
+from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.cases import see
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.tune import Asked, Speaker, mark, say, tune, tuned
+from voxelstem.finetune.tune import Asked, Speaker, hold_out, mark, say, tune, tuned
 from voxelstem.model import Model, load, make_model
 from voxelstem.protocols import Example, Head
 from voxelstem.store import Record, Store
@@ -158,3 +159,33 @@ def test_pretrained_weights_reach_a_dice_in_fewer_steps_than_scratch_on_eight_la
 
     target = reached(trained.scratch(seed=0), 200)
     assert reached(trained, 100) > target
+
+
+@pytest.mark.parametrize("changes", ["all", "low_rank"])
+def test_a_transformer_is_tuned_and_what_is_kept_is_a_plain_one(store: Store, unet: Model, changes: str) -> None:
+    architecture = {
+        "name": "scan_vit",
+        "block_ijk": (16, 16, 16),
+        "patch_ijk": (4, 4, 4),
+        "block.dim": 24,
+        "block.depth": 2,
+        "block.heads": 2,
+        "scan.depth": 0,
+    }
+    vit = make_model(Card(architecture=architecture, spec=unet.spec, sha256="c" * 64), seed=0)
+    config = replace(CONFIG, changes=changes, steps=120, lr=5e-3, layer_decay=0.9, held=0.2)
+    head, say_ = speaker(vit, store, BALL, config)
+    assert head.mode == ("full" if changes == "all" else "adapters")
+    assert not any("lora" in name for name in say_.net.backbone.state_dict())
+    record = labelled(store)[3]
+    assert Segment().outcome(head, example(store, record, say_(record.key)))["ball"] > 0.3
+
+
+def test_subjects_are_held_out_by_class_and_nobody_is_the_last() -> None:
+    asked = Asked(task="classify", voxels=False, classes=("a", "b"), targets={"1": 0, "2": 0, "3": 0, "4": 1, "5": 1})
+    apart = hold_out(["1", "2", "3", "4", "5", "5"], asked, 0.4, 0)
+    assert len(apart & {"1", "2", "3"}) == 1
+    assert len(apart & {"4", "5"}) == 1
+    assert hold_out(["1"], asked, 0.0, 0) == frozenset()
+    with pytest.raises(ConfigError, match="is nobody"):
+        hold_out(["1", "4"], asked, 0.4, 0)

@@ -116,6 +116,25 @@ class PooledHead(nn.Module):
         return self.answer(hidden)
 
 
+class TokenPainter(nn.Module):
+    """Labels voxels from patch tokens: a linear map to the cells of each patch, and linearly between their centres."""
+
+    def __init__(self, dim: int, out: int, *, sub: int = 2) -> None:
+        """`sub` cells along each axis of a patch."""
+        super().__init__()
+        self.out, self.sub = out, sub
+        self.answer = nn.Linear(dim, out * sub**3)
+
+    def forward(
+        self, tokens: Float[Tensor, "row patch dim"], grid: tuple[int, int, int], size_ijk: tuple[int, int, int]
+    ) -> Float[Tensor, "row out i j k"]:
+        """Logits of every voxel of blocks of `size_ijk` whose patches (C-order) make the `grid`."""
+        sub = self.sub
+        cells = self.answer(tokens).unflatten(2, (self.out, sub, sub, sub)).unflatten(1, grid)
+        cells = cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), self.out, *(sub * side for side in grid))
+        return F.interpolate(cells, size=size_ijk, mode="trilinear", align_corners=False)
+
+
 class SkipDecoder(nn.Module):
     """Labels voxels from a coarse map and the finer maps on the way to it: FOMO25's decoder for segmentations."""
 

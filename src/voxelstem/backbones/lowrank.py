@@ -135,6 +135,17 @@ def put_beside(network: nn.Module, targets: Sequence[str], config: LowRankConfig
     return changes
 
 
+@torch.no_grad()
+def fold(network: nn.Module) -> None:
+    """Add every change to the layer that it stands beside, W + alpha / rank * B A, and leave the layers alone there."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Changed):
+            change = module.change
+            module.layer.weight += change.config.scaling * change.lora_B @ change.lora_A
+            path, _, last = name.rpartition(".")
+            setattr(network.get_submodule(path), last, module.layer)
+
+
 def _grow(root: nn.Module, name: str, leaf: nn.Module) -> None:
     """Register `leaf` under a dotted name."""
     *path, last = name.split(".")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from voxelstem.backbones.lowrank import LowRankConfig
 from voxelstem.losses.overlap import Overlap
 from voxelstem.schedules import Tuning, tuning
 
@@ -30,6 +31,20 @@ class FinetuneConfig:
     sizes: Literal["kept", "drawn"] = "kept"
     """Leave convolutions as large as pretraining made them, or bring those before a norm to the size of a fresh draw:
     the network answers as before, and one rate moves it as fast as it moves an untrained one."""
+    changes: Literal["all", "low_rank"] = "all"
+    """What of the pretrained network is trained: all of it, or low-rank changes beside its linear layers, which are
+    folded into them in the end (mode `adapters` sets this)."""
+    low_rank: LowRankConfig = field(default_factory=lambda: LowRankConfig(rank=8, alpha=16.0, dropout=0.0))
+    targets: tuple[str, ...] = ("qkv", "fc1")
+    """Names of the linear layers that changes stand beside, or the ends of them."""
+    layer_decay: float = 1.0
+    """Each layer of the pretrained network learns by this factor slower than the one above it."""
+    held: float = 0.0
+    """Share of the labelled subjects that training does not see: they say which step is kept, and when to stop."""
+    looks: int = 20
+    """How often they are asked in a run."""
+    patience: int = 5
+    """After so many looks without a better one training stops."""
     loss: Overlap = "dice_ce"
     """Of segmentations, see `losses.overlap`."""
     patch_ijk: tuple[int, int, int] | None = None
@@ -63,6 +78,10 @@ class FinetuneConfig:
             raise ValueError(f"mirror names axes among 0, 1, 2, got {self.mirror}")
         if len(set(self.contrasts)) < len(self.contrasts):
             raise ValueError(f"contrasts must differ, got {self.contrasts}")
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.held < 1 or min(self.looks, self.patience) < 1:
+            raise ValueError("layer_decay lies in (0, 1], held in [0, 1), and looks and patience are at least 1")
+        if self.low_rank.dropout:
+            raise ValueError("low_rank.dropout is for towers of text: here nothing is dropped, so it must be 0")
         tuning(0.0, kind=self.schedule, warm_up=self.warm_up)
 
     @property

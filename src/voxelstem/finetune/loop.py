@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ def fit(
     loss: Loss,
     seed: int,
     report: Report | None = None,
+    held: Sequence[Case] = (),
 ) -> None:
     """Train the network in place, where it lies; the same seed draws the same patches.
 
@@ -42,17 +45,21 @@ def fit(
         loss: Of logits and truth, see `loss_of`.
         seed: Of the patches, and of dropout.
         report: Hears of every step.
+        held: Cases that nothing is learned from. Their loss says which step is kept and when to stop; see `Watch`.
     """
     device = next(net.parameters()).device
-    net.train().requires_grad_(requires_grad=True)
+    net.train().requires_grad_(False)
+    watch = Watch(net, held, config, loss, seed) if held else None
     rng = np.random.default_rng([seed, 17])
     encoder, rest = net.groups()
-    solver = _solver([encoder, rest], config)
+    for parameter in rest:
+        parameter.requires_grad_(True)
+    solver = _solver(net, config)
     groups = turns_of(cases)
     for step in range(config.steps):
         shares = tuning(step / config.steps, kind=config.schedule, warm_up=config.warm_up)
-        for group, share in zip(solver.param_groups, shares, strict=True):
-            group["lr"] = config.lr * share
+        for group in solver.param_groups:
+            group["lr"] = config.lr * shares[group["part"]] * group["pace"]
         for parameter in encoder:
             parameter.requires_grad_(shares[0] > 0)
         drawn = [draw(groups, config, net, rng) for _ in range(config.batch)]
@@ -67,7 +74,59 @@ def fit(
         solver.step()
         if report is not None:
             report(value.item())
+        if watch is not None and watch.is_enough(step + 1):
+            break
+    if watch is not None:
+        watch.take_best()
     net.eval().requires_grad_(requires_grad=False)
+
+
+class Watch:
+    """Asks held-out cases every now and then, and keeps what was best.
+
+    The same patches are asked every time (as many as there were looks), without jitter, so that looks are comparable.
+    """
+
+    def __init__(self, net: Tuned, held: Sequence[Case], config: FinetuneConfig, loss: Loss, seed: int) -> None:
+        """Draw the patches."""
+        rng, turns = np.random.default_rng([seed, 23]), turns_of(held)
+        still = dataclasses.replace(config, jitter=0.0, mirror=())
+        drawn = [draw(turns, still, net, rng) for _ in range(max(config.looks, config.batch))]
+        self.net, self.config, self.loss = net, config, loss
+        self.images, self.truths = (torch.stack(side) for side in zip(*drawn, strict=True))
+        self.every = max(1, config.steps // config.looks)
+        self.best, self.step, self.worse = math.inf, 0, 0
+        self.kept: dict[str, Tensor] = {}
+
+    def is_enough(self, step: int) -> bool:
+        """Look, if it is time to after so many steps; true once looks no longer get better."""
+        if step % self.every and step < self.config.steps:
+            return False
+        found = self._ask()
+        if found < self.best:
+            self.best, self.step, self.worse = found, step, 0
+            self.kept = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        else:
+            self.worse += 1
+        return self.worse >= self.config.patience
+
+    def take_best(self) -> None:
+        """Give the network back what it was at the best look."""
+        self.net.load_state_dict(self.kept)
+
+    @torch.no_grad()
+    def _ask(self) -> float:
+        self.net.eval()
+        device = next(self.net.parameters()).device
+        losses = [
+            self.loss(self.net(images.to(device)).float(), truths.to(device)).item()
+            for images, truths in zip(
+                self.images.split(self.config.batch), self.truths.split(self.config.batch), strict=True
+            )
+        ]
+        self.net.train()
+        found = float(np.mean(losses))
+        return found if math.isfinite(found) else math.inf
 
 
 def loss_of(task: str, config: FinetuneConfig) -> Loss:
@@ -126,8 +185,18 @@ def _changed(
     return image + (image - middle.view(shape)) * gain.view(shape) + (lift * spread).view(shape)
 
 
-def _solver(groups: Sequence[list[nn.Parameter]], config: FinetuneConfig) -> Any:
-    settings = [{"params": group, "lr": config.lr} for group in groups]
+def _solver(net: Tuned, config: FinetuneConfig) -> Any:
+    """An optimiser whose groups know their `part` (0 the encoder, 1 the rest) and the `pace` of their layer."""
+    encoder, rest = net.groups()
+    above = net.depths() if config.layer_decay < 1 else {}
+    by_depth: dict[int, list[nn.Parameter]] = {}
+    for parameter in encoder:
+        by_depth.setdefault(above.get(parameter, 0), []).append(parameter)
+    settings = [
+        {"params": group, "lr": config.lr, "part": 0, "pace": config.layer_decay**depth}
+        for depth, group in sorted(by_depth.items())
+    ]
+    settings.append({"params": rest, "lr": config.lr, "part": 1, "pace": 1.0})
     if config.optimiser == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, momentum=0.99, nesterov=True, weight_decay=config.weight_decay)
     return torch.optim.AdamW(settings, lr=config.lr, weight_decay=config.weight_decay)

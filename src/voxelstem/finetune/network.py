@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxelstem.backbones import BACKBONES
-from voxelstem.backbones.convolution import resize_convolutions
-from voxelstem.backbones.heads import PooledHead, SkipDecoder
+from voxelstem.backbones.convolution import cells_of, resize_convolutions
+from voxelstem.backbones.heads import PooledHead, SkipDecoder, TokenPainter
+from voxelstem.backbones.lowrank import Changed, Draws, put_beside
 from voxelstem.card import Card
 from voxelstem.chance import Chance
 from voxelstem.config import flatten, overlay
@@ -38,7 +39,7 @@ class Tuned(nn.Module):
         self.shared = backbone.config.latent if hasattr(backbone, "latents_of") else 0
         """Leading entries of a cls that say whose scan it is."""
         self.fusion: nn.Parameter | None = None
-        self.painter: SkipDecoder | None = None
+        self.painter: SkipDecoder | TokenPainter | None = None
         self.head: PooledHead | None = None
         if not voxels:
             count = config.channels if self.late else 1
@@ -48,6 +49,8 @@ class Tuned(nn.Module):
             self.fusion = nn.Parameter(torch.zeros(config.channels))
         if self.shared:
             self.painter = SkipDecoder((*backbone.config.widths[:-1], backbone.dim), out)
+        elif not hasattr(backbone, "decode"):
+            self.painter = TokenPainter(backbone.dim, out)
 
     def forward(
         self, x: Float[Tensor, "row contrast i j k"], *, keys: Chance | None = None
@@ -62,6 +65,10 @@ class Tuned(nn.Module):
         return self.head(torch.cat([shared, described[..., self.shared :].flatten(1)], dim=1), keys)
 
     def _painted(self, each: Float[Tensor, "row channel i j k"]) -> Float[Tensor, "row kind i j k"]:
+        if isinstance(self.painter, TokenPainter):
+            i, j, k = each.shape[2:]
+            _, tokens = self.backbone.encode_blocks(each)
+            return self.painter(tokens, cells_of(each, self.backbone.patch_ijk), (i, j, k))
         maps = self.backbone.features(each)
         if self.painter is None:
             return self.backbone.decode(maps)
@@ -81,13 +88,22 @@ class Tuned(nn.Module):
         return (logits.unflatten(0, (-1, self.contrasts)) * weights).sum(dim=1)
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The pretrained encoder's parameters, and those of decoder, head and fusion."""
+        """What is trained of the pretrained encoder, and the parameters of decoder, head and fusion."""
         encoder: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
+        changed = any(isinstance(module, Changed) for module in self.backbone.modules())
         for name, parameter in self.named_parameters():
-            above = name.startswith("backbone.decoder") or not name.startswith("backbone.")
-            (rest if above else encoder).append(parameter)
+            if name.startswith("backbone.decoder") or not name.startswith("backbone."):
+                rest.append(parameter)
+            elif not changed or ".lora_" in name:
+                encoder.append(parameter)
         return encoder, rest
+
+    def depths(self) -> dict[nn.Parameter, int]:
+        """How many layers of the encoder lie above each of its parameters; what stands beside a layer is as deep."""
+        by_depth = [(depth, dict(named)) for depth, named in self.backbone.param_groups()]
+        last = max(depth for depth, _ in by_depth)
+        return {parameter: last - depth for depth, named in by_depth for parameter in named.values()}
 
     def own(self) -> dict[str, Tensor]:
         """What is not the backbone's: head and fusion."""
@@ -110,11 +126,10 @@ def build(model: Model, *, out: int, config: FinetuneConfig, voxels: bool, seed:
     spec = dataclasses.replace(card.spec, frame_ijk=None, block_ijk=config.patch_ijk or card.spec.block_ijk)
     changes: dict[str, Any] = {"block_ijk": spec.block_ijk} if "block_ijk" in card.architecture else {}
     if config.fusion == "early":
+        _check_stem(model, config)
         changes["channels"] = config.channels
-    if voxels:
-        _check_dense(model)
-        if hasattr(model.backbone, "decode"):
-            changes |= {"out_channels": out, "decoder": True}
+    if voxels and hasattr(model.backbone, "decode"):
+        changes |= {"out_channels": out, "decoder": True}
     kind = BACKBONES[str(card.architecture["name"])]
     settings = overlay(kind.Config(), dict(card.architecture) | changes)
     with torch.random.fork_rng(devices=[]):
@@ -124,6 +139,10 @@ def build(model: Model, *, out: int, config: FinetuneConfig, voxels: bool, seed:
     if config.transfer == "encoder":
         old = {name: tensor for name, tensor in old.items() if not name.startswith("decoder")}
     net.backbone.load_state_dict(carry(old, net.backbone.state_dict()))
+    if config.changes == "low_rank":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            put_beside(net.backbone, config.targets, config.low_rank, Draws())
     if config.sizes == "drawn":
         resize_convolutions(net.backbone)
     after = dataclasses.replace(
@@ -172,9 +191,10 @@ def _widens(given: Tensor, fresh: Tensor) -> bool:
     return alike and fresh.shape[1] % given.shape[1] == 0
 
 
-def _check_dense(model: Model) -> None:
-    if not (hasattr(model.backbone, "decode") or hasattr(model.backbone, "latents_of")):
+def _check_stem(model: Model, config: FinetuneConfig) -> None:
+    """A convolution sees more contrasts by repeating its kernels; a patch embedding would have to be drawn anew."""
+    if config.channels > 1 and isinstance(getattr(model.backbone, "embed", None), nn.Linear):
         raise ConfigError(
-            f"a {model.card.architecture['name']} has no decoder that labels voxels",
-            hint="fine-tune a unet or a disentangled network, or fit --mode probe on its patches",
+            f"a {model.card.architecture['name']} takes {model.backbone.config.channels} channel(s) in",
+            hint="use full.fusion=late: contrasts then go through it one by one",
         )

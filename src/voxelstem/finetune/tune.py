@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from voxelstem.backbones.lowrank import fold
 from voxelstem.card import Card
 from voxelstem.engine.device import choose
-from voxelstem.errors import CheckpointError
+from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.cases import Case, Seen, companions, labelled, see
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.loop import fit, loss_of
@@ -86,13 +87,16 @@ def tune(
     known = np.array([asked.targets[record.subject] for record in records]) if numbers else np.zeros(1)
     middle, spread = float(known.mean()), max(float(known.std()), 1e-6)
     cases: list[Case] = []
+    held: list[Case] = []
+    apart = hold_out([record.subject for record in records], asked, config.held, seed)
     for record, keys in _together(store, records, config):
+        side = held if record.subject in apart else cases
         if asked.voxels:
-            cases.append(labelled(store, keys, card.spec, asked.classes))
+            side.append(labelled(store, keys, card.spec, asked.classes))
             continue
         said = asked.targets[record.subject]
         target = (said - middle) / spread if numbers else int(said)
-        cases.append(Case(seen=see(store, keys, card.spec), target=target))
+        side.append(Case(seen=see(store, keys, card.spec), target=target))
     net.to(choose("auto"))
     config = replace(config, patch_ijk=card.spec.block_ijk)
     with progress(f"{asked.task}: the whole network", config.steps) as advance:
@@ -103,17 +107,46 @@ def tune(
             loss=loss_of(asked.task, config),
             seed=seed,
             report=lambda loss: advance(1, note=f"loss {loss:.3f}"),
+            held=held,
         )
     net.cpu()
+    fold(net.backbone)
     one, plain = np.eye(asked.out), asked.out
     arrays = {"middle": np.zeros(plain), "scale": np.ones(plain), "weight": one, "bias": np.zeros(plain)}
     if numbers:
         arrays |= {"weight": np.array([spread]), "bias": np.array([middle])}
     arrays |= {OWN + name: tensor.numpy() for name, tensor in net.own().items()}
-    head = Head(mode="full", classes=asked.classes, arrays=arrays, facts={"sub": 1.0})
-    notes = f"fine-tuned whole for {asked.task} on {len(cases)} labelled scans"
-    card = replace(card, recipe=f"{card.recipe} + full".strip(" +"), notes=(*card.notes, notes))
+    mode = "full" if config.changes == "all" else "adapters"
+    head = Head(mode=mode, classes=asked.classes, arrays=arrays, facts={"sub": 1.0})
+    what = "whole" if config.changes == "all" else "by low-rank changes, folded in"
+    notes = f"fine-tuned {what} for {asked.task} on {len(cases)} labelled scans"
+    notes += f"; {len(held)} more said when to stop" if held else ""
+    card = replace(card, recipe=f"{card.recipe} + {mode}".strip(" +"), notes=(*card.notes, notes))
     return head, card, dict(net.backbone.state_dict())
+
+
+def hold_out(subjects: Sequence[str], asked: Asked, share: float, seed: int) -> frozenset[str]:
+    """Subjects whom training does not see: of each class a share, and never the last one.
+
+    Raises:
+        ConfigError: a share is wanted, and there is nobody to spare.
+    """
+    if not share:
+        return frozenset()
+    groups: dict[int | float, list[str]] = {}
+    for subject in sorted(set(subjects)):
+        kind = asked.targets.get(subject, 0) if asked.classes and not asked.voxels else 0
+        groups.setdefault(kind, []).append(subject)
+    rng, apart = np.random.default_rng([seed, 29]), set[str]()
+    for _, group in sorted(groups.items()):
+        count = min(round(share * len(group)), len(group) - 1)
+        apart |= {group[place] for place in rng.permutation(len(group))[:count]}
+    if not apart:
+        raise ConfigError(
+            f"full.held={share:g} of {len(set(subjects))} labelled subjects is nobody",
+            hint="label more subjects, or leave full.held at 0: training then takes all its steps",
+        )
+    return frozenset(apart)
 
 
 def tuned(model: Model, head: Head, asked: Asked, config: FinetuneConfig) -> Tuned:
