@@ -23,9 +23,11 @@ from voxelstem.prompts import read_prompts
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Survival
+from voxelstem.survival import Watched, kaplan_meier
+from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
-from voxelstem.truth import read_truth
+from voxelstem.truth import Truth, read_truth
 
 SPEC = InputSpec(spacing_mm=(12.0, 12.0, 12.0), low_hu=-200.0, high_hu=300.0, block_ijk=(16, 16, 16))
 ARCHITECTURE = {
@@ -245,3 +247,28 @@ def test_features_that_are_remembered_are_computed_once() -> None:
     assert [recall("a"), recall("a"), recall("b")] == [None, None, None]
     assert calls == ["a", "b"]
     assert once({"s": 1}) == {"s": (1,)}
+
+
+@pytest.mark.parametrize("task", [Survive(), Survive(kind="hazard")])
+def test_the_floor_of_survival_is_the_labelled_subjects_curve_for_everybody(place: Path, task: Survive) -> None:
+    store = Store.open(place / "store")
+    records = list(store)
+    told = {r.subject: Survival(time=1.0 + at % 7, event=at % 3 > 0) for at, r in enumerate(records)}
+    contest = Contest(
+        store=store,
+        truth=Truth(records=tuple(records), labels={}, classes=(), survival=told),
+        task=task,
+        mode="probe",
+        classes=(),
+        labelled=tuple(records[:12]),
+        tested=tuple(records[12:]),
+        seed=0,
+    )
+    outcomes = contest.kaplan_meier()
+    assert set(outcomes) == {record.subject for record in records[12:]}
+    curve = kaplan_meier(Watched.of(told[record.subject] for record in records[:12]))
+    for subject, outcome in outcomes.items():
+        assert outcome.risk == 0
+        assert outcome.truth == told[subject]
+        assert set(outcome.chances) <= {1.0, *curve.value.tolist()}
+    assert [task.statistic(name)(list(outcomes.values())) for name in ("harrell_c", "uno_c")] == [0.5, 0.5]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from voxelstem.study import INPUT_SPECS, InputSpec, LabelMap, Provenance, Report, Study, Volume
+from voxelstem.study import INPUT_SPECS, InputSpec, LabelMap, Provenance, Report, Study, Survival, Volume
 
 PROVENANCE = Provenance(source_format="nifti", sha256="0" * 64, orientation="RAS")
 
@@ -134,3 +135,10 @@ def test_a_report_reads_as_dictated_without_rewrites_and_codes():
     )
     assert report.text == "CT.\nClinical history: Pain.\nTechnique: Native.\nFindings: Cyst.\nImpression: Benign."
     assert Report(icd10=("Cyst of kidney",)).text == ""
+
+
+@pytest.mark.parametrize("time", [-1.0, math.nan, math.inf])
+def test_nobody_is_watched_for_no_time(time: float):
+    assert Survival(time=0.0, event=False).time == 0
+    with pytest.raises(ValueError, match="time must be a number >= 0"):
+        Survival(time=time, event=True)

@@ -12,11 +12,12 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, LabelMap, Study
+from voxelstem.study import InputSpec, LabelMap, Study, Survival
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.segment import Segment
+from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
-from voxelstem.truth import _take_turns, class_names, draw, is_aligned, read_truth
+from voxelstem.truth import Truth, _take_turns, class_names, draw, is_aligned, is_survival, read_truth
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), block_ijk=(16, 16, 16))
 FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
@@ -220,3 +221,68 @@ def test_a_wrong_labels_json_is_refused(place: Path, tmp_path: Path, text: str, 
         read_truth(Store.open(place / "store"), tmp_path / "labels.json", Segment(), SPEC)
     with pytest.raises(ConfigError, match="no label file"):
         read_truth(Store.open(place / "store"), tmp_path / "absent.json", Segment(), SPEC)
+
+
+def survivals(place: Path, tmp_path: Path, events: int, *, time: int = 5) -> Truth:
+    """All twelve phantoms, of which the last so many have an event."""
+    rows = [f"phantom-{n:04d},{time},{int(n >= 12 - events)}\n" for n in range(12)]
+    path = table(tmp_path, "subject,time,event\n" + "".join(rows))
+    return read_truth(Store.open(place / "store"), path, Survive(), SPEC)
+
+
+def test_times_and_events_are_read_for_the_task_that_says_it_needs_them(place: Path, tmp_path: Path) -> None:
+    assert [is_survival(task) for task in (Classify(), Segment(), Survive())] == [False, False, True]
+    truth = survivals(place, tmp_path, 4)
+    assert sorted((one.time, one.event) for one in truth.survival.values()) == [(5, False)] * 8 + [(5, True)] * 4
+    assert (len(truth.records), truth.labels, truth.values, truth.classes) == (12, {}, {}, ())
+    with pytest.raises(ConfigError, match="must name the columns subject,time,event"):
+        read_truth(Store.open(place / "store"), place / "contrast.csv", Survive(), SPEC)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.5, 0.9])
+def test_a_draw_holds_an_event_and_about_the_share_of_events_of_all(place: Path, tmp_path: Path, share: float) -> None:
+    """Curves depend on that share: as many with as without would say that half of all patients die."""
+    truth = survivals(place, tmp_path, 1)
+    train = sorted({record.subject for record in truth.of("train")})
+    came = round(share * len(train))
+    told = {subject: Survival(time=5.0, event=place < came) for place, subject in enumerate(train)}
+    truth = replace(truth, survival=told)
+    for seed in range(3):
+        before: set[str] = set()
+        for budget in range(2, len(train) + 1):
+            drawn = {record.subject for record in draw(truth, budget, seed, voxels=False)}
+            events = sum(told[subject].event for subject in drawn)
+            assert len(drawn) == budget
+            assert before < drawn
+            assert 1 <= events < budget or came == len(train)
+            assert abs(events - budget * came / len(train)) <= 1
+            before = drawn
+    others = [frozenset(r.subject for r in draw(truth, 3, seed, voxels=False)) for seed in range(8)]
+    assert len(set(others)) > 1
+
+
+@pytest.mark.parametrize(("events", "time"), [(0, 5), (12, 0)])
+def test_censored_subjects_only_are_refused_with_their_number(
+    place: Path, tmp_path: Path, events: int, time: int
+) -> None:
+    truth = survivals(place, tmp_path, events, time=time)
+    train = len({record.subject for record in truth.of("train")})
+    censored = 0 if events else train
+    with pytest.raises(AuditError, match=f"{censored} of {train} labelled training subjects are censored, and none"):
+        draw(truth, None, 0, voxels=False)
+
+
+def test_one_subject_shows_nothing_of_who_fares_better(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one labelled training subject cannot show") as caught:
+        draw(survivals(place, tmp_path, 6), 1, 0, voxels=False)
+    assert "--budget 2" in caught.value.hint
+    alone = table(tmp_path, "".join(["subject,time,event\n", *_trained(place, 1)]))
+    with pytest.raises(ConfigError, match="one labelled training subject cannot show") as caught:
+        draw(read_truth(Store.open(place / "store"), alone, Survive(), SPEC), None, 0, voxels=False)
+    assert "label more" in caught.value.hint
+
+
+def _trained(place: Path, count: int) -> list[str]:
+    train = set(Store.open(place / "store").subjects("train"))
+    names = [f"phantom-{n:04d}" for n in range(12)]
+    return [f"{name},3,1\n" for name in names if pseudonym(name, site_key()) in train][:count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from voxelstem.study import VOLUME_LABEL, InputSpec
 from voxelstem.tasks.classify import Classify, Guess, majority
 from voxelstem.tasks.regress import Measured
 from voxelstem.tasks.segment import compare, numbered
+from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import HALF, Answer, Zeroshot, shares, truth_of
 from voxelstem.truth import Truth
 
@@ -125,6 +126,15 @@ class Contest:
             (record.subject, Measured(truth=values[record.subject], predicted=mean)) for record in self.tested
         )
 
+    def kaplan_meier(self) -> Outcomes:
+        """Say of every scan the Kaplan-Meier curve of the labelled subjects, and that all risks are equal."""
+
+        def blind(_: str) -> Blind:
+            return Blind()
+
+        examples = list(examples_of(self.store, self.labelled, self.truth, blind, self.task))
+        return self.score(cast(Survive, self.task).usual(examples, self.classes), blind)
+
     def morphometry(self) -> Outcomes | None:
         """What volumes of structures alone can do; None where no volume is known of all scans."""
         told = {
@@ -207,11 +217,18 @@ def simple_baselines(contest: Contest, model: Model, advance: Advance) -> dict[s
     found = {"intensity": once(contest.fit_and_score(counted(bright, advance, note="intensity")))}
     if voxels:
         return found | {"atlas": once(contest.atlas(model.spec, advance))}
-    name, usual = ("mean", contest.average) if contest.truth.values else ("majority", contest.majority)
+    name, usual = _usual(contest)
     found[name] = once(usual())
     advance(len(contest.labelled) + len(contest.tested), note=name)
     measured = contest.morphometry()
     return found | ({} if measured is None else {MORPHOMETRY: once(measured)})
+
+
+def _usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:
+    """What can be said of a scan that nobody looked at, and its name."""
+    if contest.truth.survival:
+        return "kaplan_meier", contest.kaplan_meier
+    return ("mean", contest.average) if contest.truth.values else ("majority", contest.majority)
 
 
 def zeroshot_baselines(contest: Contest, head: Head, space: Aligned, folder: Path) -> dict[str, Repeats]:

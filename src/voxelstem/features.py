@@ -57,11 +57,23 @@ def embedder(model: Model, store: Store, folder: Path, *, tokens: bool, see: See
     """
     seen = model.through(see.layers) if see.layers else model
 
-    def look(key: str) -> Features:
+    def recall(key: str) -> Features:
         found = embed_volume_cached(seen, store, key, folder, tokens=tokens)
         return found if see.beside == "nothing" else with_intensity(found, store.volume(key), model.spec)
 
-    return look
+    return recall
+
+
+def look(model: Model, volume: Volume, *, tokens: bool, see: SeeConfig = AS_IT_IS) -> Features:
+    """What `embedder` gives, of a volume that is in no store.
+
+    Raises:
+        ConfigError: as `embedder`, or another modality.
+        IngestError: the volume is refused.
+    """
+    seen = model.through(see.layers) if see.layers else model
+    found = seen.embed(volume, tokens=tokens)
+    return found if see.beside == "nothing" else with_intensity(found, volume, model.spec)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

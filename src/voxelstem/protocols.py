@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from voxelstem.chance import Chance
-from voxelstem.study import LabelMap
+from voxelstem.study import LabelMap, Survival
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +203,8 @@ class Example:
     """For scan-level tasks that ask of many things whether they are there; what nobody knows is not named."""
     value: float | None = None
     """For scan-level tasks that predict a number."""
+    survival: Survival | None = None
+    """For scan-level tasks that predict when an event comes."""
     labels: LabelMap | None = None
     """For voxel-level tasks, on the scan's own grid."""
 

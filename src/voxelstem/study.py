@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -149,6 +150,23 @@ class Study:
     report: Report | None = None
     labels: dict[str, str] = field(default_factory=dict)
     """Scan-level facts that the source itself knows (the phantom does), such as `lesion: yes`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survival:
+    """How long a subject was watched, and whether the event came then. `time` is in the unit of the label file."""
+
+    time: float
+    event: bool
+
+    def __post_init__(self) -> None:
+        """Guard the time.
+
+        Raises:
+            ValueError: it is negative, infinite or no number.
+        """
+        if not 0 <= self.time < math.inf:
+            raise ValueError(f"time must be a number >= 0, got {self.time}")
 
 
 _WINDOW = (-1000.0, 1000.0)

@@ -17,7 +17,7 @@ from voxelstem.protocols import Task
 from voxelstem.store import Record, Store
 from voxelstem.store.labels import Kind, Label, match, read_labels, read_table
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Survival
 from voxelstem.table import closest
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ class Truth:
     """Subject to what is there and what not, for tasks that ask for many things; what nobody knows is not named."""
     values: Mapping[str, float] = field(default_factory=dict)
     """Subject to a number, for tasks that predict one."""
+    survival: Mapping[str, Survival] = field(default_factory=dict)
+    """Subject to how long nothing happened, for tasks that predict when something does."""
 
     def of(self, split: str) -> tuple[Record, ...]:
         """The labelled scans of one split."""
@@ -65,6 +67,10 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
         values = {subject: cast(float, value) for subject, value in _one_each(records, labels, "regress", spec).items()}
         records = [record for record in records if record.subject in values]
         truth = Truth(records=tuple(records), labels={}, classes=(), values=values)
+    elif is_survival(task):
+        told = {s: cast(Survival, label) for s, label in _one_each(records, labels, "survive", spec).items()}
+        records = [record for record in records if record.subject in told]
+        truth = Truth(records=tuple(records), labels={}, classes=(), survival=told)
     else:
         by_subject = _one_label(records, labels, spec)
         records = [record for record in records if record.subject in by_subject]
@@ -87,6 +93,11 @@ def is_number(task: Task) -> bool:
     return bool(getattr(task, "numbers", False))
 
 
+def is_survival(task: Task) -> bool:
+    """Whether a task predicts when an event comes, and learns from times of which some are censored: `survival`."""
+    return bool(getattr(task, "survival", False))
+
+
 def of_contrast(truth: Truth, contrasts: Sequence[str]) -> Truth:
     """Only the scans of the first contrast, which carry the labels of a session; all of them if none is named."""
     kept = [record for record in truth.records if not contrasts or record.acquisition.contrast == contrasts[0]]
@@ -104,9 +115,11 @@ def draw(
 ) -> tuple[Record, ...]:
     """Draw labelled subjects of a split and return their scans. With one label for each scan, classes take turns.
 
+    Of subjects with times, a draw holds about the share with an event that there is among all: curves depend on it.
+
     Raises:
         ConfigError: no or fewer subjects than the budget, or a budget below the number of classes.
-        AuditError: the subjects are all of one class.
+        AuditError: the subjects are all of one class, or none of them has an event.
     """
     train = truth.of(split)
     word = "training" if split == "train" else split
@@ -119,6 +132,8 @@ def draw(
     order = [subjects[index] for index in np.random.default_rng([seed, 11]).permutation(len(subjects))]
     if truth.findings:
         _check_kinds([truth.findings[subject] for subject in order], truth.classes, word)
+    elif truth.survival:
+        order = _spread_events(order, truth.survival, budget, word)
     elif truth.labels and not voxels:
         order = _take_turns(order, truth.labels)
         kinds = len({truth.labels[subject] for subject in order})
@@ -311,3 +326,25 @@ def _take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:
     queues = {name: [s for s in order if labels[s] == name] for name in sorted({labels[s] for s in order})}
     longest = max((len(queue) for queue in queues.values()), default=0)
     return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
+
+
+def _spread_events(order: Sequence[str], told: Mapping[str, Survival], budget: int | None, word: str) -> list[str]:
+    """Reorder subjects so that the first n hold events and censored ones, in about the shares of all of them."""
+    if min(len(order), budget or len(order)) < 2:  # noqa: PLR2004 - a risk is in comparison to another
+        raise ConfigError(
+            f"one labelled {word} subject cannot show who fares better",
+            hint="use --budget 2 or more" if len(order) > 1 else "label more subjects",
+        )
+    # An event at time 0 comes before anybody could be compared: nobody learns from it.
+    came = [subject for subject in order if told[subject].event and told[subject].time > 0]
+    if not came:
+        censored = sum(not told[subject].event for subject in order)
+        raise AuditError(
+            f"{censored} of {len(order)} labelled {word} subjects are censored, and none has an event after time 0: "
+            "nothing to learn from",
+            hint="label subjects with an event too, and count `time` from the scan on",
+        )
+    found = set(came)
+    others = [subject for subject in order if subject not in found]
+    places = {subject: at / len(queue) for queue in (came, others) for at, subject in enumerate(queue)}
+    return sorted((*came, *others), key=places.__getitem__)

@@ -29,6 +29,12 @@ def test_classes_numbers_and_survival_are_read(table):
     }
 
 
+@pytest.mark.parametrize("cells", [("1", "0"), ("1.0", "0.0"), ("True", "False"), ("YES", "no")])
+def test_an_event_is_said_in_several_ways(table, cells):
+    read = read_labels(table(f"subject,time,event\na,0,{cells[0]}\nb,0.5,{cells[1]}\n"), "survive", KEY)
+    assert [(one.time, one.event) for one in read.values()] == [(0.0, True), (0.5, False)]
+
+
 def test_what_spreadsheets_add_does_no_harm(table):
     text = 'age, label , subject\r\n41, "yes", a \r\n,,\r\n\r\n'
     assert read_labels(table(text, "utf-8-sig"), "classify", KEY) == {pseudonym("a", KEY): "yes"}
@@ -56,6 +62,13 @@ def test_a_subject_may_be_labelled_twice_alike_but_not_differently(table):
         ("subject,value\nMiller,nan\n", "regress", "row 2: 'value' must be a number"),
         ("subject,time,event\nMiller,-1,1\n", "survive", "row 2: 'time' must be a number >= 0"),
         ("subject,time,event\nMiller,1,2\n", "survive", "row 2: 'event' must be 0 or 1, got '2'"),
+        ("subject,time,event\nMiller,nan,1\n", "survive", "row 2: 'time' must be a number, got 'nan'"),
+        ("subject,time,event\nMiller,inf,1\n", "survive", "row 2: 'time' must be a number, got 'inf'"),
+        ("subject,time,event\nok,1,1\nMiller,,1\n", "survive", "row 3: 'time' is empty"),
+        ("subject,time,event\nMiller,1,0.5\n", "survive", "row 2: 'event' must be 0 or 1, got '0.5'"),
+        ("subject,time\nMiller,1\n", "survive", "must name the columns subject,time,event; it has subject, time"),
+        ("subject,time,event\nMiller,1,1\nMiller,2,1\n", "survive", "rows 2 and 3 label the same subject differently"),
+        ("subject,time,event\nMiller,1,1\nMiller,1,0\n", "survive", "rows 2 and 3 label the same subject differently"),
         ('subject,label\n"Miller,1\n', "classify", "cannot be read as CSV"),
     ],
 )

@@ -56,9 +56,10 @@ MEANING = {
     "atlas": "labels of the most similar labelled scan, laid over so that the bodies' boxes match",
     "majority": "the shares of the classes among the labelled scans, without looking at the scan",
     "mean": "the mean of the labelled subjects' numbers, without looking at the scan",
+    "kaplan_meier": "the labelled subjects' Kaplan-Meier curve and equal risk for everybody, without looking at the scan",
     "morphometry": "a head on volumes of structures, as somebody else measured them",
 }
-LESS_IS_BETTER = ("ece", "mae")
+LESS_IS_BETTER = ("ece", "mae", "integrated_brier")
 NOT_A_DEVICE = "Not a medical device. Nothing here is validated for any diagnosis or treatment."
 
 

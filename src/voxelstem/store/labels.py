@@ -11,6 +11,7 @@ from typing import Literal
 
 from voxelstem.errors import ConfigError
 from voxelstem.store.subjects import pseudonym
+from voxelstem.study import Survival
 
 Kind = Literal["classify", "regress", "survive"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -19,14 +20,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "survive": ("subject", "time", "event"),
 }
 _EVENTS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Survival:
-    """How long a subject was watched, and whether the event came. `time` is in the unit of the file."""
-
-    time: float
-    event: bool
 
 
 Label = str | float | Survival
@@ -146,7 +139,7 @@ def _label(cells: Mapping[str, str], kind: Kind, row: int, path: Path) -> Label:
     if kind == "regress":
         return _number(cells, "value", row, path)
     time = _number(cells, "time", row, path)
-    event = _EVENTS.get(cells["event"].lower())
+    event = _EVENTS.get(cells["event"].lower().removesuffix(".0"))  # as pandas writes it beside empty cells
     if time < 0 or event is None:
         name, wanted = ("time", "a number >= 0") if time < 0 else ("event", "0 or 1")
         raise ConfigError(f"{path.name}: row {row}: '{name}' must be {wanted}, got '{cells[name][:20]}'")
