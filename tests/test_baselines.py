@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from voxelstem.baselines import carry, find_body, intensity, nearest, token_mm
+from voxelstem.baselines import RADIOMICS, Body, carry, find_body, intensity, nearest, radiomics, token_mm
+from voxelstem.protocols import Features
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.study import InputSpec, LabelMap, Provenance, Volume
 
@@ -124,3 +125,82 @@ def test_labels_follow_the_box_of_the_body() -> None:
     assert (where.min(axis=0)[0], where.max(axis=0)[0]) == (18, 25)
     assert carried.array[:4].sum() == 0
     assert carried.classes == {1: "lung"}
+
+
+def test_radiomics_are_the_features_of_a_region_by_name() -> None:
+    array = np.random.default_rng(0).normal(40, 20, (12, 10, 8)).round()
+    scan = volume(array, spacing=2.0)
+    region = np.zeros(array.shape, dtype=bool)
+    region[3:9, 2:7, 2:6] = True
+    found = radiomics(scan, region)
+    assert isinstance(found, Features)
+    assert found.tokens is found.tokens_affine_ras is None
+    assert found.names == RADIOMICS
+    assert len(found.scan) == len(RADIOMICS) == 59
+    assert np.isfinite(found.scan).all()
+    value = dict(zip(found.names, found.scan, strict=True))
+    assert value["stat_mean"] == pytest.approx(array[region].mean())
+    assert value["stat_rms"] == pytest.approx(np.sqrt((array[region] ** 2).mean()))
+    assert value["ih_max"] == (array[region].max() + 1000) // 25 + 1
+    assert value["morph_vol_approx"] == 6 * 5 * 4 * 8
+
+
+def test_some_radiomics_can_be_asked_for() -> None:
+    scan, region = volume(np.arange(60.0).reshape(3, 4, 5)), np.ones((3, 4, 5), dtype=bool)
+    assert radiomics(scan, region, features=["stat_max", "stat_min"]).scan.tolist() == [59, 0]
+    with pytest.raises(ValueError, match="no such feature: mean"):
+        radiomics(scan, region, features=["mean", "stat_min"])
+
+
+def test_of_ct_what_lies_below_air_counts_for_the_shape_only() -> None:
+    array = np.full((4, 4, 4), 50.0)
+    array[0] = -2000
+    found = radiomics(volume(array), np.ones((4, 4, 4), dtype=bool), features=["stat_min", "morph_vol_approx"])
+    assert found.scan.tolist() == [50, 4**6]
+
+
+def test_radiomics_of_mri_do_not_know_the_scanners_gain_and_offset() -> None:
+    array = np.random.default_rng(0).gamma(2.0, 1.0, (12, 12, 12))
+    region = array > np.median(array)
+    one, other = (radiomics(volume(scan, modality="MR"), region) for scan in (array, 300 * array + 50))
+    np.testing.assert_allclose(one.scan, other.scan, rtol=2e-3, atol=1e-3)
+    value = dict(zip(one.names, one.scan, strict=True))
+    low, high = np.quantile(array[::1, ::1, ::1], [0.005, 0.995])
+    assert value["stat_mean"] == pytest.approx(((array[region] - low) / (high - low)).mean(), rel=1e-5)
+    assert value["ih_max"] == 32
+
+
+def test_radiomics_of_the_body_are_those_of_its_thinned_copy() -> None:
+    fine = np.repeat(np.repeat(np.repeat(body_with_a_lung(), 4, 0), 4, 1), 4, 2)
+    body = find_body(volume(fine, spacing=1.0))
+    assert body.stride == (4, 4, 4)
+    thick = volume(body_with_a_lung(), spacing=4.0)
+    found = radiomics(volume(fine, spacing=1.0), body)
+    np.testing.assert_allclose(found.scan, radiomics(thick, find_body(thick)).scan, rtol=1e-9)
+    value = dict(zip(found.names, found.scan, strict=True))
+    assert value["morph_vol_approx"] == 12**3 * 64
+    assert value["stat_mean"] == pytest.approx(40 - 840 * (4 * 4 * 8) / 12**3)
+
+
+def test_radiomics_refuse_what_they_cannot_tell() -> None:
+    scan = volume(np.arange(64.0).reshape(4, 4, 4))
+    point = np.zeros((4, 4, 4), dtype=bool)
+    with pytest.raises(ValueError, match="empty"):
+        radiomics(scan, point)
+    point[1, 2, 3] = True
+    with pytest.raises(
+        ValueError, match="morph_pca_elongation, morph_pca_flatness cannot be told of this region of 1 vox"
+    ):
+        radiomics(scan, point)
+    with pytest.raises(ValueError, match="on the scan's grid"):
+        radiomics(scan, Body(mask=point, stride=(2, 2, 2), start_ijk=(0, 0, 0), stop_ijk=(4, 4, 4)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_region_of_three_voxels_has_all_radiomics(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    region = np.zeros((5, 5, 5), dtype=bool)
+    region.ravel()[rng.permutation(125)[:3]] = True
+    for array in (np.zeros((5, 5, 5)), rng.integers(-100, 100, (5, 5, 5)).astype(float)):
+        for modality in ("CT", "MR"):
+            assert np.isfinite(radiomics(volume(array, modality=modality), region).scan).all()

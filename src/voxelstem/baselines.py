@@ -1,4 +1,4 @@
-"""What can be said about a scan without any learning: brightness, and the nearest labelled scan.
+"""What can be said about a scan without any learning: brightness, radiomics, and the nearest labelled scan.
 
 A model that does not beat these has not earned its place. They speak the language of tasks
 (`protocols.Features`, `LabelMap`), so the same heads and scores serve them.
@@ -6,14 +6,17 @@ A model that does not beat these has not earned its place. They speak the langua
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
+from voxelstem.biomarkers import FEATURES
 from voxelstem.geometry import spacing_mm
+from voxelstem.radiomics import CT_BINS, EVERYTHING, FixedBinNumber, describe
 from voxelstem.streaming import lay, of_volume
 from voxelstem.study import InputSpec, LabelMap, Volume
 from voxelstem.views import cells
@@ -22,6 +25,13 @@ BODY_HU = -300.0
 """Between air and fat: whatever is connected and brighter is body, and what it encloses too."""
 BODY_STEP_MM = 4.0
 """The body is found on a thinned copy of the scan with about this spacing."""
+RADIOMICS = tuple(
+    name
+    for name in FEATURES
+    if name not in ("stat_cov", "stat_qcod", "morph_com", "morph_vol_dens_aee", "morph_area_dens_aee")
+)
+"""Features that every region of three voxels or more has that is not all air. Left out is what divides by a mean of
+intensities, which for Hounsfield units may be zero or next to it, and by the ellipsoid of a region that may be flat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +52,18 @@ class Body:
     stride: tuple[int, int, int]
     start_ijk: tuple[int, int, int]
     stop_ijk: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Radiomics:
+    """First-order radiomics and shape of one region as features. There are no tokens."""
+
+    scan: Float[np.ndarray, "feature"]
+    """As defined, not scaled: heads standardise."""
+    names: tuple[str, ...]
+    """What each feature is; `biomarkers.FEATURES` says it in words."""
+    tokens: None = None
+    tokens_affine_ras: None = None
 
 
 def intensity(
@@ -87,6 +109,45 @@ def _histograms(
 ) -> Float[np.ndarray, "ti tj tk bins"]:
     inside = cells.tally(levels, cells.lay(volume.affine_ras, volume.shape_ijk, affine_ras, size_ijk), bins)
     return np.sqrt(inside / np.maximum(inside.sum(axis=3, keepdims=True), 1.0))
+
+
+def radiomics(
+    volume: Volume, region: Bool[np.ndarray, "i j k"] | Body, *, features: Sequence[str] = RADIOMICS
+) -> Radiomics:
+    """Describe a region by what IBSI's first-order radiomics and morphology say of it (first channel).
+
+    CT is read from -1000 HU on, in bins of 25 HU: voxels below count for the shape only. Other modalities have no unit,
+    so their scan's 0.5th to 99.5th percentile becomes 0 to 1 before, and the region's own range is cut into 32 bins.
+
+    Args:
+        volume: The scan.
+        region: Which voxels, on the scan's grid (`regions` makes such masks); or the body, which is described on the
+            thinned copy of the scan that it was found on.
+        features: Names from `biomarkers.FEATURES`.
+
+    Raises:
+        ValueError: the region is empty, lies on another grid or holds what is not finite, or one of the features does
+            not exist or has no value there, as the elongation of a single voxel has none.
+    """
+    strangers = [name for name in features if name not in FEATURES]
+    if strangers:
+        raise ValueError(f"no such feature: {', '.join(strangers)}; biomarkers.FEATURES names all")
+    ct = volume.modality == "CT"
+    shown = volume if ct else _without_unit(volume)
+    if isinstance(region, Body):
+        shown, region = _thinned(shown, region.stride), region.mask
+    found = describe(
+        shown,
+        region,
+        bins=CT_BINS if ct else FixedBinNumber(count=32),
+        intensity_range=(CT_BINS.lowest, math.inf) if ct else EVERYTHING,
+    ).only(features)
+    if found.undefined:
+        raise ValueError(
+            f"{', '.join(found.undefined)} cannot be told of this region of {int(region.sum())} voxels: "
+            "leave the region out, or ask for other features"
+        )
+    return Radiomics(scan=found.values, names=found.names)
 
 
 def token_mm(volume: Volume, spec: InputSpec, patch_ijk: tuple[int, int, int]) -> tuple[float, float, float]:
@@ -158,7 +219,26 @@ def _levels(volume: Volume, spec: InputSpec, bins: int) -> np.ndarray:
     array = volume.array[0]
     low, high = spec.low_hu, spec.high_hu
     if volume.modality != "CT" or spec.per_volume:
-        step_i, step_j, step_k = _stride(volume)
-        low, high = np.quantile(array[::step_i, ::step_j, ::step_k], [0.005, 0.995])
-        high = max(high, low + 1e-6)
+        low, high = _own_window(volume)
     return np.clip((array - low) * (bins / (high - low)), 0, bins - 1).astype(np.int64)
+
+
+def _own_window(volume: Volume) -> tuple[float, float]:
+    """The 0.5th and the 99.5th percentile of a scan, from a thinned copy."""
+    step_i, step_j, step_k = _stride(volume)
+    low, high = np.quantile(volume.array[0, ::step_i, ::step_j, ::step_k], [0.005, 0.995])
+    return low, max(high, low + 1e-6)
+
+
+def _without_unit(volume: Volume) -> Volume:
+    """The scan with its own window at 0 to 1; nothing is cut off."""
+    low, high = _own_window(volume)
+    return replace(volume, array=((volume.array - low) / (high - low)).astype(np.float32))
+
+
+def _thinned(volume: Volume, stride: tuple[int, int, int]) -> Volume:
+    """Every `stride`-th voxel of a scan, each standing for as many more."""
+    affine = volume.affine_ras.astype(np.float64) @ np.diag([*stride, 1.0])
+    return replace(
+        volume, array=volume.array[:, :: stride[0], :: stride[1], :: stride[2]], affine_ras=affine, labels=None
+    )
