@@ -51,13 +51,15 @@ FOLDS = 3
 """Of the sarcoma patients."""
 SOFT = "spec.low_hu=-200"
 """A window of soft tissue: at -1000 HU an untrained network of this size finds tumours three times worse."""
+JOINED = "layers=1+2+3+4,beside=intensity"
+"""What heads see that see most; the untrained network is seen in the same way."""
 VARIANTS = (
-    f"DINO=tiny.dino,{SOFT}",
-    f"no iBOT=tiny.dino,{SOFT},objective.ibot_weight=0",
-    f"no KoLeo=tiny.dino,{SOFT},objective.koleo_weight=0",
-    f"no place=tiny.dino,{SOFT},objective.position_weight=0",
-    f"MAE=tiny.mae,{SOFT},steps=300",
-    f"MAE with place=tiny,{SOFT},steps=300",
+    f"DINO=tiny.dino,{SOFT},{JOINED}",
+    f"no iBOT=tiny.dino,{SOFT},objective.ibot_weight=0,{JOINED}",
+    f"no KoLeo=tiny.dino,{SOFT},objective.koleo_weight=0,{JOINED}",
+    f"no place=tiny.dino,{SOFT},objective.position_weight=0,{JOINED}",
+    f"MAE=tiny.mae,{SOFT},steps=300,{JOINED}",
+    f"MAE with place=tiny,{SOFT},steps=300,{JOINED}",
 )
 
 
