@@ -92,7 +92,15 @@ def test_the_run_holds_no_name_of_a_subject_and_no_pickle(place: Path, tmp_path:
         out=tmp_path / "run",
     )
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.toml", "head.json", "head.safetensors", "adapt.json", "weights", "features"}
+    assert names == {
+        "config.toml",
+        "head.json",
+        "head.safetensors",
+        "assurance.safetensors",
+        "adapt.json",
+        "weights",
+        "features",
+    }
     for path in out.glob("*.*"):
         assert b"phantom-" not in path.read_bytes()
 

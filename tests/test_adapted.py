@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem.adapted import AdaptConfig, SeeConfig, read_run, resolve, write_run
+from voxelstem.adapted import AdaptConfig, Made, SeeConfig, read_run, resolve, write_run
+from voxelstem.assurance import Assurance
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import make_model
@@ -21,7 +22,7 @@ def written(folder: Path) -> AdaptConfig:
     model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
     card = write_weights(folder / "weights", model.backbone.state_dict(), model.card)
     head = Head(mode="probe", classes=("a", "b"), arrays={"weight": np.arange(6.0)}, facts={"strength": 0.1})
-    write_run(folder, config, head, card, [])
+    write_run(folder, config, Made(head=head, records=(), assurance=Assurance(notes=("none",))), card)
     return config
 
 

@@ -81,7 +81,7 @@ def test_a_scan_level_run_stands_beside_scratch_intensity_and_majority(place: Pa
         [place / "contrast"], store=place / "store", labels=place / "contrast.csv", out=tmp_path / "report"
     )
     by_name = {score.name: score for score in found.scores if score.metric == "auroc"}
-    assert list(by_name) == ["contrast", "scratch", "intensity", "majority"]
+    assert list(by_name) == ["contrast", "scratch", "intensity", "radiomics", "majority"]
     assert by_name["majority"].value.estimate == 0.5
     assert by_name["scratch"].repeats == evaluate.INITS
     assert by_name["scratch"].over_scratch is None
@@ -149,7 +149,7 @@ def test_runs_that_share_labels_share_their_baselines(place: Path, tmp_path: Pat
         out=tmp_path / "report",
     )
     names = [score.name for score in found.scores if score.metric == "auroc"]
-    assert names == ["contrast", "scratch", "intensity", "majority", "untrained"]
+    assert names == ["contrast", "scratch", "intensity", "radiomics", "majority", "untrained"]
 
 
 def test_the_floor_of_volumes_is_told_of_each_run_and_not_of_one_for_all(

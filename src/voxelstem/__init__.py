@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from voxelstem.study import InputSpec, LabelMap, Study, Volume
     from voxelstem.weights.hub import load
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 
 __all__ = ["InputSpec", "LabelMap", "Store", "Study", "Volume", "VoxelstemError", "__version__", "load", "read"]
 

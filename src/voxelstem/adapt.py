@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from voxelstem.adapted import TUNED, AdaptConfig, keep_weights, read_run, resolve, write_run
+from voxelstem.adapted import (
+    AUTO,
+    TUNED,
+    AdaptConfig,
+    Made,
+    keep_weights,
+    needs_tokens,
+    read_run,
+    resolve,
+    tuning_of,
+    write_run,
+)
+from voxelstem.assurance import Assurance, assure
+from voxelstem.auto import Labelled, choose
 from voxelstem.card import write_weights
-from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.crossfit import out_of_fold
+from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tune
+from voxelstem.folds import draw_folds, strata_of
+from voxelstem.manifest import write_whole
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Head, Task
+from voxelstem.report.ladder import ladder_page
 from voxelstem.store import Record, Store
 from voxelstem.truth import Truth, class_names, draw, is_aligned, of_contrast, read_truth
 from voxelstem.weights.hub import load
@@ -59,6 +77,8 @@ def run(
     opened = Store.open(store)
     work = out.with_name(f".{out.name}.unfinished")
     try:
+        if config.mode == AUTO:
+            config = _climb(weights, config, opened, labels, work)
         if config.mode in TUNED:
             _tune_whole(weights, config, opened, labels, work)
         else:
@@ -76,6 +96,21 @@ def run(
     return out
 
 
+def _climb(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> AdaptConfig:
+    """Let `auto` choose a mode, keep what it found beside the run, and give back the settings of that mode."""
+    model, truth, records, classes = _labelled(weights, config, store, labels)
+    what = Labelled(model=model, store=store, truth=truth, records=records, classes=classes)
+    work.mkdir(parents=True, exist_ok=True)
+    rest = Path(config.features) if config.features else work / "features"
+    chosen = choose(what, config, rest)
+    text = json.dumps(chosen.facts(), indent=2, allow_nan=False) + "\n"
+    write_whole(work / "auto.json", text.encode())
+    write_whole(work / "index.html", ladder_page(chosen.climb, chosen.curve, chosen.why).encode())
+    mode = chosen.climb.chosen
+    full = replace(config.full or FinetuneConfig(), changes=tuning_of(mode)) if mode in TUNED else None
+    return replace(config, mode=mode, full=full)
+
+
 def _fit_head(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> None:
     """Embed the labelled scans, fit the head and write the run."""
     fitting = _aligned_fitting if is_aligned(config.head) else _plain_fitting
@@ -86,7 +121,14 @@ def _fit_head(weights: str | Path, config: AdaptConfig, store: Store, labels: Pa
     with progress("adapt: embed", len(plan.records)) as advance:
         taken = examples_of(store, plan.records, plan.truth, features, config.head)
         examples = list(_counted(taken, advance))
-    write_run(work, config, plan.fit(examples), plan.model.card, plan.records)
+    try:
+        head = plan.fit(examples)
+    except ValueError as error:
+        raise AuditError(
+            f"nothing can be learned from these labels: {error}", hint="label other subjects, or use another --mode"
+        ) from error
+    made = Made(head=head, records=plan.records, assurance=plan.assure(examples))
+    write_run(work, config, made, plan.model.card)
     keep_weights(work / "weights", weights, plan.model, text=is_aligned(config.head))
 
 
@@ -98,7 +140,9 @@ def _tune_whole(weights: str | Path, config: AdaptConfig, store: Store, labels: 
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "weights", ignore_errors=True)
     card = write_weights(work / "weights", tensors, card)
-    write_run(work, config, head, card, records)
+    why = "not calibrated: every fold would have to train the network anew"
+    made = Made(head=head, records=records, assurance=assure({}, (), notes=(why,)))
+    write_run(work, config, made, card)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +154,7 @@ class _Plan:
     records: tuple[Record, ...]
     features: Callable[[Path], FeaturesOf]
     fit: Callable[[Sequence[Example]], Head]
+    assure: Callable[[Sequence[Example]], Assurance]
 
 
 def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
@@ -119,9 +164,24 @@ def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, label
         model=model,
         truth=truth,
         records=records,
-        features=lambda folder: embedder(model, store, folder, tokens=task.voxels, see=config.see),
+        features=lambda folder: embedder(model, store, folder, tokens=needs_tokens(task, config.mode), see=config.see),
         fit=lambda examples: task.fit(examples, classes, mode=config.mode, seed=config.seed),
+        assure=lambda examples: _assure(config, examples, classes),
     )
+
+
+def _assure(config: AdaptConfig, examples: Sequence[Example], classes: tuple[str, ...]) -> Assurance:
+    """Cross-fit the labelled subjects, where something can be calibrated by that."""
+    task: Task = config.head
+    if task.voxels or not config.folds:
+        why = "voxels are not calibrated" if task.voxels else "not calibrated: folds=0"
+        return assure({}, examples, notes=(why,))
+    try:
+        folds = draw_folds(strata_of(examples, classes), count=config.folds, seed=config.seed)
+        outcomes = out_of_fold(task, examples, classes, mode=config.mode, seed=config.seed, folds=folds)
+    except ValueError as error:
+        return assure({}, examples, notes=(f"not calibrated: {error}",))
+    return assure(outcomes, examples)
 
 
 def _labelled(
@@ -159,6 +219,7 @@ def _aligned_fitting(weights: str | Path, config: AdaptConfig, store: Store, lab
         records=records,
         features=lambda folder: projector(space, store, folder),
         fit=lambda examples: config.head.fit(examples, classes, mode=config.mode, seed=config.seed, space=space),
+        assure=lambda _: Assurance(notes=("prompts are calibrated by mode `calibrated`, in their own way",)),
     )
 
 

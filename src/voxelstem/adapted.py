@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +14,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from voxelstem.assurance import Assurance
 from voxelstem.card import Card, link_files, members, read_card, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
+from voxelstem.efficiency import CurveConfig
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.ladder import LadderConfig
 from voxelstem.model import Model
 from voxelstem.protocols import Head, Task
 from voxelstem.store import Record
@@ -27,6 +30,8 @@ from voxelstem.weights.hub import fetch
 
 TUNED = ("adapters", "full")
 """The modes that change the network, by low-rank changes or as a whole; tasks say by `tunable` that they know them."""
+AUTO = "auto"
+"""Climbs through the other modes and takes one of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +40,9 @@ class SeeConfig:
 
     layers: tuple[int, ...] = ()
     """The tokens after these layers of the first level side by side, counted from 1; the model's own if empty."""
+    region: str = ""
+    """Of scan-level tasks: the structure in the scans' label maps whose tokens alone are pooled; the whole scan if
+    empty. `predict` is given a mask."""
     beside: Literal["nothing", "intensity"] = "nothing"
     """Beside each token the histogram of its patch, beside the scan that of the body: how bright they are, plainly."""
 
@@ -49,6 +57,31 @@ class SeeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoConfig:
+    """How mode `auto` climbs."""
+
+    rungs: tuple[str, ...] = ()
+    """Modes that are tried, from cheap to dear; all that the task and the network have if empty."""
+    folds: int = 5
+    """Of the labelled subjects; as many as the rarest class allows."""
+    repeats: int = 2
+    """So often they are parted anew for the climb."""
+    curve_repeats: int = 5
+    """And for the curve, which only frozen modes have: with fewer its intervals are too narrow."""
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    curve: CurveConfig = field(default_factory=CurveConfig)
+
+    def __post_init__(self) -> None:
+        """Guard the counts.
+
+        Raises:
+            ValueError: fewer than two folds, or no repeat.
+        """
+        if self.folds < 2 or min(self.repeats, self.curve_repeats) < 1:  # noqa: PLR2004
+            raise ValueError(f"auto.folds must be at least 2, repeats 1, got {self.folds} and {self.repeats}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptConfig:
     """What is adapted to what, from how many labels."""
 
@@ -56,16 +89,22 @@ class AdaptConfig:
     mode: str
     budget: int | None = None
     """Labelled training subjects to learn from; all of them if None."""
+    title: str = ""
+    """What is asked, in findings and on pages, such as `liver metastasis`; the task's name if empty."""
     seed: int = 0
     """Which subjects are drawn, the head's own randomness, and the weights of `scratch`."""
     like: str | None = None
     """With `scratch`, and needed there: a weights folder whose architecture and InputSpec to take."""
+    folds: int = 5
+    """Folds of the labelled subjects by which a frozen network's answers are calibrated; 0 leaves that out."""
     commercial: bool = False
     """Claim commercial use, here and when this run is evaluated: weights whose licence forbids it are refused."""
     features: str | None = None
     """Folder in which features rest, for several runs to share; inside the run if None."""
     see: SeeConfig = field(default_factory=SeeConfig)
     """What a head sees, in the modes that leave the network frozen."""
+    auto: AutoConfig = field(default_factory=AutoConfig)
+    """How mode `auto` chooses."""
     full: FinetuneConfig | None = None
     """How the network is trained, in the modes `adapters` and `full`."""
     head: Any
@@ -79,6 +118,8 @@ class AdaptConfig:
         """
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1 labelled subject, got {self.budget}")
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"folds must be 0, or 2 and more, got {self.folds}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
@@ -97,6 +138,29 @@ class Adapted:
     subjects: tuple[str, ...]
     """Their subjects."""
     sha256: str
+    assurance: Assurance = field(default_factory=Assurance)
+    """How sure it may be of what it says."""
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the head looks at patch tokens, or at the scan's vector alone."""
+        return needs_tokens(self.task, self.config.mode)
+
+
+def modes_of(task: Any) -> tuple[str, ...]:
+    """The ways to adapt that a task knows, those included that change the network."""
+    return (*task.modes, *(TUNED if getattr(task, "tunable", False) else ()))
+
+
+def tuning_of(mode: str) -> Literal["all", "low_rank"]:
+    """What of a network the modes that change it train."""
+    return "low_rank" if mode == "adapters" else "all"
+
+
+def needs_tokens(task: Task, mode: str) -> bool:
+    """Whether a task's head looks at patch tokens in this mode; a scan-level task says so by `looks_at_tokens`."""
+    asked = getattr(task, "looks_at_tokens", None)
+    return task.voxels or (asked is not None and bool(asked(mode)))
 
 
 def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, Any]) -> AdaptConfig:
@@ -106,7 +170,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         ConfigError: unknown task, a mode that this task has not, or a setting that does not exist.
     """
     kind = TASKS[task]
-    modes = [*kind.modes, *(TUNED if getattr(kind, "tunable", False) else ())]
+    modes = [*modes_of(kind), *([AUTO] if not getattr(kind, "aligned", False) else [])]
     if mode not in modes:
         raise ConfigError(f"task {task} has no mode '{mode}'", hint=closest(mode, modes))
     taken = {"task", "mode", "budget"} & set(settings)
@@ -114,7 +178,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         name = sorted(taken)[0]
         raise ConfigError(f"'{name}' is not a setting here", hint=f"use --{name}")
     try:
-        full = FinetuneConfig(changes="low_rank" if mode == "adapters" else "all") if mode in TUNED else None
+        full = FinetuneConfig(changes=tuning_of(mode)) if mode in (*TUNED, AUTO) else None
         config = AdaptConfig(task=task, mode=mode, budget=budget, full=full, head=kind())
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -146,9 +210,17 @@ def read_run(folder: Path) -> Adapted:
             labelled=tuple(facts["labelled"]),
             subjects=tuple(facts["subjects"]),
             sha256=facts["sha256"],
+            assurance=_read_assurance(folder, facts),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the run '{folder.name}' is damaged: {error}", hint="adapt again") from error
+
+
+def _read_assurance(folder: Path, facts: Mapping[str, Any]) -> Assurance:
+    """What `write_run` wrote; runs of versions before 0.10 know nothing."""
+    if "assurance" not in facts:
+        return Assurance(notes=("the run was made before answers were calibrated",))
+    return Assurance.of(load_file(folder / "assurance.safetensors"), facts["assurance"])
 
 
 def _check_spec(folder: Path, fitted: Mapping[str, Any]) -> None:
@@ -162,11 +234,24 @@ def _check_spec(folder: Path, fitted: Mapping[str, Any]) -> None:
         )
 
 
-def write_run(folder: Path, config: AdaptConfig, head: Head, card: Card, records: Sequence[Record]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What `adapt` made of labelled scans."""
+
+    head: Head
+    records: tuple[Record, ...]
+    """The scans that were learned from."""
+    assurance: Assurance
+
+
+def write_run(folder: Path, config: AdaptConfig, made: Made, card: Card) -> None:
     """Write everything of a run but its weights: what it was told, the head, and what that was fitted to."""
+    head, records = made.head, made.records
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    save_file({name: np.ascontiguousarray(array) for name, array in head.arrays.items()}, folder / "head.safetensors")
-    (folder / "head.safetensors").chmod(0o644)
+    for name, arrays in {"head": head.arrays, "assurance": made.assurance.arrays()}.items():
+        path = folder / f"{name}.safetensors"
+        save_file({part: np.asarray(array, order="C") for part, array in arrays.items()}, path)
+        path.chmod(0o644)
     about = {"mode": head.mode, "classes": head.classes, "facts": head.facts}
     (folder / "head.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     facts = {
@@ -175,6 +260,7 @@ def write_run(folder: Path, config: AdaptConfig, head: Head, card: Card, records
         "classes": head.classes,
         "sha256": card.sha256,
         "spec": dataclasses.asdict(card.spec),
+        "assurance": made.assurance.notes,
     }
     (folder / "adapt.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

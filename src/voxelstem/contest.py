@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,11 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float
 
-from voxelstem import baselines, metrics
-from voxelstem.adapted import AdaptConfig, SeeConfig
+from voxelstem import baselines, metrics, regions
+from voxelstem.adapted import AdaptConfig, SeeConfig, needs_tokens
 from voxelstem.aligned import Aligned
 from voxelstem.engine.targets import volume_mm3
-from voxelstem.features import FeaturesOf, embedder, examples_of, projector
+from voxelstem.features import FeaturesOf, embedder, examples_of, in_region, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
@@ -26,10 +27,11 @@ from voxelstem.store import Record, Store
 from voxelstem.study import VOLUME_LABEL, InputSpec
 from voxelstem.tasks.classify import Classify, Guess, majority
 from voxelstem.tasks.regress import Measured
-from voxelstem.tasks.segment import compare, numbered
 from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import HALF, Answer, Zeroshot, shares, truth_of
 from voxelstem.truth import Truth
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class Vector:
     tokens_affine_ras: None = None
 
 
-MORPHOMETRY = "morphometry"
+MORPHOMETRY, RADIOMICS = "morphometry", "radiomics"
 INITS = 3
 """How many untrained networks stand for `scratch`."""
 Outcomes = dict[str, Any]
@@ -168,7 +170,8 @@ class Contest:
             assert labels is not None
             assert truth is not None
             carried = baselines.carry(labels, known[nearest][1], body, record.shape_ijk)
-            return record.subject, compare(numbered(carried, self.classes), truth, self.classes)
+            task: Any = self.task
+            return record.subject, task.outcome_of_labels(carried, truth, record.affine_ras, self.classes)
 
         return self._join(map(outcome, self.tested))
 
@@ -185,14 +188,14 @@ class Contest:
 
 def plain_baselines(contest: Contest, model: Model, see: SeeConfig, folder: Path) -> dict[str, Repeats]:
     """Outcomes of everything that a model must beat, fitted to the same labels; embeddings rest in `folder`."""
-    voxels = contest.task.voxels
+    tokens = needs_tokens(contest.task, contest.mode)
     scans = len(contest.labelled) + len(contest.tested)
     with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
         untrained: list[Outcomes] = []
         for seed in range(INITS):
-            fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=voxels, see=see)
+            fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=tokens, see=see)
             untrained.append(contest.fit_and_score(counted(fresh, advance, note="scratch")))
-        simple = simple_baselines(contest, model, advance)
+        simple = simple_baselines(contest, model, see.region, advance)
     scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
     return {"scratch": scratch} | simple
 
@@ -207,21 +210,45 @@ def tuned_baselines(contest: Contest, model: Model, config: AdaptConfig) -> dict
     scans = len(contest.labelled) + len(contest.tested)
     with progress("evaluate: baselines", 2 * scans + len(contest.tested)) as advance:
         scratch = once(contest.score(head, counted(speaker, advance, note="scratch")))
-        return {"scratch": scratch} | simple_baselines(contest, model, advance)
+        return {"scratch": scratch} | simple_baselines(contest, model, "", advance)
 
 
-def simple_baselines(contest: Contest, model: Model, advance: Advance) -> dict[str, Repeats]:
-    """What can be done without a network: by intensities, by what is usual, and by volumes where they are known."""
+def simple_baselines(contest: Contest, model: Model, region: str, advance: Advance) -> dict[str, Repeats]:
+    """What can be done without a network: by intensities, by radiomics, by what is usual, and by known volumes."""
     voxels = contest.task.voxels
-    bright = intensity_features(contest.store, model.spec, model.backbone.patch_ijk if voxels else None)
+    patch_ijk = model.backbone.patch_ijk if needs_tokens(contest.task, contest.mode) or region else None
+    plain = intensity_features(contest.store, model.spec, patch_ijk)
+
+    def bright(key: str, /) -> Any:
+        return in_region(plain(key), contest.store, key, region) if region else plain(key)
+
     found = {"intensity": once(contest.fit_and_score(counted(bright, advance, note="intensity")))}
     if voxels:
         return found | {"atlas": once(contest.atlas(model.spec, advance))}
+    told = _radiomics(contest, region)
+    if told is not None:
+        found[RADIOMICS] = once(told)
     name, usual = _usual(contest)
     found[name] = once(usual())
     advance(len(contest.labelled) + len(contest.tested), note=name)
     measured = contest.morphometry()
     return found | ({} if measured is None else {MORPHOMETRY: once(measured)})
+
+
+def _radiomics(contest: Contest, region: str) -> Outcomes | None:
+    """A head on first-order radiomics of the region, or of the body; None where a scan lacks one of the features."""
+
+    def described(key: str) -> Any:
+        volume = contest.store.volume(key)
+        labels = contest.store.labels(key) if region else None
+        where = baselines.find_body(volume) if labels is None else regions.of_class(labels, region)
+        return baselines.radiomics(volume, where)
+
+    try:
+        return contest.fit_and_score(remembered(described))
+    except ValueError as error:
+        _log.warning("no radiomics baseline: %s", error)
+        return None
 
 
 def _usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxelstem import metrics
 from voxelstem.adapted import Adapted, read_run
 from voxelstem.contest import (
     INITS,
     MORPHOMETRY,
+    RADIOMICS,
     Contest,
     Outcomes,
     Repeats,
@@ -22,21 +22,24 @@ from voxelstem.contest import (
     intensity_features,
     once,
     plain_baselines,
-    remembered,
     tuned_baselines,
     zeroshot_baselines,
 )
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.evidence import Played, between, prevalence, question, sureness
 from voxelstem.features import FeaturesOf, embedder, open_space, projector, speaker
+from voxelstem.gallery import gallery
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.report import page
+from voxelstem.report.evidence import Compared, Prevalence, Sureness, evidence_sections
+from voxelstem.report.verdict import unmeasured, verdict_section
+from voxelstem.scoring import REFERENCES, few_label_table, table_of
 from voxelstem.store import Record, Store
 from voxelstem.store.leakage import common
-from voxelstem.study import InputSpec
-from voxelstem.truth import Truth, class_names, draw, is_aligned, of_contrast, read_truth
+from voxelstem.truth import Truth, is_aligned, of_contrast, read_truth
 from voxelstem.weights.hub import load
 
 __all__ = [
@@ -52,8 +55,7 @@ __all__ = [
     "table_of",
 ]
 
-REFERENCES = ("scratch", "intensity")
-RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY)
+RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY, RADIOMICS)
 """Names of baselines, which a run may not carry in the table."""
 
 
@@ -68,10 +70,27 @@ class Evaluation:
     """Checks that passed, in words."""
     asked: tuple[Mapping[str, Any], ...] = ()
     """For each run that answers by prompts: its set with version and SHA-256, and how many were asked about what."""
+    sureness: tuple[Sureness, ...] = ()
+    """How far each run's probabilities, sets and intervals can be taken at their word."""
+    compared: tuple[Compared, ...] = ()
+    """Every two runs of one task on the same subjects."""
+    prevalence: tuple[Prevalence, ...] = ()
+    """How often each class occurs where a run learned and where it is tested."""
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """Of what an honest evaluation needs, what was measured, and where it stands."""
+        found = {"leakage_store": "none found, see What was checked"}
+        if any(score.value.low is not None for score in self.scores):
+            found["intervals"] = f"95 % bootstrap over {self.test_subjects} subjects"
+        where = "see How sure the runs may be"
+        found |= {"calibration": where} if any(one.stated or one.covered for one in self.sureness) else {}
+        found |= {"strange": where} if any(one.flagged is not None for one in self.sureness) else {}
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain data for JSON; an undefined figure becomes None."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(dataclasses.asdict(self)) | {"not_measured": list(unmeasured(self.measured))}
 
 
 def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercial: bool = False) -> Evaluation:
@@ -90,29 +109,16 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
         raise ConfigError("no run to evaluate", hint="name one or more --out folders of `adapt`")
     opened = Store.open(store)
     finished = [read_run(folder) for folder in runs]
-    scores: list[Score] = []
+    told: list[_Told] = []
     known: dict[str, dict[str, Repeats]] = {}
-    contests: list[Contest] = []
-    asked: list[Mapping[str, Any]] = []
-    floors: list[tuple[str, bool]] = []
     for adapted in finished:
-        name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
         entry = _enter(adapted, opened, labels, out / "features", commercial=commercial)
-        contest = entry.contest
-        contests.append(contest)
-        with progress(f"evaluate: {adapted.name}", len(contest.tested)) as advance:
-            mine = {name: once(contest.score(adapted.head, counted(entry.features, advance)))}
-        fresh = entry.mark not in known
-        if fresh:
-            known[entry.mark] = entry.baselines()
-        if not (adapted.task.voxels or is_aligned(adapted.task)):
-            floors.append((name, MORPHOMETRY in known[entry.mark]))
-        table = table_of(contest, mine | known[entry.mark], task=adapted.config.task, budget=adapted.config.budget)
-        scores += [score for score in table if fresh or score.name == name]
-        asked += [_question(adapted, contest, name)] if is_aligned(adapted.task) else []
-    tested = {record.key: record.subject for contest in contests for record in contest.tested}
+        told.append(_tell(adapted, entry, known))
+    tested = {record.key: record.subject for one in told for record in one.played.contest.tested}
+    measured = [one.played for one in told if not one.asked]
+    floors = [(one.played.name, one.floor) for one in told if one.floor is not None]
     evaluation = Evaluation(
-        scores=tuple(scores),
+        scores=tuple(score for one in told for score in one.scores),
         test_subjects=len(set(tested.values())),
         test_scans=len(tested),
         checked=(
@@ -121,10 +127,55 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
             "baselines fitted to the same labelled scans as each run",
             *_floor(floors),
         ),
-        asked=tuple(asked),
+        asked=tuple(asked for one in told for asked in one.asked),
+        sureness=tuple(map(sureness, measured)),
+        compared=tuple(between([one.played for one in told])),
+        prevalence=tuple(shares for one in told if (shares := prevalence(one.played)) is not None),
     )
-    _write(out, evaluation)
+    _write(out, evaluation, [section for one in told for section in one.pictures])
     return evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Told:
+    """What is told of one run."""
+
+    played: Played
+    scores: tuple[Score, ...]
+    """Its own lines, and those of the baselines where no run before has the same."""
+    pictures: tuple[page.Section, ...]
+    asked: tuple[Mapping[str, Any], ...]
+    """How it was asked, if it answers by prompts."""
+    floor: bool | None
+    """Whether volumes of structures were measured beside it; None where they say nothing of its task."""
+
+
+def _tell(adapted: Adapted, entry: _Entry, known: dict[str, dict[str, Repeats]]) -> _Told:
+    """Score a run and, unless they are `known` from another run, its baselines."""
+    name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
+    contest, prompts = entry.contest, is_aligned(adapted.task)
+    with progress(f"evaluate: {adapted.name}", len(contest.tested)) as advance:
+        outcomes = contest.score(adapted.head, counted(entry.features, advance))
+    played = Played(
+        name=name,
+        task=adapted.config.task,
+        contest=contest,
+        outcomes=outcomes,
+        assurance=adapted.assurance,
+        features=entry.features,
+    )
+    fresh = entry.mark not in known
+    if fresh:
+        known[entry.mark] = entry.baselines()
+    repeats = {name: once(outcomes)} | known[entry.mark]
+    table = table_of(contest, repeats, task=adapted.config.task, budget=adapted.config.budget)
+    return _Told(
+        played=played,
+        scores=tuple(score for score in table if fresh or score.name == name),
+        pictures=() if prompts else tuple(gallery(played, repeats, table, adapted.head)),
+        asked=(question(adapted, contest, name),) if prompts else (),
+        floor=None if adapted.task.voxels or prompts else MORPHOMETRY in known[entry.mark],
+    )
 
 
 def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Record]) -> None:
@@ -143,76 +194,6 @@ def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Rec
                 f"{count} of the test {what} were also trained on: the scores would not be honest",
                 hint="make a new store with `voxelstem ingest`: it splits by subject",
             )
-
-
-def few_label_table(
-    contest: Contest,
-    contestants: Mapping[str, Sequence[Callable[[], FeaturesOf]]],
-    *,
-    task: str,
-    budgets: Sequence[int] = (1, 2, 5),
-    draws: int = 3,
-    atlas: InputSpec | None = None,
-) -> list[Score]:
-    """Label efficiency: every contestant at every budget, averaged over draws of the labelled subjects.
-
-    `contestants` maps a name to one maker of features for each of its seeds. A maker is called once and
-    its features are kept in memory while it is its turn; heads are refitted for every budget and draw.
-    `contest.labelled` is not used. With `atlas` (the InputSpec), the nearest atlas competes too.
-    """
-    repeats: dict[int, dict[str, list[Outcomes]]] = {budget: {} for budget in budgets}
-    rounds = {(budget, index): _with_draw(contest, budget, index) for budget in budgets for index in range(draws)}
-    turns = [(name, maker) for name, makers in contestants.items() for maker in makers]
-    with progress("few labels", len(rounds) * (len(turns) + (atlas is not None))) as advance:
-        for name, maker in turns:
-            features = remembered(maker())
-            for (budget, _), drawn in rounds.items():
-                repeats[budget].setdefault(name, []).append(drawn.fit_and_score(features))
-                advance(1, note=f"{name}, {budget} labelled")
-        for (budget, _), drawn in rounds.items() if atlas is not None else ():
-            repeats[budget].setdefault("atlas", []).append(drawn.atlas(atlas or InputSpec()))
-            advance(1, note="atlas")
-    scores: list[Score] = []
-    for budget, by_name in repeats.items():
-        joined = {
-            name: {subject: tuple(outcome[subject] for outcome in outcomes) for subject in outcomes[0]}
-            for name, outcomes in by_name.items()
-        }
-        scores += table_of(rounds[budget, 0], joined, task=task, budget=budget)
-    return scores
-
-
-def table_of(contest: Contest, repeats: Mapping[str, Repeats], *, task: str, budget: int | None) -> list[Score]:
-    """Turn outcomes into scores with subject-level intervals and paired differences to the references."""
-    scores: list[Score] = []
-    parts = contest.classes if contest.task.voxels or contest.truth.findings else ()
-    for metric in contest.task.metrics:
-        statistic = metrics.averaged(contest.task.statistic(metric))
-        for name, own in repeats.items():
-            over = {
-                other: metrics.paired_difference(own, repeats[other], statistic)
-                for other in REFERENCES
-                if other in repeats and other != name
-            }
-            value = metrics.bootstrap_interval(own, statistic)
-            few = value.subjects < metrics.FEWEST_SUBJECTS and contest.task.voxels
-            scores.append(
-                Score(
-                    name=name,
-                    task=task,
-                    mode=contest.mode,
-                    metric=metric,
-                    budget=budget,
-                    labelled=len({record.subject for record in contest.labelled}),
-                    repeats=len(next(iter(own.values()))),
-                    value=value,
-                    over_scratch=over.get("scratch"),
-                    over_intensity=over.get("intensity"),
-                    parts=_parts(contest, metric, parts, own),
-                    each=tuple(statistic([own[subject]]) for subject in sorted(own)) if few else (),
-                )
-            )
-    return scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +232,7 @@ def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commer
     contest = _contest(adapted, store, truth)
     return _Entry(
         contest=contest,
-        features=embedder(model, store, folder, tokens=adapted.task.voxels, see=adapted.config.see),
+        features=embedder(model, store, folder, tokens=adapted.tokens, see=adapted.config.see),
         baselines=lambda: plain_baselines(contest, model, adapted.config.see, folder),
         mark=_mark(adapted, model),
     )
@@ -270,31 +251,6 @@ def _floor(measured: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
     names = {known: [name for name, floor in measured if floor is known] for known in said}
     mixed = all(names.values())
     return tuple(line.format(f" of {', '.join(names[known])}" * mixed) for known, line in said.items() if names[known])
-
-
-def _question(adapted: Adapted, contest: Contest, name: str) -> dict[str, Any]:
-    """What a run was asked in words, and of how many."""
-    facts = adapted.head.facts
-    truth = contest.truth
-    if truth.labels:
-        counts = {word: sum(truth.labels[subject] == word for subject in contest.subjects) for word in contest.classes}
-    else:
-        told = [truth.findings[subject] for subject in contest.subjects]
-        counts = {word: sum(word in one for one in told) for word in contest.classes}
-    return {
-        "run": name,
-        "prompts": facts["prompts"],
-        "version": int(facts["prompts_version"]),
-        "sha256": facts["prompts_sha256"],
-        "prompts_said": int(facts["prompts_said"]),
-        "answers": adapted.config.head.answers,
-        "mode": adapted.config.mode,
-        "calibrated_on": len(adapted.subjects),
-        "pool": len(contest.tested),
-        "subjects": len(contest.subjects),
-        "classes": counts,
-        "counted": "test subjects of which this is true" if truth.labels else "test subjects of whom this is known",
-    }
 
 
 def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
@@ -335,23 +291,6 @@ def _can_be_scored(record: Record, truth: Truth, classes: tuple[str, ...], *, vo
     return not truth.findings or bool(set(classes) & set(truth.findings[record.subject]))
 
 
-def _with_draw(contest: Contest, budget: int, index: int) -> Contest:
-    labelled = draw(contest.truth, budget, index, voxels=contest.task.voxels)
-    classes = contest.classes or class_names(contest.truth, labelled, voxels=contest.task.voxels)
-    return dataclasses.replace(contest, labelled=labelled, classes=classes, seed=index)
-
-
-def _parts(contest: Contest, metric: str, organs: tuple[str, ...], own: Repeats) -> dict[str, metrics.Interval]:
-    """The figure of each organ, or of each class that is there or not, over the subjects whose truth holds it."""
-    parts: dict[str, metrics.Interval] = {}
-    for organ in organs:
-        having = {subject: outcomes for subject, outcomes in own.items() if organ in outcomes[0]}
-        if having:
-            statistic = metrics.averaged(contest.task.statistic(f"{metric}:{organ}"))
-            parts[organ] = metrics.bootstrap_interval(having, statistic)
-    return parts
-
-
 def _mark(adapted: Adapted, model: Model) -> str:
     """Runs with the same mark share their baselines: same labels, head settings and architecture."""
     config = dataclasses.replace(adapted.config, like=None, features=None, commercial=False)
@@ -366,11 +305,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _write(out: Path, evaluation: Evaluation) -> None:
+def _write(out: Path, evaluation: Evaluation, pictures: Sequence[page.Section]) -> None:
     sections = [
         page.scores_section(evaluation.scores),
         *([page.asked_section(evaluation.asked)] if evaluation.asked else []),
+        *pictures,
+        *evidence_sections(evaluation.sureness, evaluation.compared, evaluation.prevalence),
         page.section("What was checked", page.bullets(evaluation.checked)),
+        verdict_section(evaluation.measured),
         page.limits_section(evaluation.test_subjects),
     ]
     try:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from voxelstem import baselines
+from voxelstem import baselines, regions
 from voxelstem.adapted import AdaptConfig, Adapted, SeeConfig
 from voxelstem.aligned import Aligned, read_aligned
 from voxelstem.card import check_commercial, read_card
@@ -58,22 +58,58 @@ def embedder(model: Model, store: Store, folder: Path, *, tokens: bool, see: See
     seen = model.through(see.layers) if see.layers else model
 
     def recall(key: str) -> Features:
-        found = embed_volume_cached(seen, store, key, folder, tokens=tokens)
-        return found if see.beside == "nothing" else with_intensity(found, store.volume(key), model.spec)
+        found: Features = embed_volume_cached(seen, store, key, folder, tokens=tokens or bool(see.region))
+        if see.beside != "nothing":
+            found = with_intensity(found, store.volume(key), model.spec)
+        return found if not see.region else in_region(found, store, key, see.region)
 
     return recall
 
 
-def look(model: Model, volume: Volume, *, tokens: bool, see: SeeConfig = AS_IT_IS) -> Features:
-    """What `embedder` gives, of a volume that is in no store.
+def in_region(found: Features, store: Store, key: str, name: str) -> Features:
+    """Pool a scan's tokens over a structure of its label map.
 
     Raises:
-        ConfigError: as `embedder`, or another modality.
+        ConfigError: the scan has no such structure, or the network saw nothing of it.
+    """
+    labels = store.labels(key)
+    try:
+        if labels is None:
+            raise ValueError("it has no label map")
+        return regions.pool(found, regions.of_class(labels, name), store.record(key).affine_ras)
+    except ValueError as error:
+        raise ConfigError(
+            f"scan {key[:16]} cannot be looked at in its region '{name}': {error}",
+            hint="ingest the masks with --labels, and name scans without the structure in no label file",
+        ) from error
+
+
+def look(
+    model: Model,
+    volume: Volume,
+    *,
+    tokens: bool,
+    see: SeeConfig = AS_IT_IS,
+    region: Bool[np.ndarray, "i j k"] | None = None,
+) -> Features:
+    """What `embedder` gives, of a volume that is in no store; `region` is the mask of `see.region`.
+
+    Raises:
+        ConfigError: as `embedder`, another modality, or a region that is missing or was not seen.
         IngestError: the volume is refused.
     """
     seen = model.through(see.layers) if see.layers else model
-    found = seen.embed(volume, tokens=tokens)
-    return found if see.beside == "nothing" else with_intensity(found, volume, model.spec)
+    found: Features = seen.embed(volume, tokens=tokens or bool(see.region))
+    if see.beside != "nothing":
+        found = with_intensity(found, volume, model.spec)
+    if not see.region:
+        return found
+    if region is None:
+        raise ConfigError(f"this run looks at a region, '{see.region}'", hint="give its mask with --region")
+    try:
+        return regions.pool(found, region, volume.affine_ras)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="the mask must lie on the scan's own grid") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +121,7 @@ class Joined:
     tokens_affine_ras: Float[np.ndarray, "4 4"] | None
 
 
-def with_intensity(found: Embedding, volume: Volume, spec: InputSpec) -> Joined:
+def with_intensity(found: Features, volume: Volume, spec: InputSpec) -> Joined:
     """Put the histograms of `baselines.intensity` beside what a model says of the same volume."""
     scan = np.concatenate([found.scan, baselines.intensity(volume, spec, token_mm=None).scan])
     if found.tokens is None or found.tokens_affine_ras is None:

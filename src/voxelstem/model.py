@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -71,6 +71,12 @@ class Model:
         # By the same way through the network, or the comparison would be one of two poolings as well.
         untrained = dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
         return untrained.through(self.layers) if self.layers else untrained
+
+    def with_weights(self, card: Card, tensors: Mapping[str, Tensor]) -> Model:
+        """A model of a card's architecture with these weights, fed as this one is."""
+        fresh = make_model(card, seed=0)
+        fresh.backbone.load_state_dict(dict(tensors))
+        return dataclasses.replace(fresh, card=card, blocks_per_pass=self.blocks_per_pass)
 
     def through(self, layers: Sequence[int]) -> Model:
         """The same model, seen through several layers of its first level at once; a second level is not asked.

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from voxelstem.attending import AttendConfig, score
+from voxelstem.embedding import Embedding
 from voxelstem.metrics import averaged
 from voxelstem.protocols import Example, Head
-from voxelstem.tasks.classify import Classify, Guess, majority
+from voxelstem.tasks.classify import Classify, Guess, balanced_entropy, majority
+
+QUICK = Classify(attention=AttendConfig(steps=60))
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def test_a_head_tells_separate_classes_apart(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", Classify.modes)
 def test_labels_without_meaning_score_like_chance(mode: str) -> None:
-    task, classes = Classify(), ("no", "yes")
+    task, classes = QUICK, ("no", "yes")
     aurocs = []
     for seed in range(8):
         head = task.fit(cloud(20, classes, seed=seed, gap=0.0), classes, mode=mode, seed=0)
@@ -157,3 +162,106 @@ def test_the_head_is_plain_arrays() -> None:
     np.testing.assert_array_equal(Classify().predict(again, scan), Classify().predict(head, scan))
     weighed = head.arrays["weight"] @ ((scan - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
     np.testing.assert_allclose(Classify().predict(head, scan), softmax(weighed))
+
+
+def speckled(count: int, *, seed: int, blocks: int = 1) -> list[Example]:
+    """Scans in which three patches out of many say what they are, and their mean nothing at all."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        kind = index % 2
+        tokens = rng.normal(size=(40 * blocks, 8))
+        at = rng.permutation(len(tokens))[:3]
+        tokens[at, 0] += 5
+        tokens[at, 1] += 2.5 * (2 * kind - 1)
+        tokens -= tokens.mean(axis=0)
+        rows = tokens.astype(np.float32)
+        seen = Embedding(
+            scan=rows.mean(axis=0),
+            blocks=rows.reshape(blocks, 40, 8).mean(axis=1),
+            grid=(1, 1, blocks),
+            coverage=1.0,
+            tokens=rows.reshape(2, 4, 5 * blocks, 8),
+            tokens_affine_ras=np.eye(4),
+        )
+        examples.append(
+            Example(
+                subject=f"s{index}",
+                key=f"k{index}",
+                features=seen,
+                affine_ras=np.eye(4),
+                label=("no", "yes")[kind],
+            )
+        )
+    return examples
+
+
+def test_attention_finds_the_few_patches_that_decide_and_the_probe_cannot() -> None:
+    train, held, found = speckled(40, seed=0), speckled(60, seed=1), {}
+    for mode in ("probe", "attention"):
+        head = Classify().fit(train, ("no", "yes"), mode=mode, seed=0)
+        found[mode] = Classify().statistic("auroc")([Classify().outcome(head, one) for one in held])
+    assert found["attention"] > 0.95
+    assert found["probe"] < 0.7
+    assert head.facts["bag"] == "tokens"
+    said = score(head, held[0].features)
+    assert said.shares.shape == (2, 4, 5)
+    np.testing.assert_allclose(Classify().answer(head, held[0].features), softmax(said.logits))
+
+
+def test_scans_of_several_blocks_are_attended_to_by_block() -> None:
+    few = Classify(attention=AttendConfig(few_steps=2))
+    head = few.fit(speckled(6, seed=0, blocks=2), ("no", "yes"), mode="attention", seed=0)
+    assert head.facts["bag"] == "blocks"
+    assert few.answer(head, speckled(1, seed=3, blocks=2)[0].features).sum() == pytest.approx(1)
+
+
+def test_patches_are_asked_for_only_where_they_are_looked_at() -> None:
+    assert Classify().looks_at_tokens("attention")
+    assert not any(Classify().looks_at_tokens(mode) for mode in ("probe", "knn", "full"))
+    assert not Classify(attention=AttendConfig(bag="blocks")).looks_at_tokens("attention")
+
+
+def test_attention_never_predicts_a_class_that_no_label_shows() -> None:
+    few = Classify(attention=AttendConfig(few_steps=5))
+    train = cloud(10, ("a", "b"), seed=0)
+    head = few.fit(train, ("unseen", "a", "b"), mode="attention", seed=0)
+    assert few.answer(head, train[0].features)[0] == 0
+
+
+def test_attention_rests_as_plain_arrays_and_equal_seeds_give_equal_heads() -> None:
+    few = Classify(attention=AttendConfig(few_steps=5))
+    train = speckled(6, seed=0)
+    heads = [few.fit(train, ("no", "yes"), mode="attention", seed=seed) for seed in (1, 1, 2)]
+    for name, array in heads[0].arrays.items():
+        np.testing.assert_array_equal(array, heads[1].arrays[name])
+    assert (heads[0].arrays["look"] != heads[2].arrays["look"]).any()
+    again = Head(
+        mode="attention",
+        classes=heads[0].classes,
+        arrays={name: array.copy() for name, array in heads[0].arrays.items()},
+        facts=dict(heads[0].facts),
+    )
+    np.testing.assert_array_equal(few.answer(again, train[0].features), few.answer(heads[0], train[0].features))
+
+
+def test_attention_is_not_asked_of_one_vector() -> None:
+    few = Classify(attention=AttendConfig(few_steps=1))
+    head = few.fit(speckled(4, seed=0), ("no", "yes"), mode="attention", seed=0)
+    with pytest.raises(ValueError, match="not at the scan's one vector"):
+        few.predict(head, np.zeros(8, np.float32))
+    with pytest.raises(ValueError, match="the scan has none"):
+        few.answer(head, Seen(np.zeros(8, np.float32)))
+
+
+def test_every_class_weighs_alike_in_the_entropy_of_attention() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([0, 0, 0, 2, 2, 0])
+    logits, rows = rng.normal(size=(4, 4)), np.array([5, 3, 0, 1])
+    total = mass = 0.0
+    for row, place in zip(logits, rows, strict=True):
+        weight = 1 / (truth == truth[place]).sum()
+        total -= weight * (row[truth[place]] - math.log(sum(math.exp(value) for value in row)))
+        mass += weight
+    found = balanced_entropy(truth)(torch.from_numpy(logits).float(), rows)
+    assert float(found) == pytest.approx(total / mass, rel=1e-5)

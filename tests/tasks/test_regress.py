@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
+from voxelstem.attending import AttendConfig, score
 from voxelstem.protocols import Example
-from voxelstem.tasks.regress import Measured, Regress, pearson, ridge
+from voxelstem.tasks.regress import Measured, Regress, huber, pearson, ridge
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,76 @@ def test_what_has_no_value_cannot_be_scored_and_modes_are_known() -> None:
         Regress().fit(examples(5), (), mode="knn", seed=0)
     with pytest.raises(ValueError, match="positive"):
         Regress(strengths=())
+
+
+@dataclass(frozen=True)
+class Patches:
+    scan: np.ndarray
+    tokens: np.ndarray
+    tokens_affine_ras: np.ndarray
+
+
+def speckled(count: int, seed: int) -> list[Example]:
+    """Scans in which three marked patches hold the number, and the mean over patches is 0."""
+    rng = np.random.default_rng(seed)
+    seen = []
+    for index in range(count):
+        value = float(rng.uniform(-1, 1))
+        tokens = rng.normal(size=(40, 8))
+        at = rng.permutation(40)[:3]
+        tokens[at, 0] += 6
+        tokens[at, 1] += 4 * value
+        tokens = (tokens - tokens.mean(axis=0)).reshape(2, 4, 5, 8).astype(np.float32)
+        features = Patches(tokens.mean(axis=(0, 1, 2)), tokens, np.eye(4))
+        seen.append(
+            Example(
+                subject=f"s{index}", key=f"k{index}", features=features, affine_ras=np.eye(4), value=50 + 10 * value
+            )
+        )
+    return seen
+
+
+def test_attention_reads_a_number_from_a_few_patches_in_the_unit_of_the_labels() -> None:
+    train, held, found = speckled(60, 0), speckled(40, 1), {}
+    for mode in ("probe", "attention"):
+        head = Regress().fit(train, (), mode=mode, seed=0)
+        outcomes = [Regress().outcome(head, one) for one in held]
+        found[mode] = [Regress().statistic(metric)(outcomes) for metric in ("mae", "r")]
+    assert found["attention"][0] < 0.8 * found["probe"][0]
+    assert found["attention"][1] > 0.7
+    assert Regress().answer(head, held[0].features) == score(head, held[0].features).logits[0]
+
+
+def test_attention_to_nothing_says_the_mean() -> None:
+    rng = np.random.default_rng(4)
+    seen = [example(rng.normal(size=5), 70 + float(rng.normal()), index) for index in range(20)]
+    head = Regress().fit(seen, (), mode="attention", seed=0)
+    mean = np.mean([one.value for one in seen])
+    assert abs(Regress().answer(head, Row(rng.normal(size=5))) - mean) < 1
+    assert head.facts["bag"] == "scan"
+
+
+def test_numbers_that_are_all_alike_are_what_attention_says() -> None:
+    rng = np.random.default_rng(5)
+    head = Regress().fit([example(rng.normal(size=3), 7.0, at) for at in range(4)], (), mode="attention", seed=0)
+    assert Regress().answer(head, Row(rng.normal(size=3))) == pytest.approx(7.0)
+
+
+def test_patches_are_asked_for_only_where_they_are_looked_at() -> None:
+    assert Regress().looks_at_tokens("attention")
+    assert not Regress().looks_at_tokens("probe")
+    assert not Regress(attention=AttendConfig(bag="blocks")).looks_at_tokens("attention")
+
+
+def test_attention_is_not_asked_of_one_vector() -> None:
+    few = Regress(attention=AttendConfig(few_steps=1))
+    head = few.fit(speckled(4, 0), (), mode="attention", seed=0)
+    with pytest.raises(ValueError, match="not at the scan's one vector"):
+        few.predict(head, np.zeros(8))
+
+
+def test_huber_is_half_the_square_near_by_and_plain_far_off() -> None:
+    values, logits, rows = np.array([0.0, 1.0, -2.0]), np.array([[0.4], [5.0]]), np.array([2, 0])
+    gaps = [abs(logit[0] - values[row]) for logit, row in zip(logits, rows, strict=True)]
+    slow = sum(gap - 0.5 if gap > 1 else gap**2 / 2 for gap in gaps) / 2
+    assert float(huber(values)(torch.from_numpy(logits).float(), rows)) == pytest.approx(slow)

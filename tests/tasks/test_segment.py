@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from voxelstem.protocols import Example
+from voxelstem.protocols import Example, Head
+from voxelstem.queries import QueryConfig
 from voxelstem.study import LabelMap
 from voxelstem.tasks import segment
 from voxelstem.tasks.segment import Segment, argmax_at, compare, numbered
@@ -200,3 +202,105 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         Segment().fit([example(0, Seen(None, None))], CLASSES, mode="probe", seed=0)
     with pytest.raises(ValueError, match="at least 1"):
         Segment(sub=0)
+
+
+FEW = Segment(queries=QueryConfig(width=8, heads=2, layers=1, few_steps=10))
+
+
+def lit(seed: int) -> Example:
+    """A scan in which bright patches are the organ: brighter than the scan's own mean, which is anywhere."""
+    rng = np.random.default_rng(seed)
+    glow = ndimage.gaussian_filter(rng.normal(size=(8, 8, 8)), 1.2)
+    glow /= glow.std()
+    tokens = rng.normal(size=(8, 8, 8, 6)) * 0.3
+    tokens[..., 0] += glow + 2 * rng.normal()
+    mixed = tokens @ np.random.default_rng(99).normal(size=(6, 6))
+    array = np.kron((glow > 0.5).astype(np.int16), np.ones((2, 2, 2), np.int16))
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = 0.5
+    return Example(
+        subject=f"s{seed}",
+        key=f"k{seed}",
+        features=Seen(mixed.astype(np.float32), affine),
+        affine_ras=np.eye(4),
+        labels=LabelMap(array=array, classes={1: "organ"}),
+    )
+
+
+def padded(features: Seen) -> Seen:
+    """Tokens beyond the scan, on both sides."""
+    assert features.tokens is not None
+    assert features.tokens_affine_ras is not None
+    affine = features.tokens_affine_ras.copy()
+    affine[:3, 3] += affine[:3, :3] @ [-2, -1, -1]
+    return Seen(np.pad(features.tokens, ((2, 1), (1, 1), (1, 2), (0, 0)), constant_values=50.0), affine)
+
+
+def test_queries_see_the_rest_of_the_scan_where_the_probe_sees_single_patches() -> None:
+    task, found = Segment(sub=1), {}
+    for mode in ("probe", "attention"):
+        head = task.fit([lit(seed) for seed in range(12)], ("organ",), mode=mode, seed=0)
+        found[mode] = task.statistic("dice")([task.outcome(head, lit(seed)) for seed in range(100, 110)])
+    assert found["attention"] > found["probe"] + 0.2
+    assert found["attention"] > 0.65
+
+
+def test_queries_of_a_single_labelled_subject_say_what_the_probe_says() -> None:
+    heads = [FEW.fit([example(0)], CLASSES, mode=mode, seed=0) for mode in ("probe", "attention")]
+    assert heads[1].facts["steps"] == 0
+    tokens = example(1).features.tokens
+    assert tokens is not None
+    one, other = (FEW.logits(head, tokens) for head in heads)
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_queries_do_not_look_at_padding() -> None:
+    train = [example(seed) for seed in range(3)]
+    head = FEW.fit(train, CLASSES, mode="attention", seed=0)
+    around, inner = padded(knowing_tokens(labels(5), sub=2)), knowing_tokens(labels(5), sub=2)
+    np.testing.assert_array_equal(
+        FEW.predict(head, around, AFFINE, SHAPE).array, FEW.predict(head, inner, AFFINE, SHAPE).array
+    )
+    np.testing.assert_array_equal(FEW.mark(head, around, AFFINE, SHAPE), FEW.predict(head, around, AFFINE, SHAPE).array)
+    one, other = (FEW._celled(example(5, features), CLASSES, 0) for features in (around, inner))
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.counts, other.counts)
+
+
+def test_queries_rest_as_plain_arrays_and_equal_seeds_give_equal_heads() -> None:
+    train = [example(seed) for seed in range(3)]
+    heads = [FEW.fit(train, CLASSES, mode="attention", seed=seed) for seed in (1, 1, 2)]
+    for name, array in heads[0].arrays.items():
+        np.testing.assert_array_equal(array, heads[1].arrays[name])
+    assert (heads[0].arrays["queries"] != heads[2].arrays["queries"]).any()
+    again = Head(
+        mode="attention",
+        classes=CLASSES,
+        arrays={name: array.copy() for name, array in heads[0].arrays.items()},
+        facts=dict(heads[0].facts),
+    )
+    # The size of the decoder is the head's own: settings of another run do not change what it says.
+    tokens = example(9).features.tokens
+    assert tokens is not None
+    np.testing.assert_array_equal(Segment().logits(again, tokens), FEW.logits(heads[0], tokens))
+
+
+def test_a_scan_of_more_patches_than_are_learned_from_keeps_its_organs() -> None:
+    few = Segment(queries=QueryConfig(most=30))
+    celled = few._celled(example(0), CLASSES, 0)
+    assert len(celled.tokens) == 30
+    whole = Segment()._celled(example(0), CLASSES, 0)
+    assert celled.importance.sum() == pytest.approx(len(whole.tokens))
+
+
+def test_patches_are_looked_at_in_every_mode() -> None:
+    assert all(Segment().looks_at_tokens(mode) for mode in (*Segment.modes, "full"))
+
+
+def test_queries_refuse_what_the_probe_refuses() -> None:
+    with pytest.raises(ValueError, match="needs patch tokens"):
+        Segment().fit([example(0, Seen(None, None))], CLASSES, mode="attention", seed=0)
+    bare = Example(subject="s", key="k", features=example(0).features, affine_ras=AFFINE)
+    for mode in Segment.modes:
+        with pytest.raises(ValueError, match="needs voxel labels"):
+            Segment().fit([bare], CLASSES, mode=mode, seed=0)

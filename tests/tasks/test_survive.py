@@ -491,7 +491,7 @@ def test_a_cohort_is_adapted_to_and_evaluated_beside_its_floors(
     assert (read.task.kind, read.head.facts["kind"], len(read.subjects)) == (kind, kind, 14)  # pyright: ignore
     found = evaluate.run([run], store=place / "store", labels=place / "survival.csv", out=place / f"{kind}-report")
     by_name = {(score.name, score.metric): score for score in found.scores}
-    assert {name for name, _ in by_name} == {kind, "scratch", "intensity", "kaplan_meier"}
+    assert {name for name, _ in by_name} == {kind, "scratch", "intensity", "radiomics", "kaplan_meier"}
     assert {metric for _, metric in by_name} == set(Survive.metrics)
     for metric in ("harrell_c", "uno_c"):
         assert by_name["kaplan_meier", metric].value.estimate == 0.5

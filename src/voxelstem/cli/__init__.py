@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from voxelstem import __version__
 from voxelstem.cli.data import export, ingest, samples, show
 from voxelstem.cli.find import search
-from voxelstem.cli.learn import adapt, demo, evaluate, pretrain
+from voxelstem.cli.learn import adapt, demo, evaluate, predict, pretrain
 from voxelstem.cli.weights import embed, models, weights
 from voxelstem.errors import VoxelstemError
 from voxelstem.terminal import DONE, INTERRUPTED, explain, tell
@@ -57,7 +57,7 @@ def run(words: Sequence[str]) -> int:
 
 
 # In the order of the journey, which is also the order of --help.
-_JOURNEY = (samples, demo, ingest, show, export, models, weights, pretrain, embed, search, adapt, evaluate)
+_JOURNEY = (samples, demo, ingest, show, export, models, weights, pretrain, embed, search, adapt, evaluate, predict)
 for _place, _command in enumerate(_JOURNEY):
     if isinstance(_command, App):
         _command.sort_key = _place

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from voxelstem.config import overlay, parse_assignments, read_toml
 from voxelstem.errors import ConfigError
-from voxelstem.terminal import DONE, answer
+from voxelstem.terminal import DONE, answer, listed, refused, verdict
 
 
 def demo(*, out: Path = Path("demo"), quick: bool = False, data: Path | None = None) -> int:
@@ -195,3 +195,69 @@ def evaluate(
     page = str(out / "index.html")
     answer(found.facts() | {"report": page}, page, as_json=json)
     return DONE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Telling:
+    """What is written of what was found."""
+
+    format: str = "json,nifti"
+    """Formats, with commas between: json, nifti, seg (DICOM SEG), sr (DICOM SR, TID 1500)."""
+    max_ram: float = 0.0
+    """GiB that the process may hold; a scan that needs more is refused. 0 sets no limit."""
+    least_mm3: float = 0.0
+    """Smaller pieces of a structure are not listed by themselves."""
+    region: Path | None = None
+    """A mask of the region that the run looks at, on the scan's grid; for one scan."""
+    repair: bool = False
+    """Resample a DICOM series with gantry tilt or uneven slices instead of refusing it."""
+    commercial: bool = False
+    """Say that the use is commercial: weights whose licence forbids that are refused."""
+
+
+def predict(
+    sources: list[Path],
+    /,
+    *,
+    weights: Path,
+    out: Path,
+    how: Annotated[Telling, Parameter(name="*")] = Telling(),
+    json: bool = False,
+) -> int:
+    """Say what an adapted run finds in scans. Everything it says is preliminary: a physician must read the images.
+
+    For example:
+
+        voxelstem predict scan.nii.gz --weights runs/probe --out found
+
+        voxelstem predict CT_FOLDER --weights runs/probe --out found --format seg,sr,json --max-ram 4
+
+    Args:
+        sources: Files, folders of scans.
+        weights: Folder of an adapted run.
+        out: Folder of what is written; files are named by hashes.
+        how: What is written.
+        json: Answer in JSON.
+    """
+    from voxelstem import predict as verb
+
+    try:
+        config = verb.PredictConfig(
+            formats=tuple(name.strip() for name in how.format.split(",") if name.strip()),
+            max_ram_gib=how.max_ram,
+            least_mm3=how.least_mm3,
+            region=how.region,
+            repair=how.repair,
+            commercial=how.commercial,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error), hint="see `voxelstem predict --help`") from error
+    found = verb.run(sources, weights=weights, out=out, how=config)
+    lines = [str(path) for path in found.files]
+    facts = {
+        "files": lines,
+        "findings": [len(one.findings) for one in found.findings],
+        "refused": listed(found.refusals),
+    }
+    answer(facts, "\n".join([*lines, *refused(found.refusals)]), as_json=json)
+    return verdict(len(found.findings), len(found.refusals), "look into the reasons above")

@@ -56,7 +56,8 @@ MEANING = {
     "atlas": "labels of the most similar labelled scan, laid over so that the bodies' boxes match",
     "majority": "the shares of the classes among the labelled scans, without looking at the scan",
     "mean": "the mean of the labelled subjects' numbers, without looking at the scan",
-    "kaplan_meier": "the labelled subjects' Kaplan-Meier curve and equal risk for everybody, without looking at the scan",
+    "kaplan_meier": "the labelled subjects' Kaplan-Meier curve, and equal risk for everybody",
+    "radiomics": "first-order radiomics by IBSI's definitions, of the region or of the body",
     "morphometry": "a head on volumes of structures, as somebody else measured them",
 }
 LESS_IS_BETTER = ("ece", "mae", "integrated_brier")

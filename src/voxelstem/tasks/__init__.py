@@ -8,8 +8,10 @@ TASKS = Table(
     "task",
     {
         "classify": "voxelstem.tasks.classify:Classify",
+        "detect": "voxelstem.tasks.detect:Detect",
         "regress": "voxelstem.tasks.regress:Regress",
         "segment": "voxelstem.tasks.segment:Segment",
+        "survive": "voxelstem.tasks.survive:Survive",
         "zeroshot": "voxelstem.tasks.zeroshot:Zeroshot",
     },
 )

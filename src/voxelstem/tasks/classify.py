@@ -1,18 +1,27 @@
-"""One label for a scan: nearest neighbours or a logistic regression on its frozen embedding."""
+"""One label for a scan: neighbours or a logistic regression on its frozen embedding, or attention to its parts."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.special import log_softmax, softmax
+from torch import Tensor
+from torch.nn import functional as F
 
-from voxelstem import metrics
-from voxelstem.protocols import Example, Head
+from voxelstem import attending, metrics
+from voxelstem.assurance import Assurance
+from voxelstem.bags import bag_of, kind_of
+from voxelstem.findings import Finding, Weights
+from voxelstem.protocols import Example, Features, Head
+
+RULED_OUT = -1e4
+"""Logit of a class that no label shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +37,7 @@ class Guess:
 class Classify:
     """Settings of the scan-level heads, and the heads themselves."""
 
-    modes: ClassVar[tuple[str, ...]] = ("probe", "knn")
+    modes: ClassVar[tuple[str, ...]] = ("probe", "knn", "attention")
     metrics: ClassVar[tuple[str, ...]] = ("auroc", "balanced_accuracy")
     voxels: ClassVar[bool] = False
     tunable: ClassVar[bool] = True
@@ -45,6 +54,8 @@ class Classify:
     """The spread of a feature is estimated as if this many more scans had shown the average spread of all features."""
     folds: int = 5
     """Folds of the choice of C; it is made only if every class has this many labelled subjects."""
+    attention: attending.AttendConfig = field(default_factory=attending.AttendConfig)
+    """What is looked at in `attention`, and how that is fitted."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -58,10 +69,10 @@ class Classify:
             raise ValueError("temperature, strength and strengths must be positive, and prior not negative")
 
     def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
-        """Fit `knn` or `probe` to labelled scans.
+        """Fit `knn`, `probe` or `attention` to labelled scans.
 
         Raises:
-            ValueError: fewer than two classes among the examples, or an unknown mode.
+            ValueError: fewer than two classes among the examples, an unknown mode, or nothing to attend to.
         """
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
         truth = np.array([classes.index(example.label or "") for example in examples])
@@ -69,6 +80,8 @@ class Classify:
             raise ValueError("the labelled scans are all of one class")
         if mode == "knn":
             return Head(mode=mode, classes=classes, arrays={"rows": _unit(rows), "truth": truth})
+        if mode == "attention":
+            return self._attend(examples, truth, classes, seed)
         if mode != "probe":
             raise ValueError(f"classify has no mode '{mode}'")
         middle, scale = rows.mean(axis=0), _spread(rows, self.prior)
@@ -79,8 +92,28 @@ class Classify:
         arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": bias}
         return Head(mode=mode, classes=classes, arrays=arrays, facts={"strength": strength})
 
+    def looks_at_tokens(self, mode: str) -> bool:
+        """Whether scans must come with patch tokens in this mode."""
+        return mode == "attention" and self.attention.bag != "blocks"
+
+    def answer(self, head: Head, features: Features) -> Float[np.ndarray, "classes"]:
+        """Probability of each class of the head for one scan, in every mode.
+
+        Raises:
+            ValueError: the head looks at what the scan does not have.
+        """
+        if head.mode == "attention":
+            return softmax(attending.score(head, features).logits)
+        return self.predict(head, features.scan)
+
     def predict(self, head: Head, scan: Float[np.ndarray, "dim"]) -> Float[np.ndarray, "classes"]:
-        """Probability of each class of the head for one scan embedding."""
+        """Probability of each class of the head for one scan embedding.
+
+        Raises:
+            ValueError: the head looks at more than that, see `answer`.
+        """
+        if head.mode == "attention":
+            raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         row = scan.astype(np.float64)
         if head.mode == "knn":
             cosines = head.arrays["rows"] @ _unit(row[None])[0]
@@ -92,13 +125,27 @@ class Classify:
         logits = head.arrays["weight"] @ ((row - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
         return softmax(logits)
 
+    def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
+        """What is said of one scan: its class, calibrated where the run could be."""
+        answer, certainty = sure.certainty(head.classes, self.answer(head, features))
+        return (
+            Finding(
+                name=weights.name,
+                kind="class",
+                answer=answer,
+                weights=weights,
+                certainty=certainty,
+                novelty=sure.novelty(features.scan),
+            ),
+        )
+
     def outcome(self, head: Head, example: Example) -> Guess:
         """Predict one scan and keep its truth beside.
 
         Raises:
             ValueError: the truth is a class that the head was never shown.
         """
-        scores = self.predict(head, example.features.scan)
+        scores = self.answer(head, example.features)
         return Guess(truth=head.classes.index(example.label or ""), scores=tuple(scores.tolist()))
 
     def combine(self, outcomes: Sequence[Guess]) -> Guess:
@@ -117,6 +164,25 @@ class Classify:
             return metrics.balanced_accuracy(truth, scores.argmax(axis=1))
 
         return measure
+
+    def _attend(
+        self, examples: Sequence[Example], truth: Int[np.ndarray, "scan"], classes: tuple[str, ...], seed: int
+    ) -> Head:
+        """Fit attention over blocks or patches. A class without examples gets a bias that rules it out."""
+        features = [example.features for example in examples]
+        kind = kind_of(features, self.attention.bag)
+        fitted = attending.fit(
+            [bag_of(one, kind).members for one in features],
+            balanced_entropy(truth),
+            len(classes),
+            config=self.attention,
+            parts=attending.parts_of([example.subject for example in examples], truth, self.attention, seed=seed),
+            seed=seed,
+        )
+        shown = np.isin(np.arange(len(classes)), truth)
+        bias = np.where(shown, fitted.attention.bias, np.float32(RULED_OUT))
+        arrays = replace(fitted.attention, bias=bias).arrays()
+        return Head(mode="attention", classes=classes, arrays=arrays, facts={"bag": kind, "steps": float(fitted.steps)})
 
     def _choose(
         self,
@@ -141,6 +207,19 @@ class Classify:
                 chances = log_softmax(rows[held] @ weight.T + bias, axis=1)
                 loss[strength] -= float(chances[np.arange(len(held)), truth[held]].sum())
         return min(self.strengths, key=lambda strength: loss[strength])
+
+
+def balanced_entropy(truth: Int[np.ndarray, "scan"]) -> attending.Loss:
+    """Cross entropy in which every class that is there weighs alike, however many scans show it."""
+    known = torch.from_numpy(truth.astype(np.int64))
+    counts = torch.bincount(known)
+
+    def loss(logits: Float[Tensor, "row classes"], rows: Int[np.ndarray, "row"]) -> Float[Tensor, ""]:
+        weight = torch.zeros(logits.shape[1])
+        weight[: len(counts)] = torch.where(counts > 0, len(known) / counts, 0.0)
+        return F.cross_entropy(logits, known[torch.from_numpy(rows)], weight=weight)
+
+    return loss
 
 
 def majority(truth: Sequence[str], classes: tuple[str, ...]) -> tuple[float, ...]:
@@ -173,7 +252,7 @@ def _regress(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty may use up its iterations: still a fit
         fitted = LogisticRegression(C=strength, class_weight="balanced", max_iter=500).fit(rows, truth)
-    weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, -1e4)
+    weight, bias = np.zeros((classes, rows.shape[1])), np.full(classes, RULED_OUT)
     if len(fitted.classes_) == 2:  # noqa: PLR2004 - scikit-learn keeps one row for two classes
         weight[fitted.classes_[1]], bias[fitted.classes_] = fitted.coef_[0], [0.0, fitted.intercept_[0]]
     else:

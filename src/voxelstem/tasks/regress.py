@@ -1,17 +1,22 @@
-"""One number for a scan: a ridge regression on its frozen embedding."""
+"""One number for a scan: a ridge regression on its frozen embedding, or attention to its parts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch.nn import functional as F
 
-from voxelstem import metrics
-from voxelstem.protocols import Example, Head
+from voxelstem import attending, metrics
+from voxelstem.assurance import Assurance
+from voxelstem.bags import bag_of, kind_of
+from voxelstem.findings import Finding, Weights
+from voxelstem.protocols import Example, Features, Head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +31,18 @@ class Measured:
 class Regress:
     """Settings of the scan-level regression, and the regression itself."""
 
-    modes: ClassVar[tuple[str, ...]] = ("probe",)
+    modes: ClassVar[tuple[str, ...]] = ("probe", "attention")
     metrics: ClassVar[tuple[str, ...]] = ("mae", "r")
     voxels: ClassVar[bool] = False
     numbers: ClassVar[bool] = True
     tunable: ClassVar[bool] = True
 
+    unit: str = "1"
+    """Of the label file's numbers, as UCUM writes it: `a` for years, `mm`, `1` for plain numbers."""
     strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
     """Candidates for the weight of the squared norm, on standardised columns; leaving one scan out chooses."""
+    attention: attending.AttendConfig = field(default_factory=attending.AttendConfig)
+    """What is looked at in `attention`, and how that is fitted."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -45,17 +54,18 @@ class Regress:
             raise ValueError(f"strengths must be positive, got {self.strengths}")
 
     def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
-        """Fit `probe` to scans with a value; there are no classes, and nothing is left to the seed.
+        """Fit `probe` or `attention` to scans with a value; there are no classes. The probe leaves nothing to the seed.
 
         Raises:
-            ValueError: an unknown mode, fewer than two scans, or one without a value.
+            ValueError: an unknown mode, fewer than two scans, one without a value, or nothing to attend to.
         """
-        del seed
         if mode not in self.modes:
             raise ValueError(f"regress has no mode '{mode}'")
         values = np.array([math.nan if example.value is None else example.value for example in examples])
         if len(values) < 2 or not np.isfinite(values).all():  # noqa: PLR2004 - a line needs two points
             raise ValueError("a regression needs at least two scans, each with a value")
+        if mode == "attention":
+            return self._attend(examples, values, classes, seed)
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
         middle, scale = rows.mean(axis=0), rows.std(axis=0)
         scale = np.where(scale > 1e-9 * np.maximum(np.abs(rows).max(axis=0), 1e-9), scale, 1.0)
@@ -63,10 +73,64 @@ class Regress:
         arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": np.array([values.mean()])}
         return Head(mode=mode, classes=classes, arrays=arrays, facts={"strength": strength})
 
+    def looks_at_tokens(self, mode: str) -> bool:
+        """Whether scans must come with patch tokens in this mode."""
+        return mode == "attention" and self.attention.bag != "blocks"
+
+    def answer(self, head: Head, features: Features) -> float:
+        """The number of one scan, in every mode.
+
+        Raises:
+            ValueError: the head looks at what the scan does not have.
+        """
+        if head.mode == "attention":
+            return float(attending.score(head, features).logits[0])
+        return self.predict(head, features.scan)
+
     def predict(self, head: Head, scan: Float[np.ndarray, "dim"]) -> float:
-        """The number of one scan embedding."""
+        """The number of one scan embedding.
+
+        Raises:
+            ValueError: the head looks at more than that, see `answer`.
+        """
+        if head.mode == "attention":
+            raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         row = (scan.astype(np.float64) - head.arrays["middle"]) / head.arrays["scale"]
         return float(row @ head.arrays["weight"] + head.arrays["bias"][0])
+
+    def _attend(
+        self, examples: Sequence[Example], values: Float[np.ndarray, "scan"], classes: tuple[str, ...], seed: int
+    ) -> Head:
+        """Fit attention over blocks or patches to standardised values, and bring its answer into their unit."""
+        features = [example.features for example in examples]
+        kind = kind_of(features, self.attention.bag)
+        middle, spread = float(values.mean()), float(values.std())
+        fitted = attending.fit(
+            [bag_of(one, kind).members for one in features],
+            huber((values - middle) / (spread or 1.0)),
+            1,
+            config=self.attention,
+            parts=attending.parts_of(
+                [example.subject for example in examples], np.zeros(len(values)), self.attention, seed=seed
+            ),
+            seed=seed,
+        )
+        weight, bias = fitted.attention.weight * spread, fitted.attention.bias * spread + middle
+        arrays = replace(fitted.attention, weight=weight, bias=bias).arrays()
+        return Head(mode="attention", classes=classes, arrays=arrays, facts={"bag": kind, "steps": float(fitted.steps)})
+
+    def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
+        """What is said of one scan: its number, with an interval where the run could have one."""
+        quantity = sure.quantity(self.answer(head, features), self.unit)
+        return (
+            Finding(
+                name=weights.name,
+                kind="value",
+                quantity=quantity,
+                weights=weights,
+                novelty=sure.novelty(features.scan),
+            ),
+        )
 
     def outcome(self, head: Head, example: Example) -> Measured:
         """Predict one scan and keep its truth beside.
@@ -76,7 +140,7 @@ class Regress:
         """
         if example.value is None:
             raise ValueError("a regression needs a value to compare with")
-        return Measured(truth=example.value, predicted=self.predict(head, example.features.scan))
+        return Measured(truth=example.value, predicted=self.answer(head, example.features))
 
     def combine(self, outcomes: Sequence[Measured]) -> Measured:
         """Average the predictions over a subject's scans."""
@@ -89,6 +153,12 @@ class Regress:
         return lambda sample: pearson(
             np.array([outcome.truth for outcome in sample]), np.array([outcome.predicted for outcome in sample])
         )
+
+
+def huber(values: Float[np.ndarray, "scan"]) -> attending.Loss:
+    """Huber's loss (1964) of the first logit against standardised numbers: beyond 1, an error counts plainly."""
+    known = torch.from_numpy(values.astype(np.float32))
+    return lambda logits, rows: F.smooth_l1_loss(logits[:, 0], known[torch.from_numpy(rows)])
 
 
 def pearson(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float:

@@ -1,13 +1,14 @@
-"""A label for every voxel: one linear map from a frozen patch token to the cells of its patch.
+"""A label for every voxel: one linear map from a frozen patch token to the cells of its patch, or queries above it.
 
-The head sees nothing but single tokens, so what it can do shows what the tokens know.
+The linear head sees nothing but single tokens, so what it can do shows what the tokens know. In mode `attention` a
+query for each class looks at all tokens of the scan first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from voxelstem import metrics
+from voxelstem import metrics, queries
 from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import LabelMap
 from voxelstem.views import cells, resample
+from voxelstem.views.slide import Slab
+from voxelstem.views.winners import winners
 
 ROWS_AT_ONCE = 1 << 22
 """How many logits are interpolated in one go (16 MiB); bounds the memory of a prediction."""
@@ -28,7 +31,7 @@ ROWS_AT_ONCE = 1 << 22
 class Segment:
     """Settings of the voxel-level head, and the head itself."""
 
-    modes: ClassVar[tuple[str, ...]] = ("probe",)
+    modes: ClassVar[tuple[str, ...]] = ("probe", "attention")
     metrics: ClassVar[tuple[str, ...]] = ("dice",)
     voxels: ClassVar[bool] = True
     tunable: ClassVar[bool] = True
@@ -43,6 +46,8 @@ class Segment:
     """Steps of L-BFGS; the problem is convex."""
     tokens: int = 6000
     """How many labelled tokens are used at most; tokens without any organ are thinned out first."""
+    queries: queries.QueryConfig = field(default_factory=queries.QueryConfig)
+    """How large the decoder of `attention` is, and how it is fitted."""
 
     def __post_init__(self) -> None:
         """Guard the numbers.
@@ -63,20 +68,25 @@ class Segment:
         """
         if mode not in self.modes:
             raise ValueError(f"segment has no mode '{mode}'")
-        parts = [self._labelled_tokens(example, classes) for example in examples]
-        rows, counts = (np.concatenate(side) for side in zip(*parts, strict=True))
-        kept, importance = _thin(counts, self.tokens, seed)
-        rows, counts = rows[kept], counts[kept] * importance[:, None, None]
-        middle, scale = rows.mean(axis=0), np.maximum(rows.std(axis=0), 1e-6)
-        weight, bias = self._descend((rows - middle) / scale, counts)
-        arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": bias}
-        return Head(mode=mode, classes=classes, arrays=arrays, facts={"sub": float(self.sub)})
+        return self._probe(examples, classes, seed) if mode == "probe" else self._attend(examples, classes, seed)
+
+    def looks_at_tokens(self, mode: str) -> bool:
+        """Scans must come with patch tokens in every mode."""
+        del mode
+        return True
 
     def logits(self, head: Head, tokens: Float[np.ndarray, "ti tj tk dim"]) -> Float[np.ndarray, "ci cj ck kinds"]:
-        """What the head says about every cell; kind 0 is background."""
+        """What the head says about every cell; kind 0 is background.
+
+        In mode `attention` it looks at all the tokens that it is given: those of padding are better left out.
+        """
         sub, kinds = int(head.facts["sub"]), len(head.classes) + 1
-        flat = (tokens - head.arrays["middle"]) / head.arrays["scale"] @ head.arrays["weight"] + head.arrays["bias"]
         ti, tj, tk = tokens.shape[:3]
+        if head.mode == "attention":
+            rows = tokens.reshape(-1, tokens.shape[3])
+            flat = queries.logits(head.arrays, rows, kinds=kinds, heads=int(head.facts["heads"]))
+        else:
+            flat = (tokens - head.arrays["middle"]) / head.arrays["scale"] @ head.arrays["weight"] + head.arrays["bias"]
         spread = flat.reshape(ti, tj, tk, sub, sub, sub, kinds).transpose(0, 3, 1, 4, 2, 5, 6)
         return spread.reshape(ti * sub, tj * sub, tk * sub, kinds)
 
@@ -85,10 +95,31 @@ class Segment:
     ) -> LabelMap:
         """Label every voxel of a scan: logits between the centres of cells are interpolated linearly."""
         tokens, tokens_affine = _tokens(features)
+        if head.mode == "attention":
+            tokens, tokens_affine = _within(tokens, tokens_affine, affine_ras, shape_ijk)
         sub = int(head.facts["sub"])
         grid = cells.lay(affine_ras, shape_ijk, tokens_affine, _size(tokens), sub=sub)
         logits = torch.from_numpy(np.ascontiguousarray(self.logits(head, tokens).transpose(3, 0, 1, 2))).float()
         return LabelMap(array=argmax_at(logits, grid), classes=dict(enumerate(head.classes, start=1)))
+
+    def mark(
+        self, head: Head, features: Features, affine_ras: Float[np.ndarray, "4 4"], shape_ijk: tuple[int, int, int]
+    ) -> Int[np.ndarray, "i j k"]:
+        """`predict` in bounded memory: logits of a few rows of tokens live at a time, along their longest axis."""
+        tokens, tokens_affine = _tokens(features)
+        if head.mode == "attention":
+            tokens, tokens_affine = _within(tokens, tokens_affine, affine_ras, shape_ijk)
+        sub, axis = int(head.facts["sub"]), int(np.argmax(tokens.shape[:3]))
+        grid = cells.lay(affine_ras, shape_ijk, tokens_affine, _size(tokens), sub=sub)
+        return winners(self._slabs(head, tokens, axis, sub), grid, axis=axis)
+
+    def _slabs(self, head: Head, tokens: Float[np.ndarray, "ti tj tk dim"], axis: int, sub: int) -> Iterator[Slab]:
+        # Where tokens look at each other, none can be asked without the others.
+        rows = tokens.shape[axis] if head.mode == "attention" else 1
+        for start in range(0, tokens.shape[axis], rows):
+            part = np.take(tokens, range(start, min(start + rows, tokens.shape[axis])), axis=axis)
+            logits = np.ascontiguousarray(self.logits(head, part).transpose(3, 0, 1, 2))
+            yield Slab(start=start * sub, values=torch.from_numpy(logits).float())
 
     def outcome(self, head: Head, example: Example) -> dict[str, float]:
         """Dice of every organ that the truth of one scan holds, on the scan's own grid.
@@ -102,6 +133,13 @@ class Segment:
         predicted = self.predict(head, example.features, example.affine_ras, (shape[0], shape[1], shape[2]))
         return compare(predicted.array, example.labels, head.classes)
 
+    def outcome_of_labels(
+        self, carried: LabelMap, truth: LabelMap, affine_ras: Float[np.ndarray, "4 4"], classes: tuple[str, ...]
+    ) -> dict[str, float]:
+        """Dice of a label map that came from elsewhere, such as an atlas, on the scan's own grid."""
+        del affine_ras
+        return compare(numbered(carried, classes), truth, classes)
+
     def combine(self, outcomes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Average each organ over a subject's scans."""
         names = dict.fromkeys(name for outcome in outcomes for name in outcome)
@@ -114,23 +152,69 @@ class Segment:
             return metrics.MeanOf(lambda outcome: outcome.get(organ, math.nan))
         return metrics.MeanOf(lambda outcome: metrics.mean(list(outcome.values())))
 
+    def _probe(self, examples: Sequence[Example], classes: tuple[str, ...], seed: int) -> Head:
+        """Fit the linear map to single tokens that hold at least one voxel."""
+        parts = [self._labelled_tokens(example, classes) for example in examples]
+        rows, counts = (np.concatenate(side) for side in zip(*parts, strict=True))
+        kept, importance = _thin(counts, self.tokens, seed)
+        rows, counts = rows[kept], counts[kept] * importance[:, None, None]
+        middle, scale = rows.mean(axis=0), np.maximum(rows.std(axis=0), 1e-6)
+        weight, bias = self._descend((rows - middle) / scale, counts)
+        arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": bias}
+        return Head(mode="probe", classes=classes, arrays=arrays, facts={"sub": float(self.sub)})
+
+    def _attend(self, examples: Sequence[Example], classes: tuple[str, ...], seed: int) -> Head:
+        """Fit the linear map, and above it queries that see the tokens of a scan together."""
+        probe = self._probe(examples, classes, seed)
+        fitted = queries.fit(
+            [self._celled(example, classes, seed) for example in examples],
+            queries.Linear(**probe.arrays),
+            balance=self.balance,
+            config=self.queries,
+            seed=seed,
+        )
+        facts: dict[str, float | str] = {"heads": float(self.queries.heads), "steps": float(fitted.steps)}
+        return Head(mode="attention", classes=classes, arrays=fitted.arrays, facts=probe.facts | facts)
+
+    def _celled(self, example: Example, classes: tuple[str, ...], seed: int) -> queries.Celled:
+        """The tokens of the box of the scan, without the padding around it, and what their cells hold."""
+        tokens, tokens_affine = _tokens(example.features)
+        if example.labels is None:
+            raise ValueError("a voxel-level task needs voxel labels")
+        shape = example.labels.array.shape
+        tokens, tokens_affine = _within(tokens, tokens_affine, example.affine_ras, (shape[0], shape[1], shape[2]))
+        counts = self._counted(example, classes, tokens_affine, _size(tokens))
+        kept, importance = _thin(counts, self.queries.most, seed)
+        rows = tokens.reshape(-1, tokens.shape[3])[kept].astype(np.float32)
+        return queries.Celled(subject=example.subject, tokens=rows, counts=counts[kept], importance=importance)
+
     def _labelled_tokens(
         self, example: Example, classes: tuple[str, ...]
     ) -> tuple[Float[np.ndarray, "token dim"], Float[np.ndarray, "token cell kind"]]:
         """Tokens that hold at least one voxel, and how many voxels of each kind each of their cells holds."""
         tokens, tokens_affine = _tokens(example.features)
+        counts = self._counted(example, classes, tokens_affine, _size(tokens))
+        held = counts.any(axis=(1, 2))
+        return tokens.reshape(-1, tokens.shape[3])[held].astype(np.float32), counts[held].astype(np.float32)
+
+    def _counted(
+        self,
+        example: Example,
+        classes: tuple[str, ...],
+        tokens_affine_ras: Float[np.ndarray, "4 4"],
+        tokens_ijk: tuple[int, int, int],
+    ) -> Float[np.ndarray, "token cell kind"]:
+        """How much of each kind each cell of each token holds, in share of a cell."""
         if example.labels is None:
             raise ValueError("a voxel-level task needs voxel labels")
         values = numbered(example.labels, classes)
-        grid = cells.lay(example.affine_ras, values.shape, tokens_affine, _size(tokens), sub=self.sub)
+        grid = cells.lay(example.affine_ras, values.shape, tokens_affine_ras, tokens_ijk, sub=self.sub)
         kinds = len(classes) + 1
         ti, tj, tk = grid.tokens_ijk
         counts = cells.tally(values, grid, kinds).reshape(ti, self.sub, tj, self.sub, tk, self.sub, kinds)
         counts = counts.transpose(0, 2, 4, 1, 3, 5, 6).reshape(ti * tj * tk, self.sub**3, kinds)
         # In share of a cell: a scan with small voxels has no louder voice.
-        counts = counts / max(float(counts.sum(axis=2).max()), 1.0)
-        held = counts.any(axis=(1, 2))
-        return tokens.reshape(-1, tokens.shape[3])[held].astype(np.float32), counts[held].astype(np.float32)
+        return counts / max(float(counts.sum(axis=2).max()), 1.0)
 
     def _descend(
         self, rows: Float[np.ndarray, "token dim"], counts: Float[np.ndarray, "token cell kind"]
@@ -219,6 +303,20 @@ def _tokens(features: Features) -> tuple[Float[np.ndarray, "ti tj tk dim"], Floa
 
 def _size(tokens: Float[np.ndarray, "ti tj tk dim"]) -> tuple[int, int, int]:
     return tokens.shape[0], tokens.shape[1], tokens.shape[2]
+
+
+def _within(
+    tokens: Float[np.ndarray, "ti tj tk dim"],
+    tokens_affine_ras: Float[np.ndarray, "4 4"],
+    affine_ras: Float[np.ndarray, "4 4"],
+    shape_ijk: tuple[int, int, int],
+) -> tuple[Float[np.ndarray, "bi bj bk dim"], Float[np.ndarray, "4 4"]]:
+    """The box of tokens that holds the voxels of a scan; what lies beyond is padding."""
+    grid = cells.lay(affine_ras, shape_ijk, tokens_affine_ras, _size(tokens))
+    low, high = zip(*((int(member.min()), int(member.max()) + 1) for member in grid.members()), strict=True)
+    moved = tokens_affine_ras.astype(np.float64).copy()
+    moved[:3, 3] += moved[:3, :3] @ np.array(low)
+    return tokens[low[0] : high[0], low[1] : high[1], low[2] : high[2]], moved
 
 
 def _thin(

@@ -14,9 +14,11 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from voxelstem import metrics
+from voxelstem.assurance import Assurance
 from voxelstem.errors import AuditError
+from voxelstem.findings import Finding, Weights
 from voxelstem.losses.survival import Ties, cox_loss, fates, hazard_loss
-from voxelstem.protocols import Example, Head
+from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import Survival
 from voxelstem.survival import (
     Curve,
@@ -54,13 +56,12 @@ class Foretold:
     truth: Survival
     risk: float
     chances: tuple[float, ...]
-    """That the event has not come by each of the head's moments."""
+    """That the event has not come by each of the head's moments; `alive` says whether it had not."""
     alive: tuple[bool, ...]
-    """Whether it had not."""
     shares: tuple[float, ...]
-    """What each moment counts for in the integrated Brier score: nothing once nobody knows."""
+    """What each moment counts for in the integrated Brier score (nothing once nobody knows), and what the pairs count
+    for that the event begins, in Uno's C."""
     weight: float
-    """What the pairs count for that the event begins, in Uno's C."""
 
     @property
     def brier(self) -> float:
@@ -83,6 +84,8 @@ class Survive:
     (Gensheimer & Narasimhan 2019)."""
     ties: Ties = "efron"
     """How `cox` counts events at one time."""
+    days: float = 1.0
+    """Days in one unit of time of the label file: 30.44 for months, 365.25 for years. Findings count in days."""
     intervals: int = 10
     """How many `hazard` has, each with about as many events; fewer if events have fewer times."""
     by_interval: bool = False
@@ -93,11 +96,10 @@ class Survive:
     strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
     """Candidates when there are enough."""
     folds: int = 5
-    """Folds of that choice."""
+    """Folds of that choice, which is made from `fewest` labelled subjects with an event on."""
     fewest: int = 10
-    """Labelled subjects with an event from which on the strength is chosen."""
     moments: int = 50
-    """Equal steps from 0 to the horizon in which curves are judged."""
+    """Equal steps from 0 to the horizon in which curves are judged; `least` says where that lies."""
     least: float = 0.2
     """Curves and events are judged until this share of the labelled subjects would still be watched: nobody then counts
     for more than 1 / `least` subjects in the Brier score, or 1 / `least`^2 in Uno's C."""
@@ -109,10 +111,8 @@ class Survive:
             ValueError: a count, a strength or a share without sense.
         """
         if min(self.intervals, self.moments) < 1 or min(self.folds, self.fewest) < 2:  # noqa: PLR2004
-            raise ValueError(
-                "intervals and moments must be >= 1, folds and fewest >= 2, "
-                f"got {self.intervals}, {self.moments}, {self.folds} and {self.fewest}"
-            )
+            counts = (self.intervals, self.moments, self.folds, self.fewest)
+            raise ValueError(f"intervals and moments must be >= 1, folds and fewest >= 2, got {counts}")
         if self.fewest < self.folds:
             raise ValueError(f"every fold needs an event: fewest must be >= folds {self.folds}, got {self.fewest}")
         if not self.strengths or min(self.strength, *self.strengths) <= 0 or not 0 < self.least < 1:
@@ -167,6 +167,11 @@ class Survive:
         logits = arrays["weight"] @ row + arrays["bias"]
         curve = Curve(time=arrays["edges"][1:], value=np.exp(-np.cumsum(np.logaddexp(0, logits))))
         return Prognosis(risk=1 - float(_chances(head, curve) @ spans(arrays["moments"])), curve=curve)
+
+    def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
+        """What is said of one scan: its curve."""
+        curve = self.predict(head, features.scan).curve
+        return (sure.outlook(weights, curve.time * self.days, curve.value, features.scan),)
 
     def outcome(self, head: Head, example: Example) -> Foretold:
         """Predict one scan and keep its truth beside.

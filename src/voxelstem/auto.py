@@ -1,0 +1,172 @@
+"""`adapt --mode auto`: climbs from the cheapest way to adapt while that pays, and draws what labels buy.
+
+Every way is cross-fitted on the same labelled subjects in the same folds: no test subject is touched. Frozen features
+are made once; the modes that change the network train it anew for every fold, which is why they come last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxelstem.adapted import TUNED, AdaptConfig, modes_of, needs_tokens, tuning_of
+from voxelstem.crossfit import Answer, Outcomes, answering, cross_fit
+from voxelstem.efficiency import Curve, folds_of_curve, label_curve
+from voxelstem.errors import AuditError
+from voxelstem.features import embedder, examples_of
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, Speaker, tune
+from voxelstem.folds import Folds, Strata, plan_folds, strata_of
+from voxelstem.ladder import Climb, Rung, Tried, climb
+from voxelstem.model import Model
+from voxelstem.progress import progress
+from voxelstem.protocols import Example, Task
+from voxelstem.store import Record, Store
+from voxelstem.truth import Truth
+
+CHEAP_FIRST = ("knn", "probe", "attention", *TUNED)
+"""The order of the rungs; a task's other modes come before those that change the network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelled:
+    """What a run learns from."""
+
+    model: Model
+    store: Store
+    truth: Truth
+    records: tuple[Record, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """What the climb chose, and the curve of what was chosen."""
+
+    climb: Climb
+    curve: Curve | None
+    """None where the labelled subjects are too few for one, or the chosen mode trains a network: `why` says so."""
+    why: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        curve = None if self.curve is None else self.curve.facts()
+        return {"climb": self.climb.facts(), "curve": curve, "why": self.why}
+
+
+def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
+    """Climb the ladder on the labelled subjects alone; features rest in `rest`.
+
+    Raises:
+        AuditError: the labelled subjects are too few to hold any out.
+    """
+    task, settings = config.head, config.auto
+    lookers = _Lookers(what, config, rest)
+    try:
+        strata = strata_of(lookers.examples(tokens=False), what.classes)
+        plan = plan_folds(strata, count=settings.folds, repeats=settings.repeats, seed=config.seed)
+    except ValueError as error:
+        raise AuditError(
+            f"the labelled subjects cannot be cross-fitted: {error}", hint="label more subjects, or name a mode"
+        ) from error
+    modes = [mode for mode in rungs_of(task, what.model) if not settings.rungs or mode in settings.rungs]
+    metric = task.metrics[0]
+    answers = {mode: lookers.answer(mode) for mode in modes}
+    found = climb(
+        [Rung(mode=mode, attempt=_attempt(answers[mode], plan, config, mode)) for mode in modes],
+        task=task,
+        metric=metric,
+        config=settings.ladder,
+    )
+    if found.chosen in TUNED:
+        why = "no curve: every point would have to train the network anew; the curve of a frozen mode can be asked for"
+        return Chosen(climb=found, curve=None, why=why)
+    drawn = plan_folds(strata, count=settings.folds, repeats=settings.curve_repeats, seed=config.seed)
+    return _with_curve(found, answers[found.chosen], strata, drawn, config)
+
+
+def rungs_of(task: Task, model: Model) -> list[str]:
+    """The modes of a task that this model has, from cheap to dear."""
+    modes = [mode for mode in modes_of(task) if mode != "adapters" or hasattr(model.backbone, "block_encoder")]
+    known = [mode for mode in CHEAP_FIRST if mode in modes]
+    others = [mode for mode in modes if mode not in known]
+    frozen = [mode for mode in known if mode not in TUNED]
+    return [*frozen, *others, *(mode for mode in known if mode in TUNED)]
+
+
+def _with_curve(found: Climb, answer: Answer, strata: Strata, plan: Sequence[Folds], config: AdaptConfig) -> Chosen:
+    settings = dataclasses.replace(config.auto.curve, seed=config.seed)
+    try:
+        count = folds_of_curve(strata, plan, settings)
+    except ValueError as error:
+        return Chosen(climb=found, curve=None, why=f"no curve: {error}")
+    with progress("auto: what labels buy", count) as advance:
+        curve = label_curve(
+            answer, strata, plan, task=config.head, metric=found.metric, config=settings, advance=advance
+        )
+    return Chosen(climb=found, curve=curve)
+
+
+def _attempt(answer: Answer, plan: Sequence[Folds], config: AdaptConfig, mode: str) -> Callable[[], Tried]:
+    def attempt() -> Tried:
+        began = time.monotonic()
+        with progress(f"auto: {mode}", sum(len(folds.held) for folds in plan)) as advance:
+            fitted = cross_fit(answer, plan, seed=config.seed, advance=advance)
+        return Tried(fitted=fitted, seconds=time.monotonic() - began)
+
+    return attempt
+
+
+class _Lookers:
+    """Gives every mode its way to answer; features are made when a mode first needs them, and once."""
+
+    def __init__(self, what: Labelled, config: AdaptConfig, rest: Path) -> None:
+        self.what, self.config, self.rest = what, config, rest
+        self._examples: dict[bool, list[Example]] = {}
+
+    def examples(self, *, tokens: bool) -> list[Example]:
+        """The labelled scans with their frozen features."""
+        if tokens not in self._examples:
+            what, task = self.what, self.config.head
+            features = embedder(what.model, what.store, self.rest, tokens=tokens or task.voxels, see=self.config.see)
+            with progress("auto: embed", len(what.records)) as advance:
+                found: list[Example] = []
+                for example in examples_of(what.store, what.records, what.truth, features, task):
+                    found.append(example)
+                    advance(1)
+            self._examples[tokens] = found
+        return self._examples[tokens]
+
+    def answer(self, mode: str) -> Answer:
+        """How a mode answers about held-out subjects."""
+        task: Task = self.config.head
+        if mode in TUNED:
+            return self._tuned(mode)
+
+        def frozen(kept: frozenset[str], held: frozenset[str], seed: int) -> Outcomes:
+            examples = self.examples(tokens=needs_tokens(task, mode))
+            return answering(task, examples, self.what.classes, mode=mode)(kept, held, seed)
+
+        return frozen
+
+    def _tuned(self, mode: str) -> Answer:
+        what, task = self.what, self.config.head
+        full = self.config.full or FinetuneConfig()
+        full = dataclasses.replace(full, changes=tuning_of(mode))
+        asked = Asked.of(self.config.task, task, what.truth, what.classes)
+
+        def answer(kept: frozenset[str], held: frozenset[str], seed: int) -> Outcomes:
+            learned = [record for record in what.records if record.subject in kept]
+            head, card, tensors = tune(what.model, what.store, learned, asked, full, seed=seed)
+            speaker = Speaker(what.model.with_weights(card, tensors), head, what.store, asked, full)
+            shown = [record for record in what.records if record.subject in held]
+            by_subject: dict[str, list[Any]] = {}
+            for example in examples_of(what.store, shown, what.truth, speaker, task):
+                by_subject.setdefault(example.subject, []).append(task.outcome(head, example))
+            return {subject: task.combine(outcomes) for subject, outcomes in by_subject.items()}
+
+        return answer

@@ -1,0 +1,354 @@
+"""Predict: scans and a run of `adapt` -> findings, label maps, the clinic's formats. All of it stays preliminary."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from jaxtyping import Bool
+
+from voxelstem import __version__
+from voxelstem.adapted import TUNED, Adapted, read_run
+from voxelstem.card import Card
+from voxelstem.errors import ConfigError, IngestError, StoreError
+from voxelstem.features import look
+from voxelstem.findings import Finding, Findings, Looked, Unsaid, Weights
+from voxelstem.finetune.cases import SAME_MM
+from voxelstem.finetune.cases import look as lay_out
+from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.tune import Asked, mark, say, tuned
+from voxelstem.outputs import OUTPUTS
+from voxelstem.outputs.result import Mask, Result, Written
+from voxelstem.pieces import measure
+from voxelstem.progress import progress
+from voxelstem.protocols import Features
+from voxelstem.sources import Source, iterate, read_labels
+from voxelstem.store.subjects import site_key, source_name
+from voxelstem.streaming import of_volume
+from voxelstem.study import LabelMap, Study, Volume
+from voxelstem.table import closest
+from voxelstem.truth import is_aligned
+from voxelstem.weights.hub import load
+
+GIB = 1 << 30
+DICOM = ("seg", "sr")
+"""Outputs that go back to the series that was looked at, and so need one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig:
+    """What is written, and how much memory that may take."""
+
+    formats: tuple[str, ...] = ("json", "nifti")
+    """Names in `outputs.OUTPUTS`; `nifti` and `seg` need a task that labels voxels."""
+    max_ram_gib: float = 0.0
+    """The process may not hold more than this: a scan that needs more is refused. 0 sets no limit."""
+    least_mm3: float = 0.0
+    """Smaller pieces of a structure are counted in its volume and not listed by themselves."""
+    most_parts: int = 20
+    """So many pieces of a structure are listed, the largest first."""
+    repair: bool = False
+    """Resample a DICOM series with gantry tilt or uneven slices instead of refusing it; no DICOM can go back to it."""
+    region: Path | None = None
+    """A mask on the scan's grid, of the region that the run looks at; for one scan at a time."""
+    commercial: bool = False
+    """Claim commercial use: weights whose licence forbids it are refused."""
+
+    def __post_init__(self) -> None:
+        """Guard names and numbers.
+
+        Raises:
+            ConfigError: no format, or one that is not known.
+            ValueError: a limit that is negative.
+        """
+        if not self.formats:
+            raise ConfigError("no format to write", hint=f"say some of {', '.join(OUTPUTS)}")
+        for name in self.formats:
+            if name not in list(OUTPUTS):
+                raise ConfigError(f"there is no output '{name}'", hint=closest(name, OUTPUTS))
+        if min(self.max_ram_gib, self.least_mm3, self.most_parts) < 0:
+            raise ValueError("max_ram_gib, least_mm3 and most_parts must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A scan of which nothing was said, for the person at the terminal."""
+
+    relative: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictReport:
+    """What came of a prediction."""
+
+    findings: tuple[Findings, ...]
+    written: tuple[Written, ...]
+    refusals: tuple[Refused, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that was written."""
+        return tuple(path for one in self.written for path in one.files)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """What a run says of one study."""
+
+    findings: Findings
+    mask: Mask | None = None
+
+
+def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig = PredictConfig()) -> PredictReport:
+    """Say what a run of `adapt` finds in every scan below `sources`, and write it below `out`.
+
+    Files are named by hashes. One bad scan never stops the others.
+
+    Raises:
+        ConfigError: `weights` is no run of `adapt`, or a format does not go with its task.
+        CheckpointError: the run is damaged.
+        StoreError: `out` cannot be written.
+    """
+    predictor = Predictor(weights, commercial=how.commercial)
+    predictor.check(how.formats)
+    found = [source for path in sources for source in iterate(path)]
+    if how.region is not None and len(found) > 1:
+        raise ConfigError(f"one mask does not fit {len(found)} scans", hint="predict one scan at a time")
+    findings: list[Findings] = []
+    written: list[Written] = []
+    refusals: list[Refused] = []
+    with progress("predict", len(found)) as advance:
+        for source in found:
+            try:
+                with at_most(how.max_ram_gib):
+                    one, files = _answer(predictor, source, out, how)
+                findings.append(one)
+                written += files
+            except IngestError as error:
+                refusals.append(Refused(relative=source.relative, code=error.code, reason=error.problem))
+            except MemoryError:
+                reason = f"it needs more than the {how.max_ram_gib:g} GiB that --max-ram allows"
+                refusals.append(Refused(relative=source.relative, code="out-of-memory", reason=reason))
+            advance(1, note="refused" if refusals and refusals[-1].relative == source.relative else "")
+    return PredictReport(findings=tuple(findings), written=tuple(written), refusals=tuple(refusals))
+
+
+class Predictor:
+    """A run of `adapt` that answers about scans."""
+
+    def __init__(self, folder: Path, *, commercial: bool = False) -> None:
+        """Load the run.
+
+        Raises:
+            ConfigError: it is none, its task answers by prompts, or the licence forbids commercial use.
+            CheckpointError: it is damaged.
+        """
+        self.adapted: Adapted = read_run(folder)
+        self.task: Any = self.adapted.task
+        if is_aligned(self.adapted.task):
+            raise ConfigError(
+                "prompts are not answered one scan at a time here", hint="use `voxelstem search`, or adapt another task"
+            )
+        self.model = load(self.adapted.weights, commercial=commercial or self.adapted.config.commercial)
+        self.full = self.adapted.config.full or FinetuneConfig()
+        config, classes = self.adapted.config, self.adapted.head.classes
+        self._asked = Asked(task=config.task, voxels=self.adapted.task.voxels, classes=classes, targets={})
+        self._net = tuned(self.model, self.adapted.head, self._asked, self.full) if config.mode in TUNED else None
+
+    @property
+    def card(self) -> Card:
+        """Of the weights below the head."""
+        return self.model.card
+
+    @property
+    def weights(self) -> Weights:
+        """What findings say of who said them."""
+        name = self.adapted.config.title or self.adapted.config.task
+        return Weights(sha256=self.card.sha256, name=name, licence=self.card.licence)
+
+    def check(self, formats: Sequence[str]) -> None:
+        """See that the run's task can be written so.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        marks = hasattr(self.task, "mark")
+        for name in formats:
+            if name in ("nifti", "seg") and not marks:
+                raise ConfigError(
+                    f"the task {self.adapted.config.task} labels no voxels, so there is nothing to write as {name}",
+                    hint="use --format json",
+                )
+
+    def predict(
+        self,
+        study: Study,
+        *,
+        region: Bool[np.ndarray, "i j k"] | None = None,
+        least_mm3: float = 0.0,
+        most_parts: int = 20,
+    ) -> Predicted:
+        """Say what the run finds in a study; `region` is the mask that a run with `see.region` looks at.
+
+        Raises:
+            ConfigError: the study has not the contrasts that the run was trained on.
+            IngestError: a volume is refused.
+        """
+        volumes = self._seen(study)
+        first = volumes[0]
+        looked = tuple(self._looked(volume) for volume in volumes)
+        if hasattr(self.task, "mark"):
+            mask = Mask(labels=self._mark(volumes), affine_ras=first.affine_ras, weights=self.weights)
+            found = measure(
+                mask.labels.array,
+                first.affine_ras,
+                mask.labels.classes,
+                weights=self.weights,
+                least_mm3=least_mm3,
+                most_parts=most_parts,
+            )
+            unsaid = (*found.unsaid, *(Unsaid(what=name, why="no voxel of it was found") for name in found.absent))
+            return Predicted(findings=self._told(first, looked, found.findings, unsaid), mask=mask)
+        said = self._say(volumes, region)
+        if hasattr(self.task, "boxes"):
+            boxes = self.task.boxes(self.adapted.head, said, first.affine_ras, first.shape_ijk, self.weights)
+            unsaid = (Unsaid(what="certainty", why="scores of boxes are not calibrated"),)
+            return Predicted(findings=self._told(first, looked, boxes, unsaid))
+        findings = self.task.findings(self.adapted.head, said, self.weights, self.adapted.assurance)
+        unsaid = tuple(Unsaid(what="certainty", why=note) for note in self.adapted.assurance.notes)
+        return Predicted(findings=self._told(first, looked, findings, unsaid))
+
+    def _told(
+        self, first: Volume, looked: tuple[Looked, ...], findings: Sequence[Finding], unsaid: Sequence[Unsaid]
+    ) -> Findings:
+        return Findings(
+            study=_key(first),
+            looked=looked,
+            weights=(self.weights,),
+            version=__version__,
+            findings=tuple(findings),
+            unsaid=tuple(unsaid),
+        )
+
+    def _seen(self, study: Study) -> tuple[Volume, ...]:
+        """The volumes that are looked at together."""
+        spec, wanted = self.model.spec, self.full.contrasts if self._net is not None else ()
+        fitting = [volume for volume in study.volumes if volume.modality == spec.modality]
+        if not fitting:
+            have = ", ".join(sorted({volume.modality for volume in study.volumes}))
+            raise IngestError(
+                f"these weights were trained on {spec.modality}, the scan is {have}",
+                code="other-modality",
+                hint=f"choose weights for {have}",
+            )
+        if not wanted:
+            if len(fitting) > 1:
+                raise IngestError(
+                    f"the study has {len(fitting)} volumes", code="several-volumes", hint="predict each by itself"
+                )
+            return (fitting[0],)
+        by_name = {volume.acquisition.contrast: volume for volume in fitting}
+        lacking = [name for name in wanted if name not in by_name]
+        if lacking:
+            raise IngestError(
+                f"the run sees {', '.join(wanted)} together, and the study has no {lacking[0]}",
+                code="lacks-contrast",
+                hint="give the whole session, with contrasts named as in the store",
+            )
+        return tuple(by_name[name] for name in wanted)
+
+    def _mark(self, volumes: Sequence[Volume]) -> LabelMap:
+        first, head = volumes[0], self.adapted.head
+        classes = dict(enumerate(head.classes, start=1))
+        if self._net is not None:
+            seen = lay_out([of_volume(volume) for volume in volumes], self.model.spec)
+            array = mark(self._net, seen, self.model.spec, self.full, first.affine_ras, first.shape_ijk)
+        else:
+            array = self.task.mark(head, self._say(volumes, None), first.affine_ras, first.shape_ijk)
+        return LabelMap(array=array.astype(np.int16, copy=False), classes=classes)
+
+    def _say(self, volumes: Sequence[Volume], region: Bool[np.ndarray, "i j k"] | None) -> Features:
+        if self._net is not None:
+            seen = lay_out([of_volume(volume) for volume in volumes], self.model.spec)
+            return say(self._net, seen, self.model.spec, self._asked, self.full)
+        see = self.adapted.config.see
+        return look(self.model, volumes[0], tokens=self.adapted.tokens, see=see, region=region)
+
+    def _looked(self, volume: Volume) -> Looked:
+        spacing = self.model.spec.grid_spacing_mm(volume.spacing_mm, volume.shape_ijk)
+        return Looked(series=_key(volume), modality=volume.modality, spacing_mm=spacing, coverage=1.0)
+
+
+def _answer(predictor: Predictor, source: Source, out: Path, how: PredictConfig) -> tuple[Findings, list[Written]]:
+    """Predict one scan and write what was asked for."""
+    study = source.read(repair=how.repair)
+    region = None if how.region is None else _region(how.region, study)
+    predicted = predictor.predict(study, region=region, least_mm3=how.least_mm3, most_parts=how.most_parts)
+    back = any(name in DICOM for name in how.formats)
+    images = _images(source, study) if back else ()
+    result = Result(findings=predicted.findings, mask=predicted.mask, sources=images)
+    folder = out / source_name(source.path.resolve().as_posix() + "\0" + source.series, site_key())
+    written: list[Written] = []
+    for name in sorted(how.formats, key=list(OUTPUTS).index):
+        try:
+            written.append(OUTPUTS[name](result, folder, before=tuple(written)))
+        except OSError as error:
+            raise StoreError(
+                f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
+            ) from error
+    return predicted.findings, written
+
+
+def _region(path: Path, study: Study) -> Bool[np.ndarray, "i j k"]:
+    """Read a mask and see that it lies on the scan's grid."""
+    grid, first = read_labels(path), study.volumes[0]
+    apart = np.abs((grid.affine_ras - first.affine_ras) @ np.array([*first.shape_ijk, 1.0])).max()
+    if grid.array.shape != first.shape_ijk or apart > SAME_MM:
+        raise ConfigError("the mask of the region lies on another grid than the scan", hint="resample it to the scan's")
+    return grid.array > 0
+
+
+def _images(source: Source, study: Study) -> tuple[Any, ...]:
+    """The headers of the series that was looked at."""
+    if source.kind != "dicom" or source.members:
+        raise ConfigError(
+            "DICOM goes back to a DICOM series, and the scan is none"
+            if source.kind != "dicom"
+            else "DICOM goes back to a series in files, and the scan lies in a zip",
+            hint="use --format nifti,json, or give the folder of the series",
+        )
+    del study
+    return tuple(pydicom.dcmread(path, stop_before_pixels=True) for path in source.all_files())
+
+
+def _key(volume: Volume) -> str:
+    return volume.provenance.sha256[:32]
+
+
+@contextmanager
+def at_most(gib: float) -> Generator[None]:
+    """Let the process hold no more memory of its own than this while it lasts; what needs more raises MemoryError.
+
+    Linux counts what is written to and not shared (RLIMIT_DATA); 0 sets no limit.
+    """
+    if not gib:
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * GIB), most))
+    try:
+        yield
+    except RuntimeError as error:  # torch's own word for it
+        if "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, most))

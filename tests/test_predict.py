@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tests import clinic
+from tests.fewlabelled import make_store, make_weights
+
+from voxelstem import adapt, evaluate
+from voxelstem.adapted import read_run
+from voxelstem.cli import run as command
+from voxelstem.errors import ConfigError, IngestError
+from voxelstem.features import look
+from voxelstem.findings import of_json
+from voxelstem.model import load
+from voxelstem.predict import PredictConfig, Predictor, at_most, run
+from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.study import Study
+from voxelstem.tasks.segment import compare
+
+
+@pytest.fixture(autouse=True)
+def one_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+        make_store(folder, count=24)
+        make_weights(folder)
+        for task, labels, settings in (
+            ("segment", "labels.json", {"see.beside": "intensity"}),
+            ("classify", "contrast.csv", {"title": "contrast"}),
+        ):
+            adapt.run(
+                weights=folder / "weights",
+                store=folder / "store",
+                labels=folder / labels,
+                task=task,
+                mode="probe",
+                out=folder / task,
+                settings=settings,
+            )
+    return folder
+
+
+def stranger(seed: int = 501) -> Study:
+    return phantom(PhantomConfig(seed=seed, spacing_mm=(7.0, 7.0, 8.0), phase="portal" if seed % 2 else "none"))
+
+
+def as_file(study: Study, folder: Path) -> Path:
+    path = folder / "Jane_Roe" / "scan.nii.gz"
+    path.parent.mkdir(parents=True)
+    volume = study.volumes[0]
+    nib.Nifti1Image(volume.array[0].astype(np.int16), volume.affine_ras).to_filename(path)
+    return path
+
+
+def test_organs_are_marked_where_they_are_and_measured_in_the_patient(place: Path, tmp_path: Path) -> None:
+    study = stranger()
+    found = run([as_file(study, tmp_path)], weights=place / "segment", out=tmp_path / "found")
+    assert not found.refusals
+    (one,) = found.findings
+    volume, head = study.volumes[0], read_run(place / "segment").head
+    assert volume.labels is not None
+    (masks,) = [path for path in found.files if path.name.endswith(".nii.gz")]
+    image = nib.load(masks)
+    np.testing.assert_allclose(image.affine, volume.affine_ras, atol=1e-4)
+    array = np.asarray(image.dataobj)
+    dice = compare(array, volume.labels, head.classes)
+    assert np.mean(list(dice.values())) > 0.3
+    whole = {finding.name: finding for finding in one.findings if finding.part == 0}
+    voxel_mm3 = abs(np.linalg.det(volume.affine_ras[:3, :3]))
+    for number, name in enumerate(head.classes, start=1):
+        place_ = whole[name].place
+        assert place_ is not None
+        assert place_.volume_mm3 == pytest.approx((array == number).sum() * voxel_mm3)
+        middle = np.argwhere(array == number).mean(axis=0)
+        np.testing.assert_allclose(
+            place_.centre_ras_mm, volume.affine_ras[:3, :3] @ middle + volume.affine_ras[:3, 3], atol=1e-3
+        )
+    (told,) = [path for path in found.files if path.name.endswith(".json") and "findings" in path.read_text()[:60]]
+    assert of_json(told.read_text()) == one
+
+
+def test_marks_of_few_rows_at_a_time_are_those_of_the_head_at_once(place: Path) -> None:
+    volume, adapted = stranger().volumes[0], read_run(place / "segment")
+    said = look(load(adapted.weights), volume, tokens=True, see=adapted.config.see)
+    whole = adapted.task.predict(adapted.head, said, volume.affine_ras, volume.shape_ijk)  # pyright: ignore[reportAttributeAccessIssue]
+    marks = adapted.task.mark(adapted.head, said, volume.affine_ras, volume.shape_ijk)  # pyright: ignore[reportAttributeAccessIssue]
+    assert (marks != whole.array).mean() < 1e-3
+
+
+def test_a_class_comes_with_how_sure_it_is_and_whether_the_scan_is_strange(place: Path) -> None:
+    predictor = Predictor(place / "classify")
+    right = 0
+    for seed in range(501, 507):
+        (finding,) = predictor.predict(stranger(seed)).findings.findings
+        assert finding.name == "contrast"
+        assert finding.certainty is not None
+        assert finding.certainty.calibration == "temperature"
+        assert finding.certainty.conformal is not None
+        assert finding.novelty is not None
+        right += finding.answer == ("yes" if seed % 2 else "no")
+    assert right >= 5
+    study = stranger()
+    odd = np.random.default_rng(0).normal(0, 400, study.volumes[0].array.shape).astype(np.float32)
+    noise = replace(study, volumes=(replace(study.volumes[0], array=odd),))
+    (finding,) = predictor.predict(noise).findings.findings
+    assert finding.novelty is not None
+    assert finding.novelty.flagged
+
+
+def test_nothing_that_is_written_names_the_patient(place: Path, tmp_path: Path) -> None:
+    found = run([as_file(stranger(), tmp_path)], weights=place / "segment", out=tmp_path / "found")
+    for path in found.files:
+        assert "Jane" not in str(path.relative_to(tmp_path / "found"))
+        assert b"Jane" not in path.read_bytes()
+        assert b"phantom-" not in path.read_bytes()
+
+
+def test_a_dicom_series_gets_its_segmentation_and_report_back(place: Path, tmp_path: Path) -> None:
+    study = stranger()
+    volume = study.volumes[0]
+    assert volume.labels is not None
+    folder = tmp_path / "series"
+    folder.mkdir()
+    clinic.save(folder, clinic.series())
+    config = PredictConfig(formats=("json", "seg", "sr"))
+    found = run([folder], weights=place / "segment", out=tmp_path / "found", how=config)
+    assert not found.refusals
+    names = {written.output: written for written in found.written}
+    assert set(names) == {"json", "seg", "sr"}
+    assert names["sr"].dataset is not None
+    assert names["sr"].dataset.VerificationFlag == "UNVERIFIED"
+
+
+def test_one_bad_scan_never_stops_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = as_file(stranger(), tmp_path)
+    bad = tmp_path / "Jane_Roe" / "other.nii.gz"
+    bad.write_bytes(b"no scan")
+    code = command(
+        [
+            "predict",
+            str(good.parent),
+            "--weights",
+            str(place / "classify"),
+            "--out",
+            str(tmp_path / "f"),
+            "--format",
+            "json",
+            "--json",
+        ]
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert code == 3
+    assert told["findings"] == [1]
+    assert len(told["refused"]) == 1
+
+
+def test_formats_that_do_not_go_with_the_task_are_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="labels no voxels"):
+        run([tmp_path / "nowhere"], weights=place / "classify", out=tmp_path, how=PredictConfig())
+    with pytest.raises(ConfigError, match="no output 'dicomseg'"):
+        PredictConfig(formats=("dicomseg",))
+    with pytest.raises(ConfigError, match="goes back to a DICOM series"):
+        run(
+            [as_file(stranger(), tmp_path)],
+            weights=place / "segment",
+            out=tmp_path / "f",
+            how=PredictConfig(formats=("seg",)),
+        )
+    with pytest.raises(ValueError, match="negative"):
+        PredictConfig(max_ram_gib=-1)
+
+
+def test_more_memory_than_allowed_is_refused_and_the_limit_is_lifted_again() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(MemoryError), at_most(1.0):
+        np.ones(1 << 30, dtype=np.float64)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_another_modality_is_refused(place: Path) -> None:
+    study = stranger()
+    other = replace(study, volumes=(replace(study.volumes[0], modality="MR"),))
+    with pytest.raises(IngestError, match="trained on CT"):
+        Predictor(place / "classify").predict(other)
+
+
+def test_boxes_of_a_detection_are_findings_in_millimetres(place: Path, tmp_path: Path) -> None:
+    (place / "liver.json").write_text(json.dumps({"classes": {"1": "liver"}}))
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "liver.json",
+        task="detect",
+        mode="probe",
+        out=tmp_path / "detect",
+        settings={"see.beside": "intensity"},
+    )
+    report = evaluate.run([out], store=place / "store", labels=place / "liver.json", out=tmp_path / "report")
+    names = {score.name for score in report.scores if score.metric == "froc"}
+    assert {"detect", "scratch", "intensity", "atlas"} <= names
+    study = stranger()
+    found = Predictor(out).predict(study).findings.findings
+    assert found
+    best = max(found, key=lambda one: one.certainty.probability if one.certainty else 0.0)
+    volume = study.volumes[0]
+    assert volume.labels is not None
+    assert best.place is not None
+    assert best.place.low_ras_mm is not None
+    assert best.place.high_ras_mm is not None
+    number = next(value for value, name in volume.labels.classes.items() if name == "liver")
+    middle = np.argwhere(volume.labels.array == number).mean(axis=0)
+    centre = volume.affine_ras[:3, :3] @ middle + volume.affine_ras[:3, 3]
+    told = (np.array(best.place.low_ras_mm) + np.array(best.place.high_ras_mm)) / 2
+    assert np.linalg.norm(told - centre) < 60
+
+
+def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_path: Path) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task="classify",
+        mode="probe",
+        out=tmp_path / "liver",
+        settings={"see.region": "liver", "see.beside": "intensity"},
+    )
+    report = evaluate.run([out], store=place / "store", labels=place / "contrast.csv", out=tmp_path / "report")
+    by_name = {score.name: score.value.estimate for score in report.scores if score.metric == "auroc"}
+    assert by_name["liver"] > 0.9
+    assert "radiomics" in by_name
+    study = stranger()
+    volume = study.volumes[0]
+    assert volume.labels is not None
+    number = next(value for value, name in volume.labels.classes.items() if name == "liver")
+    region = volume.labels.array == number
+    predictor = Predictor(out)
+    (finding,) = predictor.predict(study, region=region).findings.findings
+    assert finding.answer == "yes"
+    with pytest.raises(ConfigError, match="looks at a region"):
+        predictor.predict(study)
+    mask = tmp_path / "mask.nii.gz"
+    nib.Nifti1Image(region.astype(np.uint8), volume.affine_ras).to_filename(mask)
+    config = PredictConfig(formats=("json",), region=mask)
+    assert not run([as_file(study, tmp_path)], weights=out, out=tmp_path / "f", how=config).refusals
