@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from voxelstem.backbones.convolution import resize_convolutions
 from voxelstem.backbones.disentangled import Disentangled, DisentangledConfig
 from voxelstem.backbones.experts import ContrastSet, SetConfig, encode_set, index_contrasts
 from voxelstem.backbones.trajectory import TrajectoryConfig
@@ -19,16 +20,19 @@ from voxelstem.chance import Chance
 from voxelstem.change import Follower
 from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
 from voxelstem.losses.masked import smooth_l1
+from voxelstem.losses.overlap import overlap
 from voxelstem.metrics import auroc
 from voxelstem.objectives.anatomy import Anatomy, AnatomyConfig
 from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.objectives.longitudinal import Longitudinal, LongitudinalConfig
+from voxelstem.objectives.segmentation_prior import SegmentationPrior, SegmentationPriorConfig
 from voxelstem.probes import disentanglement
 from voxelstem.protocols import Batch
 from voxelstem.sources.brain import INTRACRANIAL, VOLUME_LABEL, BrainConfig, Contrast, brain_subject
 from voxelstem.study import InputSpec, Study
 from voxelstem.tasks.regress import pearson
 from voxelstem.views.intensity import limits, window
+from voxelstem.views.synthesis import SynthesisConfig
 
 pytestmark = pytest.mark.slow
 GRID, EDGE_MM = (16, 16, 16), 10.0
@@ -307,3 +311,89 @@ def test_volumes_are_read_from_people_that_were_never_seen(people: People, stran
     truth = strangers.ventricles
     left = ((said - truth) ** 2).sum(dim=0) / ((truth - truth.mean()) ** 2).sum()
     assert (1 - left > 0.5).all()
+
+
+MARKED = UNetConfig(
+    features=(8, 16, 32), depths=(1, 1, 1), strides=(1, 2, 2), block_ijk=GRID, out_channels=1 + len(STRUCTURES)
+)
+TARGET_DICE = 0.5
+Marked = tuple[Tensor, Tensor]
+"""Scans (person, 1, i, j, k) and the structure of each of their voxels (person, i, j, k), 0 for what is none."""
+
+
+def marked(first: int, people: int) -> Marked:
+    scans, truths = [], []
+    for seed in range(first, first + people):
+        like = BrainConfig(seed=seed, shape_ijk=GRID, spacing_mm=SPEC.spacing_mm, pathology="none")
+        (study,) = brain_subject(seed, sessions=1, contrasts=("T1w",), like=like)
+        labels, array = study.volumes[0].labels, study.volumes[0].array
+        assert labels is not None
+        values = {name: value for value, name in labels.classes.items()}
+        truth = torch.zeros(GRID, dtype=torch.int64)
+        for number, name in enumerate(STRUCTURES, start=1):
+            truth[torch.from_numpy(labels.array == values[name])] = number
+        truths.append(truth)
+        scans.append(window(torch.from_numpy(array), limits(array, SPEC)))
+    return torch.stack(scans), torch.stack(truths)
+
+
+def drawn(seed: int) -> UNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(MARKED)
+
+
+def synthesised(truths: Tensor, *, steps: int = 250) -> UNet:
+    """A network that learned from images made of label maps; it never saw a scan."""
+    config = SegmentationPriorConfig(
+        classes=("background", *STRUCTURES),
+        volumes_weight=0.0,
+        symmetry_weight=0.0,
+        synthesis=SynthesisConfig(thick=1.0),
+    )
+    rng = np.random.default_rng(0)
+
+    def batches() -> Iterator[Batch]:
+        for step in count():
+            rows = rng.choice(len(truths), 8, replace=False)
+            labels = truths[rows][:, None, None].float()
+            yield Batch(views={"global": labels, "labels:global": labels}, places_mm={}, seed=step)
+
+    return train(SegmentationPrior(config, drawn(0)), batches(), steps=steps, lr=6e-3).backbone
+
+
+def steps_to(network: UNet, labelled: Marked, held: Marked, *, seed: int, most: int = 100, every: int = 5) -> int:
+    """After how many steps of fine-tuning strangers' structures are found; one more than the most if never."""
+    resize_convolutions(network)
+    network.train().requires_grad_(True)
+    optimizer, rng = torch.optim.AdamW(network.parameters(), lr=3e-3), np.random.default_rng(seed)
+    for step in range(1, most + 1):
+        rows = rng.choice(len(labelled[0]), 4, replace=False)
+        logits = network.decode(network.features(labelled[0][rows]))
+        optimizer.zero_grad()
+        overlap(logits, labelled[1][rows], kind="dice_ce").backward()
+        optimizer.step()
+        if step % every == 0:
+            with torch.inference_mode():
+                said = network.decode(network.features(held[0])).argmax(dim=1)
+            if dice_of(said, held[1]) >= TARGET_DICE:
+                return step
+    return most + 1
+
+
+def dice_of(said: Tensor, truth: Tensor) -> float:
+    kinds = range(1, 1 + len(STRUCTURES))
+    sizes = [int((said == kind).sum() + (truth == kind).sum()) for kind in kinds]
+    both = [int(((said == kind) & (truth == kind)).sum()) for kind in kinds]
+    return float(np.mean([2 * shared / size for shared, size in zip(both, sizes, strict=True)]))
+
+
+def test_what_learned_from_label_maps_alone_needs_fewer_steps_on_eight_labelled_people() -> None:
+    labelled, held = marked(500_000, 8), marked(HELD_FROM, 16)
+    pretrained = synthesised(marked(0, 64)[1])
+    for seed in (0, 1, 2):
+        begun = drawn(seed)
+        begun.load_state_dict(pretrained.state_dict())
+        needed = steps_to(begun, labelled, held, seed=seed)
+        assert needed <= 100
+        assert needed < steps_to(drawn(seed), labelled, held, seed=seed)

@@ -119,7 +119,8 @@ class Learning:
     task: str
     """What to learn, such as `classify` or `segment`; `zeroshot` answers by prompts."""
     mode: str
-    """How freely, such as `knn` or `probe`; for zeroshot `prompts` or `calibrated`."""
+    """How freely, from `knn`, `probe` and `attention` to `adapters` and `full`; `auto` climbs them while that pays. For
+    zeroshot `prompts` or `calibrated`."""
     budget: int | None = None
     """Labelled subjects to learn from; all training subjects when left out."""
     commercial: bool = False
@@ -134,11 +135,11 @@ def adapt(
     what: Annotated[Learning, Parameter(name="*")],
     out: Path,
 ) -> int:
-    """Fit a head on few labels over frozen weights.
+    """Fit a head on few labels, over frozen weights or together with them.
 
     For example:
 
-        voxelstem adapt --weights weights --store store --labels labels.csv --task classify --mode knn --out runs/knn
+        voxelstem adapt --weights weights --store store --labels labels.csv --task classify --mode auto --out runs/auto
 
     Without labels, by prompts, over weights that were aligned with reports:
 
