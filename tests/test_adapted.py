@@ -59,3 +59,12 @@ def test_layers_are_counted_from_one_and_named_once(layers: tuple[int, ...]) -> 
 def test_what_stands_beside_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beside"):
         resolve("classify", "probe", budget=None, settings={"see.beside": "texture"})
+
+
+def test_settings_that_contradict_the_mode_are_refused() -> None:
+    with pytest.raises(ConfigError, match="set by --mode"):
+        resolve("classify", "full", budget=None, settings={"full.changes": "low_rank"})
+    for settings in ({"see.region": "liver"}, {"see.beside": "intensity"}):
+        with pytest.raises(ConfigError, match="attention looks at"):
+            resolve("classify", "attention", budget=None, settings=settings)
+    assert resolve("segment", "attention", budget=None, settings={"see.beside": "intensity"}).mode == "attention"

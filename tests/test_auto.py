@@ -141,3 +141,13 @@ def test_settings_without_sense_are_refused() -> None:
         AutoConfig(folds=1)
     with pytest.raises(ConfigError, match="zeroshot has no mode 'auto'"):
         resolve("zeroshot", "auto", budget=None, settings={})
+
+
+def test_a_rung_that_is_not_there_is_named(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"auto.rungs: 'attentoin' is no rung of classify"):
+        climbed(place, tmp_path / "run", task="classify", labels="contrast.csv", auto__rungs=("knn", "attentoin"))
+
+
+def test_several_contrasts_are_not_climbed_on(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one contrast"):
+        climbed(place, tmp_path / "run", task="segment", labels="labels.json", full__contrasts=("T1w", "FLAIR"))

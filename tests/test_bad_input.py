@@ -257,7 +257,7 @@ def test_evaluate_answers_in_json(made: Path, tmp_path: Path):
     assert say(made, "adapt", "--weights", "weights", "--store", "store", *CLASSIFY, "--out", run).returncode == 0
     answer = say(made, "evaluate", run, "--store", "store", *labels, "--out", str(tmp_path / "report"), "--json")
     facts = json.loads(answer.stdout)
-    assert {score["name"] for score in facts["scores"]} == {"run", "scratch", "intensity", "majority"}
+    assert {score["name"] for score in facts["scores"]} == {"run", "scratch", "intensity", "radiomics", "majority"}
     assert facts["test_subjects"] >= 1
     assert Path(facts["report"]).is_file()
     check_refused(

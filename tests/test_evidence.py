@@ -162,3 +162,4 @@ def test_shares_of_classes_are_those_of_subjects() -> None:
     assert found.labelled == {"no": 0.5, "yes": 0.5}
     assert found.tested == {"no": 0.75, "yes": 0.25}
     assert prevalence(played(guesses(4, 0, 1.0, "t"), Assurance(), Classify())) is None
+    assert prevalence(replace(one, contest=contest(Classify(), 4, labels, ()))) is None

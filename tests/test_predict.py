@@ -168,16 +168,14 @@ def test_one_bad_scan_never_stops_the_others(place: Path, tmp_path: Path, capsys
 
 def test_formats_that_do_not_go_with_the_task_are_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="labels no voxels"):
-        run([tmp_path / "nowhere"], weights=place / "classify", out=tmp_path, how=PredictConfig())
+        run([tmp_path / "nowhere"], weights=place / "classify", out=tmp_path, how=PredictConfig(formats=("nifti",)))
     with pytest.raises(ConfigError, match="no output 'dicomseg'"):
         PredictConfig(formats=("dicomseg",))
-    with pytest.raises(ConfigError, match="goes back to a DICOM series"):
-        run(
-            [as_file(stranger(), tmp_path)],
-            weights=place / "segment",
-            out=tmp_path / "f",
-            how=PredictConfig(formats=("seg",)),
-        )
+    config = PredictConfig(formats=("seg",))
+    scan = as_file(stranger(), tmp_path)
+    (refused,) = run([scan], weights=place / "segment", out=tmp_path / "f", how=config).refusals
+    assert refused.code == "does-not-fit"
+    assert "goes back to a DICOM series" in refused.reason
     with pytest.raises(ValueError, match="negative"):
         PredictConfig(max_ram_gib=-1)
 
@@ -254,3 +252,19 @@ def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_p
     nib.Nifti1Image(region.astype(np.uint8), volume.affine_ras).to_filename(mask)
     config = PredictConfig(formats=("json",), region=mask)
     assert not run([as_file(study, tmp_path)], weights=out, out=tmp_path / "f", how=config).refusals
+
+
+def test_without_a_wish_a_scan_level_run_writes_json_and_a_mask_that_is_not_asked_for_is_refused(
+    place: Path, tmp_path: Path
+) -> None:
+    scan = as_file(stranger(), tmp_path)
+    found = run([scan], weights=place / "classify", out=tmp_path / "f")
+    assert [written.output for written in found.written] == ["json"]
+    with pytest.raises(ConfigError, match="looks at no region"):
+        run([scan], weights=place / "classify", out=tmp_path / "f", how=PredictConfig(region=scan))
+
+
+def test_what_the_network_saw_of_a_scan_is_told(place: Path) -> None:
+    volume = stranger().volumes[0]
+    (looked,) = Predictor(place / "classify").predict(stranger()).findings.looked
+    assert looked.coverage == pytest.approx(load(place / "weights").embed(volume).coverage)

@@ -38,7 +38,7 @@ from voxelstem.progress import progress
 from voxelstem.protocols import Example, Head, Task
 from voxelstem.report.ladder import ladder_page
 from voxelstem.store import Record, Store
-from voxelstem.truth import Truth, class_names, draw, is_aligned, of_contrast, read_truth
+from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, of_contrast, read_truth
 from voxelstem.weights.hub import load
 
 __all__ = ["read_run", "resolve", "run"]
@@ -98,6 +98,11 @@ def run(
 
 def _climb(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> AdaptConfig:
     """Let `auto` choose a mode, keep what it found beside the run, and give back the settings of that mode."""
+    if config.full is not None and config.full.contrasts:
+        raise ConfigError(
+            "mode auto compares ways to look at one contrast",
+            hint="use --mode full, or leave full.contrasts out",
+        )
     model, truth, records, classes = _labelled(weights, config, store, labels)
     what = Labelled(model=model, store=store, truth=truth, records=records, classes=classes)
     work.mkdir(parents=True, exist_ok=True)
@@ -173,8 +178,12 @@ def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, label
 def _assure(config: AdaptConfig, examples: Sequence[Example], classes: tuple[str, ...]) -> Assurance:
     """Cross-fit the labelled subjects, where something can be calibrated by that."""
     task: Task = config.head
-    if task.voxels or not config.folds:
-        why = "voxels are not calibrated" if task.voxels else "not calibrated: folds=0"
+    reasons = {
+        "voxels are not calibrated": task.voxels,
+        "survival curves are not calibrated": is_survival(task),
+        "not calibrated: folds=0": not config.folds,
+    }
+    if why := next((said for said, holds in reasons.items() if holds), ""):
         return assure({}, examples, notes=(why,))
     try:
         folds = draw_folds(strata_of(examples, classes), count=config.folds, seed=config.seed)

@@ -182,7 +182,15 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         config = AdaptConfig(task=task, mode=mode, budget=budget, full=full, head=kind())
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return overlay(config, settings)
+    config = overlay(config, settings)
+    if config.full is not None and mode in TUNED and config.full.changes != tuning_of(mode):
+        raise ConfigError("full.changes is set by --mode", hint="use --mode adapters or --mode full")
+    if mode == "attention" and not kind.voxels and (config.see.region or config.see.beside != "nothing"):
+        raise ConfigError(
+            "attention looks at a scan's own blocks or patches: with see.region or see.beside there are none to weigh",
+            hint="use --mode probe, or leave them out",
+        )
+    return config
 
 
 def read_run(folder: Path) -> Adapted:

@@ -1,7 +1,7 @@
 """How sure a run may be of what it says: fitted to answers about subjects whom the answering head had not seen.
 
-Frozen networks are cross-fitted over their own labelled subjects, which costs no further label. A network that was
-trained whole is asked about labelled validation subjects, if there are any.
+Heads over frozen networks are cross-fitted over their own labelled subjects, which costs no further label. A network
+that was trained itself would have to be trained anew for every fold, and its answers are not calibrated.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from voxelstem.adapted import TUNED, AdaptConfig, modes_of, needs_tokens, tuning_of
 from voxelstem.crossfit import Answer, Outcomes, answering, cross_fit
 from voxelstem.efficiency import Curve, folds_of_curve, label_curve
-from voxelstem.errors import AuditError
+from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import embedder, examples_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
@@ -26,6 +26,7 @@ from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Task
 from voxelstem.store import Record, Store
+from voxelstem.table import closest
 from voxelstem.truth import Truth
 
 CHEAP_FIRST = ("knn", "probe", "attention", *TUNED)
@@ -73,15 +74,22 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
         raise AuditError(
             f"the labelled subjects cannot be cross-fitted: {error}", hint="label more subjects, or name a mode"
         ) from error
-    modes = [mode for mode in rungs_of(task, what.model) if not settings.rungs or mode in settings.rungs]
+    # Beside one vector for the scan there is nothing to attend to.
+    bare = task.voxels or not (config.see.region or config.see.beside != "nothing")
+    known = [mode for mode in rungs_of(task, what.model) if bare or mode != "attention"]
+    if odd := sorted(set(settings.rungs) - set(known)):
+        raise ConfigError(f"auto.rungs: '{odd[0]}' is no rung of {config.task} here", hint=closest(odd[0], known))
+    modes = [mode for mode in known if not settings.rungs or mode in settings.rungs]
     metric = task.metrics[0]
     answers = {mode: lookers.answer(mode) for mode in modes}
-    found = climb(
-        [Rung(mode=mode, attempt=_attempt(answers[mode], plan, config, mode)) for mode in modes],
-        task=task,
-        metric=metric,
-        config=settings.ladder,
-    )
+    rungs = [Rung(mode=mode, attempt=_attempt(answers[mode], plan, config, mode)) for mode in modes]
+    try:
+        found = climb(rungs, task=task, metric=metric, config=settings.ladder)
+    except ValueError as error:
+        raise AuditError(
+            f"a fold of the labelled subjects cannot be learned from: {error}",
+            hint="label more subjects, or name a mode",
+        ) from error
     if found.chosen in TUNED:
         why = "no curve: every point would have to train the network anew; the curve of a frozen mode can be asked for"
         return Chosen(climb=found, curve=None, why=why)
@@ -102,12 +110,12 @@ def _with_curve(found: Climb, answer: Answer, strata: Strata, plan: Sequence[Fol
     settings = dataclasses.replace(config.auto.curve, seed=config.seed)
     try:
         count = folds_of_curve(strata, plan, settings)
-    except ValueError as error:
+        with progress("auto: what labels buy", count) as advance:
+            curve = label_curve(
+                answer, strata, plan, task=config.head, metric=found.metric, config=settings, advance=advance
+            )
+    except ValueError as error:  # a draw of few subjects may show too little to be learned from: the page says so
         return Chosen(climb=found, curve=None, why=f"no curve: {error}")
-    with progress("auto: what labels buy", count) as advance:
-        curve = label_curve(
-            answer, strata, plan, task=config.head, metric=found.metric, config=settings, advance=advance
-        )
     return Chosen(climb=found, curve=curve)
 
 

@@ -193,7 +193,7 @@ class Underway:
             scan=scan_row.numpy(),
             blocks=rows.numpy(),
             grid=tiling.grid,
-            coverage=self._within() * self.laid.share,
+            coverage=self.coverage,
             tokens=tokens,
             tokens_affine_ras=affine,
             facts=self._facts(computing, rows),
@@ -209,6 +209,11 @@ class Underway:
         rows = {"cls-mean": self.described, "cls": self.described[:, :dim], "mean": self.described[:, dim:]}[kind]
         seen = torch.ones(self.count) if self.share is None else self.share.mean(dim=1)
         return rows, (rows * (seen / seen.sum())[:, None]).sum(dim=0)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the scan's voxels that the network sees."""
+        return self._within() * self.laid.share
 
     def _spans(self) -> list[tuple[int, int]]:
         """Of each axis, how many voxels of the resampled scan the blocks see, and how many there are."""

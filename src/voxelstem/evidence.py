@@ -91,7 +91,7 @@ def between(played: Sequence[Played]) -> list[Compared]:
 def prevalence(played: Played) -> Prevalence | None:
     """Shares of classes among subjects, where scans have one class each."""
     told = played.contest.truth.labels
-    if not told:
+    if not told or not played.contest.labelled:
         return None
     sides = (sorted({record.subject for record in played.contest.labelled}), played.contest.subjects)
     counts = [Counter(told[subject] for subject in side) for side in sides]

@@ -72,6 +72,14 @@ class Model:
         untrained = dataclasses.replace(untrained, use_scan_level=self.use_scan_level)
         return untrained.through(self.layers) if self.layers else untrained
 
+    def covers(self, volume: Volume) -> float:
+        """Share of a volume that this model sees, without looking at it.
+
+        Raises:
+            ConfigError, IngestError: as `begin`.
+        """
+        return self.begin(volume, Feeding(spec=self.spec), hu=UNJUDGED).coverage
+
     def with_weights(self, card: Card, tensors: Mapping[str, Tensor]) -> Model:
         """A model of a card's architecture with these weights, fed as this one is."""
         fresh = make_model(card, seed=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ DICOM = ("seg", "sr")
 class PredictConfig:
     """What is written, and how much memory that may take."""
 
-    formats: tuple[str, ...] = ("json", "nifti")
-    """Names in `outputs.OUTPUTS`; `nifti` and `seg` need a task that labels voxels."""
+    formats: tuple[str, ...] = ()
+    """Names in `outputs.OUTPUTS`; `nifti` and `seg` need a task that labels voxels. Empty: json, and nifti where there
+    are such labels."""
     max_ram_gib: float = 0.0
     """The process may not hold more than this: a scan that needs more is refused. 0 sets no limit."""
     least_mm3: float = 0.0
@@ -64,11 +65,9 @@ class PredictConfig:
         """Guard names and numbers.
 
         Raises:
-            ConfigError: no format, or one that is not known.
+            ConfigError: a format that is not known.
             ValueError: a limit that is negative.
         """
-        if not self.formats:
-            raise ConfigError("no format to write", hint=f"say some of {', '.join(OUTPUTS)}")
         for name in self.formats:
             if name not in list(OUTPUTS):
                 raise ConfigError(f"there is no output '{name}'", hint=closest(name, OUTPUTS))
@@ -118,7 +117,9 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
         StoreError: `out` cannot be written.
     """
     predictor = Predictor(weights, commercial=how.commercial)
-    predictor.check(how.formats)
+    if not how.formats:
+        how = replace(how, formats=("json", "nifti") if predictor.marks else ("json",))
+    predictor.check(how)
     found = [source for path in sources for source in iterate(path)]
     if how.region is not None and len(found) > 1:
         raise ConfigError(f"one mask does not fit {len(found)} scans", hint="predict one scan at a time")
@@ -134,6 +135,8 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
                 written += files
             except IngestError as error:
                 refusals.append(Refused(relative=source.relative, code=error.code, reason=error.problem))
+            except ConfigError as error:
+                refusals.append(Refused(relative=source.relative, code="does-not-fit", reason=error.problem))
             except MemoryError:
                 reason = f"it needs more than the {how.max_ram_gib:g} GiB that --max-ram allows"
                 refusals.append(Refused(relative=source.relative, code="out-of-memory", reason=reason))
@@ -174,19 +177,33 @@ class Predictor:
         name = self.adapted.config.title or self.adapted.config.task
         return Weights(sha256=self.card.sha256, name=name, licence=self.card.licence)
 
-    def check(self, formats: Sequence[str]) -> None:
-        """See that the run's task can be written so.
+    @property
+    def marks(self) -> bool:
+        """Whether the run labels voxels."""
+        return hasattr(self.task, "mark")
+
+    def check(self, how: PredictConfig) -> None:
+        """See that the run can be asked and written so, before any scan is read.
 
         Raises:
             ConfigError: it cannot.
         """
-        marks = hasattr(self.task, "mark")
-        for name in formats:
-            if name in ("nifti", "seg") and not marks:
+        for name in how.formats:
+            if name in ("nifti", "seg") and not self.marks:
                 raise ConfigError(
                     f"the task {self.adapted.config.task} labels no voxels, so there is nothing to write as {name}",
                     hint="use --format json",
                 )
+        wanted = self.adapted.config.see.region if self._net is None and not self.task.voxels else ""
+        if how.region is not None and not wanted:
+            raise ConfigError("this run looks at no region", hint="leave --region out")
+        if wanted and how.region is None:
+            raise ConfigError(f"this run looks at a region, '{wanted}'", hint="give its mask with --region")
+        if self._net is not None and len(self.full.contrasts) > 1:
+            raise ConfigError(
+                f"this run sees {', '.join(self.full.contrasts)} together, and files are read one by one",
+                hint="ask it from Python: Predictor.predict takes a Study with all of them",
+            )
 
     def predict(
         self,
@@ -204,8 +221,10 @@ class Predictor:
         """
         volumes = self._seen(study)
         first = volumes[0]
+        if self._net is None and self.adapted.config.see.region and region is None and not self.task.voxels:
+            raise ConfigError("this run looks at a region", hint="give its mask")
         looked = tuple(self._looked(volume) for volume in volumes)
-        if hasattr(self.task, "mark"):
+        if self.marks:
             mask = Mask(labels=self._mark(volumes), affine_ras=first.affine_ras, weights=self.weights)
             found = measure(
                 mask.labels.array,
@@ -284,7 +303,9 @@ class Predictor:
 
     def _looked(self, volume: Volume) -> Looked:
         spacing = self.model.spec.grid_spacing_mm(volume.spacing_mm, volume.shape_ijk)
-        return Looked(series=_key(volume), modality=volume.modality, spacing_mm=spacing, coverage=1.0)
+        # A tuned network slides over all of a scan; a frozen one may see a frame or a box of it.
+        seen = 1.0 if self._net is not None else self.model.covers(volume)
+        return Looked(series=_key(volume), modality=volume.modality, spacing_mm=spacing, coverage=seen)
 
 
 def _answer(predictor: Predictor, source: Source, out: Path, how: PredictConfig) -> tuple[Findings, list[Written]]:

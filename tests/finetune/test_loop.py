@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from voxelstem.errors import AuditError
 from voxelstem.finetune import loop
 from voxelstem.finetune.cases import Case, Seen
 from voxelstem.finetune.config import FinetuneConfig
@@ -148,3 +149,14 @@ def test_without_held_out_scans_every_step_is_taken(unet: Model) -> None:
     config = replace(CONFIG, steps=5, patience=1, looks=5)
     fit(network(unet, voxels=True), [case()], config, loss=loss_of("segment", config), seed=0, report=asked.append)
     assert len(asked) == 5
+
+
+def test_training_that_diverges_says_so_instead_of_keeping_what_is_no_network(unet: Model) -> None:
+    net, broken = network(unet, voxels=True), case(marked=777)
+    broken.seen.image[0, 0, 0, 0] = torch.nan
+    config = replace(CONFIG, patch_ijk=(16, 12, 10), steps=2)
+    with pytest.raises(AuditError, match="diverged"):
+        fit(net, [broken], config, loss=loss_of("segment", config), seed=0)
+    watch = loop.Watch(network(unet, voxels=True), [case()], CONFIG, loss_of("segment", CONFIG), 0)
+    with pytest.raises(AuditError, match="no look"):
+        watch.take_best()

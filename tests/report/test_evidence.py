@@ -29,7 +29,7 @@ SHARES = Prevalence(run="run", labelled={"yes": 0.5, "no": 0.5}, tested={"yes": 
 def test_everything_that_is_known_stands_on_the_page_and_nothing_is_markup() -> None:
     text = page.page("t", evidence_sections([SURE], [PAIR], [SHARES]))
     numbers = ("0.200 [0.100, 0.300]", "0.100 [0.000, 0.200]", "0.880", "90%", "1.25 classes", "0.070", "10.0%")
-    for wanted in (*numbers, "a note", "probe - knn", "30 labelled subjects"):
+    for wanted in (*numbers, "a note", "probe - knn", "30 labelled subjects, each answered by a head of another fold"):
         assert wanted in text
     assert "<b>run</b>" not in text
 

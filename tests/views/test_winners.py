@@ -73,3 +73,13 @@ def test_slabs_that_do_not_follow_or_are_too_few_are_refused(axis: int) -> None:
         winners([slabs[0], slabs[2]], grid, axis=axis)
     with pytest.raises(ValueError, match="end before"):
         winners(slabs[:2], grid, axis=axis)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_cells_as_large_as_voxels_may_be_more_or_begin_before_them(axis: int) -> None:
+    affine = np.eye(4)
+    affine[:3, 3] = -2.0
+    grid = cells.lay(np.eye(4), (5, 6, 7), affine, (10, 11, 9))
+    logits = torch.randn(3, 10, 11, 9, generator=torch.Generator().manual_seed(4))
+    found = winners(cut(logits, axis, [3, 6]), grid, axis=axis)
+    np.testing.assert_array_equal(found, logits[:, 2:7, 2:8, 2:9].argmax(dim=0).numpy())

@@ -202,8 +202,9 @@ def evaluate(
 class Telling:
     """What is written of what was found."""
 
-    format: str = "json,nifti"
-    """Formats, with commas between: json, nifti, seg (DICOM SEG), sr (DICOM SR, TID 1500)."""
+    format: str = ""
+    """Formats, with commas between: json, nifti, seg (DICOM SEG), sr (DICOM SR, TID 1500). Left out: json, and nifti
+    where voxels are labelled."""
     max_ram: float = 0.0
     """GiB that the process may hold; a scan that needs more is refused. 0 sets no limit."""
     least_mm3: float = 0.0

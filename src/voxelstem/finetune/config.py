@@ -38,7 +38,8 @@ class FinetuneConfig:
     targets: tuple[str, ...] = ("qkv", "fc1")
     """Names of the linear layers that changes stand beside, or the ends of them."""
     layer_decay: float = 1.0
-    """Each layer of the pretrained network learns by this factor slower than the one above it."""
+    """Each layer of the encoder learns by this factor slower than the one above it; levels of a decoder are layers
+    above it too, and learn at the full rate themselves."""
     held: float = 0.0
     """Share of the labelled subjects that training does not see: they say which step is kept, and when to stop."""
     looks: int = 20

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from voxelstem.chance import Chance
 from voxelstem.engine.device import autocast
+from voxelstem.errors import AuditError
 from voxelstem.finetune.cases import Case
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.network import Tuned
@@ -72,6 +73,8 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], config.clip)
         solver.step()
+        if not torch.isfinite(value):
+            raise AuditError(f"training diverged at step {step + 1}: the loss is no number", hint="use a lower full.lr")
         if report is not None:
             report(value.item())
         if watch is not None and watch.is_enough(step + 1):
@@ -111,7 +114,15 @@ class Watch:
         return self.worse >= self.config.patience
 
     def take_best(self) -> None:
-        """Give the network back what it was at the best look."""
+        """Give the network back what it was at the best look.
+
+        Raises:
+            AuditError: no look gave a finite loss.
+        """
+        if not self.kept:
+            raise AuditError(
+                "training diverged: no look at the held-out scans gave a finite loss", hint="use a lower full.lr"
+            )
         self.net.load_state_dict(self.kept)
 
     @torch.no_grad()

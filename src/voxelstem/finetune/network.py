@@ -100,7 +100,7 @@ class Tuned(nn.Module):
         return encoder, rest
 
     def depths(self) -> dict[nn.Parameter, int]:
-        """How many layers of the encoder lie above each of its parameters; what stands beside a layer is as deep."""
+        """How many layers lie above each parameter of the backbone, those of its decoder included."""
         by_depth = [(depth, dict(named)) for depth, named in self.backbone.param_groups()]
         last = max(depth for depth, _ in by_depth)
         return {parameter: last - depth for depth, named in by_depth for parameter in named.values()}

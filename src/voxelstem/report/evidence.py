@@ -83,7 +83,8 @@ def _sure(one: Sureness) -> list[str]:
     parts = [page.table(("figure", "as stated", "calibrated"), rows, caption=one.run)] if rows else []
     lines = [f"{one.run}: {note}" for note in one.notes]
     if one.subjects:
-        lines.append(f"{one.run}: calibrated on {one.subjects} labelled subjects, none of them seen by the head")
+        how = "each answered by a head of another fold"
+        lines.append(f"{one.run}: calibrated on {one.subjects} labelled subjects, {how}")
     if one.covered is not None and one.level is not None:
         what = "sets" if one.set_size is not None else "intervals"
         size = "" if one.set_size is None else f", {one.set_size:.2f} classes in a set on average"

@@ -81,7 +81,8 @@ def _fill(
                 near.float(), (over[0], over[1], over[2]), step_ijk=(steps[0], steps[1], steps[2]), outside=0.0
             )
         else:
-            dense = near.narrow(1 + axis, round(float(over[axis][0])), stop - start)
+            for place, where in enumerate(over):
+                dense = dense.narrow(1 + place, round(float(where[0])), len(where))
         part = tuple(slice(start, stop) if place == axis else slice(None) for place in range(3))
         found[part] = largest(dense)
 
@@ -100,6 +101,7 @@ def largest(logits: Float[Tensor, "kind i j k"]) -> Int[np.ndarray, "i j k"]:
 def _is_same(over: list[Float[np.ndarray, "place"]], cells_ijk: tuple[int, ...]) -> bool:
     """Whether every place is the centre of a cell, and along the axes the next one's is the next cell's."""
     return all(
-        len(where) <= size and np.abs(where - np.rint(where[0]) - np.arange(len(where))).max() < 1e-6  # noqa: PLR2004
+        0 <= round(float(where[0])) <= size - len(where)
+        and np.abs(where - np.rint(where[0]) - np.arange(len(where))).max() < 1e-6  # noqa: PLR2004
         for where, size in zip(over, cells_ijk, strict=True)
     )
