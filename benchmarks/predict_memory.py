@@ -1,6 +1,6 @@
 """How much memory a prediction holds: a scan of 512 x 512 x 800 voxels and a hundred classes, within 4 GiB.
 
-    python benchmarks/predict_memory.py [--out DIR] [--shape 512 512 800] [--classes 104] [--max-ram 4] [--head tokens unet]
+    python benchmarks/predict_memory.py [--out DIR] [--shape 512 512 800] [--classes 104] [--max-ram 4] [--head tokens]
 
 Makes a phantom's noise of that size as NIfTI, a run whose head has that many classes (its weights are drawn: what is
 measured is memory, not skill), and lets `voxelstem predict` mark every voxel in a process of its own. Printed are the
