@@ -3,7 +3,8 @@
     python benchmarks/swap.py --steps 300 --seeds 3 --out swap.json
 
 Every line is one way to pretrain with the same data, steps and seeds; ways take turns, seed by seed, and what is done
-is kept in --out, so that a run that was stopped goes on. Figures are of people whom no training saw:
+is kept in --out, so that a run that was stopped goes on; a page with the table lies beside it. Figures are of people
+whom no training saw:
 
 - `swap`: error of a FLAIR painted from the subject in T1w and the contrast of FLAIR, by the error with T1w's contrast
   (1: the contrast's latent decides nothing; nearer to 0 is better).
@@ -29,6 +30,7 @@ from voxelstem.engine.optim import OptimConfig, make_optimizer, set_rate
 from voxelstem.losses.masked import masked_mse, smooth_l1
 from voxelstem.objectives.disentangle import Disentangle, DisentangleConfig
 from voxelstem.protocols import Batch
+from voxelstem.report import page
 from voxelstem.sources.brain import INTRACRANIAL, VOLUME_LABEL, BrainConfig, brain
 from voxelstem.views.mask import draw_voxels
 
@@ -131,9 +133,16 @@ def main() -> None:
                 done[name] = score(train(network, config, steps=wanted.steps, seed=seed))
                 wanted.out.write_text(json.dumps(done, indent=1))
     print(f"{'':15} {'swap':>8} {'masked':>8} {'volumes':>8}   (medians of {wanted.seeds} seeds)")
+    rows: list[tuple[str, ...]] = []
     for way in WAYS:
         runs = [done[f"{way}, {wanted.steps} steps, seed {seed}"] for seed in range(wanted.seeds)]
         print(f"{way:15} " + " ".join(f"{statistics.median(run[name] for run in runs):8.4f}" for name in runs[0]))
+        rows.append((way, *(" ".join(f"{run[name]:.3f}" for run in runs) for name in runs[0])))
+    head = ("way", "swap (nearer to 0)", "masked (less)", "volumes R2 (more)")
+    table = page.table(head, rows, caption=f"{wanted.steps} steps; one figure for each of {wanted.seeds} seeds")
+    told = page.paragraph("Phantom brains that no training saw: drawings with known answers, nothing about patients.")
+    text = page.page("Swap, skips and anatomy", [page.section("What each part is good for", told, table)])
+    wanted.out.with_suffix(".html").write_text(text)
 
 
 if __name__ == "__main__":
