@@ -15,6 +15,9 @@ from typing import Any
 
 from voxelstem.distributed import Ranks
 from voxelstem.errors import ConfigError
+from voxelstem.whole import write_whole
+
+__all__ = ["COLUMNS", "TABLE", "Row", "add_rows", "claim", "read_rows", "write_whole"]
 
 MARK, TABLE = "embed.json", "manifest.csv"
 COLUMNS = (
@@ -182,17 +185,3 @@ def _compare(out: Path, claimed: Mapping[str, Any], settings: Mapping[str, Any])
         raise ConfigError(
             f"'{out.name}' holds embeddings made with other settings: {', '.join(others)}", hint="choose another --out"
         )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or not there."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from voxelstem.errors import ConfigError
 from voxelstem.findings import Findings, Weights
 from voxelstem.pieces import check_classes
 from voxelstem.study import LabelMap
+from voxelstem.whole import write_whole
 
 MOST_CLASS = int(np.iinfo(np.int16).max)
 
@@ -92,14 +92,5 @@ def named(stem: str, data: bytes) -> str:
 def keep(path: Path, data: bytes) -> Path:
     """Write a file so that it is whole or not there; its folder is made where it is absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    write_whole(path, data)
     return path

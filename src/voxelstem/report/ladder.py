@@ -14,7 +14,7 @@ from voxelstem.report.dots import Extrapolated, label_efficiency_picture
 UNSEEN = (
     "Every figure is of labelled subjects that the head had not seen (cross-fitting). They were used to choose, so the "
     "figure of what was chosen is a little too good: what is claimed of it belongs to test subjects, by "
-    "`voxelstem evaluate`."
+    "voxelstem evaluate."
 )
 
 
