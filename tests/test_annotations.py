@@ -90,6 +90,7 @@ def test_among_the_scans_only_named_masks_count(tmp_path, ones):
         ('{"masks": ["a"]}', "'masks' must give scan paths"),
         ('{"masks": {"Miller.nii": "gone.nii"}}', "the mask of entry 1 of 'masks' is not there"),
         ("{", "cannot be read as JSON"),
+        ('{"classes": {"7": "=SUM(A1)"}}', "the name of class 7 begins like a formula"),
         ('{"classes": {"1": "liver"}, "annotated": {"a": "liver"}}', "a list of classes"),
         ('{"classes": {"1": "liver"}, "annotated": {"a": []}}', "a list of classes"),
         ('{"classes": {"1": "liver"}, "annotated": {"a": ["livr"]}}', "did you mean 'liver'"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 from tests.madeup import classed, example, timed, voxels
 
-from voxelstem.folds import EVENT, NO_EVENT, Folds, Strata, draw_folds, plan_folds, strata_of
+from voxelstem.folds import EVENT, NO_EVENT, Folds, Strata, asked_folds, draw_folds, plan_folds, strata_of
 from voxelstem.study import Survival
 
 counts = st.dictionaries(st.sampled_from("abcd"), st.integers(2, 14), min_size=2)
@@ -208,6 +208,73 @@ def test_groups_that_overlap_or_name_strangers_are_refused(groups: tuple[frozens
 def test_folds_guard_themselves(held: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="nobody is in two of them"):
         Folds(held=tuple(frozenset(part) for part in held))
+
+
+FEW = st.lists(st.sampled_from([None, False, True]), min_size=3, max_size=3)
+
+
+@settings(max_examples=60)
+@given(st.lists(FEW, min_size=2, max_size=14), st.integers(2, 6), st.integers(0, 9))
+def test_of_findings_every_kind_is_learned_whoever_is_held_out_or_it_is_named(
+    cells: list[list[bool | None]], count: int, seed: int
+) -> None:
+    told = [{name: there for name, there in zip("abc", row, strict=True) if there is not None} for row in cells]
+    strata = strata_of([example(f"s{place:02d}", findings=one) for place, one in enumerate(told)], ())
+    tally = Counter(kind for own in strata.kinds.values() for kind in own)
+    alone = sorted(kind for kind, times in tally.items() if times < 2)
+    assert strata.needed == tally
+    if alone:
+        with pytest.raises(ValueError, match=f"1 of '{alone[0]}'"):
+            draw_folds(strata, count=count, seed=seed)
+        return
+    folds = draw_folds(strata, count=count, seed=seed)
+    assert len(folds.held) == min(count, len(cells))
+    for held in folds.held:
+        assert {kind for subject in folds.subjects - held for kind in strata.kinds[subject]} == set(tally)
+
+
+def test_a_number_of_folds_that_was_asked_for_is_taken_at_its_word() -> None:
+    strata = strata_of(classed(no=9, yes=3), ())
+    (usual,) = asked_folds(strata, count="auto", told={}, repeats=1, seed=0)
+    assert len(usual.held) == 3
+    assert asked_folds(strata, count=3, told={}, repeats=2, seed=0) == plan_folds(strata, count=3, repeats=2, seed=0)
+    with pytest.raises(ValueError, match="4 folds are asked for, and the labelled subjects, 3 of 'yes', allow 3"):
+        asked_folds(strata, count=4, told={}, repeats=1, seed=0)
+    few = strata_of([example(f"s{place}", value=1.0) for place in range(4)], ())
+    with pytest.raises(ValueError, match="9 folds are asked for, and the labelled subjects, 4, allow 4"):
+        asked_folds(few, count=9, told={}, repeats=1, seed=0)
+
+
+def test_folds_that_the_label_file_tells_are_kept() -> None:
+    strata = strata_of(classed(no=6, yes=6), ())
+    told = {subject: place % 3 for place, subject in enumerate(sorted(strata.kinds))} | {"somebody else": 0}
+    plan = asked_folds(strata, count=2, told=told, repeats=2, seed=0)
+    assert plan[0] == plan[1]
+    assert [{told[subject] for subject in held} for held in plan[0].held] == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"a": 0, "b": 1, "c": 0}, "gives 1 of 4 labelled subjects no fold"),
+        ({"a": 0, "b": 0, "c": 1, "d": 1}, "all subjects of 'x' are in one fold"),
+        ({"a": 1, "b": 1, "c": 1, "d": 1}, "all 4 labelled subjects in fold 1"),
+    ],
+)
+def test_folds_of_a_label_file_that_hold_a_class_out_or_leave_somebody_out_are_refused(
+    told: dict[str, int], message: str
+) -> None:
+    strata = strata_of([example(name, label=label) for name, label in zip("abcd", "xxyy", strict=True)], ())
+    with pytest.raises(ValueError, match=message):
+        asked_folds(strata, count="auto", told=told, repeats=1, seed=0)
+
+
+def test_subjects_who_share_a_scan_are_in_one_fold_of_a_label_file_or_refused() -> None:
+    labels = zip("abcd", "xyxy", strict=True)
+    strata = strata_of([example(name, label=label) for name, label in labels], (), together=["ab"])
+    assert asked_folds(strata, count="auto", told={"a": 0, "b": 0, "c": 1, "d": 1}, repeats=1, seed=0)
+    with pytest.raises(ValueError, match="subjects who share a scan in the folds 0 and 1"):
+        asked_folds(strata, count="auto", told={"a": 0, "b": 1, "c": 1, "d": 0}, repeats=1, seed=0)
 
 
 def test_no_repeat_and_nobody_are_refused() -> None:

@@ -14,10 +14,11 @@ from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import InputSpec, LabelMap, Study, Survival
 from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.regress import Regress
 from voxelstem.tasks.segment import Segment
 from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
-from voxelstem.truth import Truth, _take_turns, class_names, draw, is_aligned, is_survival, read_truth
+from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, read_truth
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), block_ijk=(16, 16, 16))
 FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
@@ -107,7 +108,8 @@ def test_one_of_several_is_read_by_name(place: Path, tmp_path: Path) -> None:
         ("subject,label\nphantom-0000,lung\n", {"answers": "one"}, "'lung' is no class"),
         ("subject,contrast\nphantom-0000,perhaps\n", {}, "row 2: 'perhaps' is neither 1 nor 0"),
         ("subject,contrast,Contrast\nphantom-0000,1,1\n", {}, "two columns are about the same class"),
-        ("subject,contrast\nphantom-0000,1\nphantom-0000,0\n", {}, "row 3 says otherwise"),
+        ("subject,contrast\nphantom-0000,1\nmueller,0\n", {}, "1 of 2 labelled subjects have no CT scan .*: row 3"),
+        ("subject,contrast\nphantom-0000,1\nphantom-0000,0\n", {}, "rows 2 and 3 label the same subject"),
         ("subject,contrast\nphantom-0000,\n", {}, "says nothing of any class"),
         ("subject,contrast\nmueller,1\n", {}, "none of the 1 labelled subjects"),
         ("subject,contrast\nphantom-0000,1\n", {"classes": ("spleen_enlarged",)}, "no column for a wished class"),
@@ -122,12 +124,62 @@ def test_wrong_label_files_are_one_clear_sentence(
     assert "phantom-0" not in str(caught.value)
 
 
-def test_labels_without_a_scan_are_counted_for_findings_too(
-    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("task", [ASKED, Classify()])
+def test_labels_without_a_scan_are_left_out_where_that_is_allowed_and_counted(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, task: Zeroshot | Classify
 ) -> None:
-    path = table(tmp_path, "subject,contrast\nphantom-0000,1\nphantom-0001,0\nmueller,1\n")
-    read_truth(Store.open(place / "store"), path, ASKED, SPEC)
-    assert caplog.messages == ["1 of 3 labelled subjects are not in the store (no CT scan)"]
+    rows = "".join(f"phantom-{n:04d},{n % 2}\n" for n in range(12))
+    path = table(tmp_path, f"subject,contrast\n{rows}mueller,1\n")
+    with pytest.raises(ConfigError, match="1 of 13 labelled subjects have no CT scan in the store: row 14"):
+        read_truth(Store.open(place / "store"), path, task, SPEC)
+    truth = read_truth(Store.open(place / "store"), path, task, SPEC, unknown="left_out")
+    assert caplog.messages == ["1 of 13 labelled subjects are not in the store (no CT scan)"]
+    assert (truth.left_out, len(truth.findings), len(truth.records)) == (1, 12, 12)
+
+
+def many(cells: dict[int, str], names: str = "cyst,stone") -> str:
+    return f"subject,{names}\n" + "".join(f"phantom-{n:04d},{said}\n" for n, said in cells.items())
+
+
+def test_classify_reads_a_column_for_each_class_by_the_same_words(place: Path, tmp_path: Path) -> None:
+    store = Store.open(place / "store")
+    text = many({0: "1,no", 1: "0.0,-1", 2: ",yes", 3: ","} | dict.fromkeys(range(4, 12), "1,0"))
+    truth = read_truth(store, table(tmp_path, text), Classify(), SPEC)
+    named = {pseudonym(f"phantom-{n:04d}", site_key()): n for n in range(12)}
+    assert {named[subject]: told for subject, told in truth.findings.items()} == {
+        0: {"cyst": True, "stone": False},
+        1: {"cyst": False},
+        2: {"stone": True},
+        **{n: {"cyst": True, "stone": False} for n in range(4, 12)},
+    }
+    assert (truth.classes, truth.labels, truth.both_ways) == (("cyst", "stone"), {}, True)
+    text = many(dict.fromkeys(range(12), "1,no,41"), "cyst,stone,age")
+    with pytest.raises(ConfigError, match="row 2: '41' is neither 1 nor 0") as caught:
+        read_truth(store, table(tmp_path, text), Classify(), SPEC)
+    assert "head.classes" in caught.value.hint
+    some = read_truth(store, table(tmp_path, text), Classify(classes=("stone",)), SPEC)
+    assert (some.classes, list(some.findings.values())) == (("stone",), [{"stone": False}] * 12)
+    with pytest.raises(ConfigError, match="no column 'ston'"):
+        read_truth(store, table(tmp_path, text), Classify(classes=("ston",)), SPEC)
+    with pytest.raises(ConfigError, match="gives every subject one label"):
+        read_truth(store, place / "contrast.csv", Classify(classes=("yes",)), SPEC)
+
+
+def test_a_class_of_which_all_say_the_same_is_refused_by_its_name(place: Path, tmp_path: Path) -> None:
+    store = Store.open(place / "store")
+    train = len(store.subjects("train"))
+    truth = read_truth(store, table(tmp_path, many({n: f"{n % 2},1" for n in range(12)})), Classify(), SPEC)
+    with pytest.raises(AuditError, match=f"of 'stone' all {train} labelled training subjects say yes"):
+        draw(truth, None, 0, voxels=False)
+    truth = read_truth(store, table(tmp_path, many({n: f"{n % 2}," for n in range(12)})), Classify(), SPEC)
+    with pytest.raises(AuditError, match="of 'stone' no training subject says anything"):
+        draw(truth, None, 0, voxels=False)
+
+
+def test_folds_of_the_file_come_along(place: Path, tmp_path: Path) -> None:
+    rows = "".join(f"phantom-{n:04d},{n % 3},{n}\n" for n in range(12))
+    truth = read_truth(Store.open(place / "store"), table(tmp_path, f"subject,fold,value\n{rows}"), Regress(), SPEC)
+    assert truth.folds == {pseudonym(f"phantom-{n:04d}", site_key()): n % 3 for n in range(12)}
 
 
 def test_a_draw_is_of_the_split_that_is_asked_for(place: Path) -> None:
@@ -146,11 +198,6 @@ def test_findings_that_are_the_same_of_all_are_refused(place: Path, tmp_path: Pa
     truth = read_truth(Store.open(place / "store"), table(tmp_path, "subject,contrast\n" + rows), ASKED, SPEC)
     with pytest.raises(AuditError, match="say the same"):
         draw(truth, None, 0, voxels=False)
-
-
-def test_classes_take_turns_even_when_one_runs_out() -> None:
-    labels = {"a": "x", "b": "x", "c": "x", "d": "y"}
-    assert _take_turns(["a", "b", "c", "d"], labels) == ["a", "d", "b", "c"]
 
 
 def test_the_draw_is_by_subject_nested_in_budget_and_balanced(place: Path) -> None:
@@ -196,11 +243,14 @@ def asking(tmp_path: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("names", [("lesion",), ("liver", "spleen")])
-def test_only_scans_in_which_every_wanted_class_was_looked_for_count(
-    partly: Store, tmp_path: Path, names: tuple[str, ...]
+def test_only_scans_in_which_every_wanted_class_was_looked_for_count_and_the_others_are_told(
+    partly: Store, tmp_path: Path, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = read_truth(partly, asking(tmp_path, *names), Segment(), SPEC)
-    assert len(truth.records) == 8
+    assert (len(truth.records), truth.left_out) == (8, 8)
+    assert caplog.messages == [
+        "8 of 16 labelled scans are left out: not every class of wanted.json was looked for in them"
+    ]
     assert all(set(names) <= set(record.classes.values()) for record in truth.records)
 
 
@@ -213,7 +263,12 @@ def test_classes_that_were_never_looked_for_together_are_refused_with_counts(par
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"classes": {"1": "livr"}}', "did you mean 'liver'"), ("[1]", "not a label file"), ("{", "not a label file")],
+    [
+        ('{"classes": {"1": "=liver"}}', "begins like a formula"),
+        ('{"classes": {"1": "livr"}}', "did you mean 'liver'"),
+        ("[1]", "not a label file"),
+        ("{", "not a label file"),
+    ],
 )
 def test_a_wrong_labels_json_is_refused(place: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "labels.json").write_text(text)

@@ -15,6 +15,7 @@ from voxelstem import geometry
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.sources import MASKS, iterate, read_labels, stem
 from voxelstem.sources.nnssl import REMOVED
+from voxelstem.store.labels import is_formula
 from voxelstem.study import LabelMap, Study, Volume
 from voxelstem.table import closest
 
@@ -184,6 +185,12 @@ def _read_labels_file(path: Path) -> _LabelsFile:
     annotated: Any = content.get("annotated", {}) if isinstance(content, dict) else None
     if not (_is_words(classes) and all(value.isdecimal() for value in classes)):
         raise ConfigError(f"{path.name}: 'classes' must give each number a name", hint=f"write {_SHAPE}")
+    for value, name in classes.items():
+        if is_formula(name):
+            raise ConfigError(
+                f"{path.name}: the name of class {value} begins like a formula, which spreadsheets would run",
+                hint="write it in words",
+            )
     if not _is_words(named):
         raise ConfigError(f"{path.name}: 'masks' must give scan paths their mask's path", hint=f"write {_SHAPE}")
     if not (isinstance(annotated, dict) and all(isinstance(found, list) and found for found in annotated.values())):

@@ -12,6 +12,11 @@ import numpy as np
 from voxelstem.protocols import Example
 
 Rule = Literal["classes", "events", "numbers", "things"]
+Count = int | Literal["auto"]
+"""Exactly so many folds, or `USUAL` of them, and fewer where labels are too few for that."""
+USUAL = 5
+DEALS = 20
+"""So often subjects who show many things are dealt out anew, until nothing lies in one fold alone."""
 EVENT, NO_EVENT = "event", "no event"
 
 
@@ -26,6 +31,9 @@ class Strata:
     """Subject to its class, to whether its event came, or to all that it shows; to nothing where numbers are told."""
     groups: tuple[frozenset[str], ...] = ()
     """Subjects who may not be parted, because they share a scan; all others stand alone."""
+    both_ways: bool = False
+    """Of things: whether each must be learned, whoever is held out. A class that is there or not must be shown both
+    ways."""
 
     def __post_init__(self) -> None:
         """Guard the groups.
@@ -51,7 +59,7 @@ class Strata:
     def needed(self) -> dict[str, int]:
         """Kinds without which nothing can be learned, and how many units show them."""
         wanted: set[str] = {EVENT} if self.rule == "events" else set()
-        if self.rule == "classes":
+        if self.rule == "classes" or self.both_ways:
             wanted = {kind for own in self.kinds.values() for kind in own}
         return {kind: sum(any(kind in self.kinds[s] for s in unit) for unit in self.units) for kind in sorted(wanted)}
 
@@ -75,13 +83,19 @@ def strata_of(
         kinds[example.subject] = kinds.get(example.subject, frozenset()) | _kinds(example, classes)
         by_key.setdefault(example.key, set()).add(example.subject)
     rule: Rule = "numbers"
+    findings = any(example.findings is not None for example in examples)
     if any(example.label is not None for example in examples):
         rule = "classes"
     elif any(example.survival is not None for example in examples):
         rule = "events"
-    elif any(example.findings is not None or example.labels is not None for example in examples):
+    elif findings or any(example.labels is not None for example in examples):
         rule = "things"
-    return Strata(rule=rule, kinds=kinds, groups=_joined([*by_key.values(), *together], frozenset(kinds)))
+    return Strata(
+        rule=rule,
+        kinds=kinds,
+        groups=_joined([*by_key.values(), *together], frozenset(kinds)),
+        both_ways=rule == "things" and findings,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,19 +123,34 @@ def draw_folds(strata: Strata, *, count: int, seed: int, repeat: int = 0) -> Fol
     """Part subjects so that every fold shows as much of each kind as can be: the rarest is dealt out first.
 
     Sechidis, Tsoumakas & Vlahavas 2011, algorithm 1, for units that may not be parted. There are `count` folds, or as
-    many as units show the rarest class: one of them in each. With times, every fold has an event.
+    many as units show the rarest class: one of them in each. With times, every fold has an event. Where each of many
+    classes is there or not, whoever learns without one fold sees every class both ways.
 
     Raises:
-        ValueError: fewer than two folds are asked for or possible.
+        ValueError: fewer than two folds are asked for or possible, or something is shown by one unit only.
     """
     units, needed = strata.units, strata.needed
-    parts = min(count, len(units), *needed.values())
-    if parts < 2:  # noqa: PLR2004 - somebody is held out, and somebody learned from
+    parts = min(count, len(units), *(() if strata.both_ways else needed.values()))
+    alone = [kind for kind, there in needed.items() if there < 2] if strata.both_ways else []  # noqa: PLR2004
+    if parts < 2 or alone:  # noqa: PLR2004 - somebody is held out, and somebody learned from
+        short = {kind: needed[kind] for kind in alone} or ({} if strata.both_ways else needed)
         raise ValueError(
             f"two folds are the least: {count} asked for, {len(units)} subjects"
-            + "".join(f", {there} of '{kind}'" for kind, there in needed.items())
+            + "".join(f", {there} of '{kind}'" for kind, there in short.items())
         )
     rng = np.random.default_rng([seed, repeat, 41])
+    lost: list[str] = []
+    for _ in range(DEALS if strata.both_ways else 1):
+        held = _deal(strata, parts, rng)
+        lost = _in_one_fold(strata, held)
+        if not lost:
+            return Folds(held=held)
+    raise ValueError(f"all subjects of '{lost[0]}' are in one fold: they are joined with others of another kind")
+
+
+def _deal(strata: Strata, parts: int, rng: np.random.Generator) -> tuple[frozenset[str], ...]:
+    """Deal everybody out to so many folds, the rarest kind first."""
+    units = strata.units
     waiting = [units[index] for index in rng.permutation(len(units))]
     shows = {unit: Counter(kind for subject in unit for kind in strata.kinds[subject]) for unit in units}
     dealt = [Counter[str]() for _ in range(parts)]
@@ -136,10 +165,13 @@ def draw_folds(strata: Strata, *, count: int, seed: int, repeat: int = 0) -> Fol
             dealt[fold].update(shows[unit])
             held[fold] |= unit
         waiting = [unit for unit in waiting if rarest and rarest not in shows[unit]]
-    lost = [kind for kind in needed if sum(kind in fold for fold in dealt) < 2]  # noqa: PLR2004
-    if lost:
-        raise ValueError(f"all subjects of '{lost[0]}' are in one fold: they are joined with others of another kind")
-    return Folds(held=tuple(frozenset(fold) for fold in held))
+    return tuple(frozenset(fold) for fold in held)
+
+
+def _in_one_fold(strata: Strata, held: Sequence[frozenset[str]]) -> list[str]:
+    """What would not be learned while a fold is held out: nobody else shows it."""
+    shown = [{kind for subject in fold for kind in strata.kinds[subject]} for fold in held]
+    return [kind for kind in strata.needed if sum(kind in kinds for kinds in shown) < 2]  # noqa: PLR2004
 
 
 def plan_folds(strata: Strata, *, count: int, repeats: int, seed: int) -> tuple[Folds, ...]:
@@ -151,6 +183,52 @@ def plan_folds(strata: Strata, *, count: int, repeats: int, seed: int) -> tuple[
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     return tuple(draw_folds(strata, count=count, seed=seed, repeat=repeat) for repeat in range(repeats))
+
+
+def asked_folds(strata: Strata, *, count: Count, told: Mapping[str, int], repeats: int, seed: int) -> tuple[Folds, ...]:
+    """The folds that a user wants: those that the label file tells, exactly `count`, or as many as can be up to five.
+
+    Args:
+        strata: Who is labelled, and as what.
+        count: How many; not looked at where they are told.
+        told: Subject to fold; those who are not among the labelled subjects do not matter.
+        repeats: So often; folds that are told stay the same.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: fewer than `count` can be had; folds that are told leave somebody out, part subjects who share a
+            scan, or hold all subjects out who show a class; or as `plan_folds`.
+    """
+    if told:
+        return (_told_folds(strata, told),) * repeats
+    plan = plan_folds(strata, count=USUAL if count == "auto" else count, repeats=repeats, seed=seed)
+    least = min(len(folds.held) for folds in plan)
+    if count != "auto" and least < count:
+        rarest = min(strata.needed.items(), key=lambda one: one[1], default=("", 0))
+        few = f"{rarest[1]} of '{rarest[0]}'" if strata.needed else f"{len(strata.units)}"
+        raise ValueError(f"{count} folds are asked for, and the labelled subjects, {few}, allow {least}")
+    return plan
+
+
+def _told_folds(strata: Strata, told: Mapping[str, int]) -> Folds:
+    lacking = sum(subject not in told for subject in strata.kinds)
+    if lacking:
+        raise ValueError(f"the label file gives {lacking} of {len(strata.kinds)} labelled subjects no fold")
+    for group in strata.groups:
+        folds = sorted({told[subject] for subject in group})
+        if len(folds) > 1:
+            raise ValueError(
+                f"the label file has subjects who share a scan in the folds {folds[0]} and {folds[1]}: it would be "
+                "learned from and held out at once"
+            )
+    numbers = sorted({told[subject] for subject in strata.kinds})
+    held = [frozenset(subject for subject in strata.kinds if told[subject] == number) for number in numbers]
+    if len(held) < 2:  # noqa: PLR2004
+        raise ValueError(f"the label file has all {len(strata.kinds)} labelled subjects in fold {numbers[0]}")
+    lost = _in_one_fold(strata, held)
+    if lost:
+        raise ValueError(f"by the label file all subjects of '{lost[0]}' are in one fold")
+    return Folds(held=tuple(held))
 
 
 def _kinds(example: Example, classes: Sequence[str]) -> frozenset[str]:

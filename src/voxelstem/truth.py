@@ -15,10 +15,21 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.prompts import Prompts
 from voxelstem.protocols import Task
 from voxelstem.store import Record, Store
-from voxelstem.store.labels import Kind, Label, match, read_labels, read_table
-from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.store.labels import (
+    LabelFile,
+    Matched,
+    Told,
+    Unknown,
+    is_formula,
+    match,
+    read_findings,
+    read_labels,
+    says_many,
+)
+from voxelstem.store.subjects import site_key
 from voxelstem.study import InputSpec, Survival
 from voxelstem.table import closest
+from voxelstem.turns import check_kinds, show_both, spread_events, take_turns
 
 _log = logging.getLogger(__name__)
 
@@ -39,17 +50,27 @@ class Truth:
     """Subject to a number, for tasks that predict one."""
     survival: Mapping[str, Survival] = field(default_factory=dict)
     """Subject to how long nothing happened, for tasks that predict when something does."""
+    folds: Mapping[str, int] = field(default_factory=dict)
+    """Subject to the fold in which the label file has it held out; empty where that is left to chance."""
+    both_ways: bool = False
+    """Of findings: whether somebody must show that a class is there and somebody that it is not, for every class."""
+    left_out: int = 0
+    """What was labelled and is not learned from: subjects without a scan of the kind that is looked for, or scans in
+    which not every class was looked for."""
 
     def of(self, split: str) -> tuple[Record, ...]:
         """The labelled scans of one split."""
         return tuple(record for record in self.records if record.split == split)
 
 
-def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth:
-    """Match the label file with the store's scans of the model's modality; a warning counts labels without a scan.
+def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec, *, unknown: Unknown = "refused") -> Truth:
+    """Match the label file with the store's scans of the model's modality.
+
+    A label of a subject without such a scan is `unknown`: refused with its row, or left out and counted in a warning.
 
     Raises:
-        ConfigError: the file is not what the task needs, nobody matches, or the modality is missing.
+        ConfigError: the file is not what the task needs, nobody matches, somebody is not known, or the modality is
+            missing.
     """
     records = [record for record in store if record.modality == spec.modality]
     if not records:
@@ -58,23 +79,27 @@ def read_truth(store: Store, labels: Path, task: Task, spec: InputSpec) -> Truth
             f"these weights were trained on {spec.modality}, the store holds {have}",
             hint=f"choose weights for {have}, or a store with {spec.modality} scans",
         )
+    who = _Who(store=store, records=tuple(records), spec=spec, unknown=unknown)
     if task.voxels:
-        wanted = _organs(labels)
-        truth = Truth(records=_annotated(records, wanted, labels.name), labels={}, classes=wanted)
+        truth = _drawn(who, labels)
     elif is_aligned(task):
-        return _asked(records, labels, task, spec)
+        return _asked(who, labels, task)
     elif is_number(task):
-        values = {subject: cast(float, value) for subject, value in _one_each(records, labels, "regress", spec).items()}
-        records = [record for record in records if record.subject in values]
-        truth = Truth(records=tuple(records), labels={}, classes=(), values=values)
+        found = who.matched(read_labels(labels, "regress", site_key()))
+        values = {subject: cast(float, value) for subject, value in found.labels.items()}
+        truth = replace(who.truth(found), values=values)
     elif is_survival(task):
-        told = {s: cast(Survival, label) for s, label in _one_each(records, labels, "survive", spec).items()}
-        records = [record for record in records if record.subject in told]
-        truth = Truth(records=tuple(records), labels={}, classes=(), survival=told)
+        found = who.matched(read_labels(labels, "survive", site_key()))
+        truth = replace(who.truth(found), survival={s: cast(Survival, label) for s, label in found.labels.items()})
+    elif says_many(labels):
+        truth = _each(who, labels, tuple(getattr(task, "classes", ())))
     else:
-        by_subject = _one_label(records, labels, spec)
-        records = [record for record in records if record.subject in by_subject]
-        truth = Truth(records=tuple(records), labels=by_subject, classes=tuple(sorted(set(by_subject.values()))))
+        if getattr(task, "classes", ()):
+            raise ConfigError(
+                f"{labels.name} gives every subject one label, so there is no class to choose",
+                hint="leave head.classes out, or write a column for each class instead of `label`",
+            )
+        truth = _one_label(who, labels)
     if not truth.of("train"):
         raise ConfigError(
             f"no training subject of the store has {'voxel ' if task.voxels else ''}labels for this",
@@ -130,12 +155,14 @@ def draw(
         )
     subjects = sorted({record.subject for record in train})
     order = [subjects[index] for index in np.random.default_rng([seed, 11]).permutation(len(subjects))]
-    if truth.findings:
-        _check_kinds([truth.findings[subject] for subject in order], truth.classes, word)
+    if truth.both_ways:
+        order = show_both(order, truth.findings, truth.classes, budget, word)
+    elif truth.findings:
+        check_kinds([truth.findings[subject] for subject in order], truth.classes, word)
     elif truth.survival:
-        order = _spread_events(order, truth.survival, budget, word)
+        order = spread_events(order, truth.survival, budget, word)
     elif truth.labels and not voxels:
-        order = _take_turns(order, truth.labels)
+        order = take_turns(order, truth.labels)
         kinds = len({truth.labels[subject] for subject in order})
         if kinds < 2:  # noqa: PLR2004
             raise AuditError(
@@ -167,83 +194,92 @@ def class_names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tup
     return tuple(sorted(shared))
 
 
-def _one_label(records: Sequence[Record], labels: Path, spec: InputSpec) -> dict[str, str]:
-    """Subject to label, for those of the records' subjects that have one."""
-    return {subject: str(label) for subject, label in _one_each(records, labels, "classify", spec).items()}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Who:
+    """Whose labels can be used: those who have a scan of the model's modality."""
+
+    store: Store
+    records: tuple[Record, ...]
+    spec: InputSpec
+    unknown: Unknown
+
+    def matched(self, file: LabelFile[Told]) -> Matched[Told]:
+        """The labels of those whose scans are here; a warning counts those that are left out."""
+        known = {record.subject for record in self.records}
+        others = {record.subject for record in self.store} - known
+        found = match(file, known, others=others, scan=self.spec.modality, unknown=self.unknown)
+        if found.left_out:
+            _log.warning(
+                "%d of %d labelled subjects are not in the store (no %s scan)",
+                found.left_out,
+                len(file.labels),
+                self.spec.modality,
+            )
+        return found
+
+    def truth(self, found: Matched[Any]) -> Truth:
+        """Whose scans count, and nothing yet of what is said of them."""
+        kept = tuple(record for record in self.records if record.subject in found.labels)
+        return Truth(records=kept, labels={}, classes=(), folds=found.folds, left_out=found.left_out)
 
 
-def _one_each(records: Sequence[Record], labels: Path, kind: Kind, spec: InputSpec) -> Mapping[str, Label]:
-    read = match(read_labels(labels, kind, site_key()), {record.subject for record in records})
-    _tell_missing(read.missing, read.missing + len(read.labels), spec)
-    return read.labels
+def _one_label(who: _Who, labels: Path) -> Truth:
+    """One of several classes for each subject."""
+    found = who.matched(read_labels(labels, "classify", site_key()))
+    by_subject = {subject: str(label) for subject, label in found.labels.items()}
+    return replace(who.truth(found), labels=by_subject, classes=tuple(sorted(set(by_subject.values()))))
 
 
-def _tell_missing(missing: int, total: int, spec: InputSpec) -> None:
-    if missing:
-        _log.warning("%d of %d labelled subjects are not in the store (no %s scan)", missing, total, spec.modality)
+def _each(who: _Who, labels: Path, wished: Sequence[str]) -> Truth:
+    """Of each class whether it is there, whatever the others are; the wished ones, or all that have a column."""
+    classes: list[str] = []
+
+    def named(columns: Sequence[str]) -> dict[str, str]:
+        for name in wished:
+            if name not in columns:
+                raise ConfigError(f"{labels.name} has no column '{name}'", hint=closest(name, list(columns)))
+        classes.extend(wished or filter(None, columns))
+        return {name: name for name in classes}
+
+    file = read_findings(
+        labels,
+        site_key(),
+        named,
+        hint="leave unknown ones empty; head.classes='[\"NAME\"]' names the columns that are classes, and a column "
+        "`label` gives each subject one of several",
+    )
+    found = who.matched(file)
+    return replace(who.truth(found), findings=found.labels, classes=tuple(classes), both_ways=True)
 
 
-def _asked(records: Sequence[Record], labels: Path, task: Any, spec: InputSpec) -> Truth:
+def _asked(who: _Who, labels: Path, task: Any) -> Truth:
     """What the labels say of the classes of a prompt set: one of them for a subject, or yes and no to each."""
     prompts, wished = task.ask()
     if task.answers == "one":
-        by_subject = {subject: prompts.spelt(label) for subject, label in _one_label(records, labels, spec).items()}
+        truth = _one_label(who, labels)
+        by_subject = {subject: prompts.spelt(label) for subject, label in truth.labels.items()}
         occurring = tuple(name for name in prompts.classes if name in by_subject.values())
         classes = tuple(wished) if task.classes else occurring
         for label in occurring:
             if label not in classes:
                 raise ConfigError(f"{labels.name}: '{label}' is not among the wished classes", hint="add it to them")
-        kept = tuple(record for record in records if record.subject in by_subject)
-        return Truth(records=kept, labels=by_subject, classes=classes)
-    said = _read_findings(labels, prompts, task)
-    known = {record.subject for record in records}
-    found = {subject: told for subject, told in said.items() if subject in known}
-    if not found:
-        raise ConfigError(
-            f"none of the {len(said)} labelled subjects is among the {len(known)} in the store",
-            hint="the ids must be spelt as in the scans, and VOXELSTEM_KEY must name the key the store was made with",
-        )
-    _tell_missing(len(said) - len(found), len(said), spec)
-    occurring = {name for told in found.values() for name in told}
-    return Truth(
-        records=tuple(record for record in records if record.subject in found),
-        labels={},
-        classes=tuple(name for name in wished if name in occurring),
-        findings=found,
+        return replace(truth, labels=by_subject, classes=classes)
+    file = read_findings(
+        labels,
+        site_key(),
+        lambda columns: _columns(labels, columns, prompts, task),
+        present=task.present,
+        hint="leave unknown ones empty, or set head.present='[\"WORD\"]'",
     )
+    found = who.matched(file)
+    occurring = {name for told in found.labels.values() for name in told}
+    classes = tuple(name for name in wished if name in occurring)
+    return replace(who.truth(found), findings=found.labels, classes=classes)
 
 
-_YES, _NO = ("1", "yes", "true", "present", "positive"), ("0", "no", "false", "absent", "negative")
-_UNKNOWN = ("", "-1", "nan", "na", "unknown", "uncertain")
-
-
-def _read_findings(path: Path, prompts: Prompts, task: Any) -> dict[str, dict[str, bool]]:
-    """Columns `subject` and a class each, or `subject,label` where one class alone is asked for.
-
-    Cells say 1 or 0 (yes or no); empty or -1 means that nobody knows, and is left out: Merlin's label files use -1 so.
-    """
-    key = site_key()
-    found: dict[str, dict[str, bool]] = {}
-    names: dict[str, str] = {}
-    for row, cells in read_table(path, ("subject",)):
-        if not names:
-            names = _columns(path, tuple(cells), prompts, task)
-        told = {name: _yes(cells[column], task.present, f"{path.name}: row {row}") for column, name in names.items()}
-        told = {name: bool(value) for name, value in told.items() if value is not None}
-        if told and found.setdefault(pseudonym(cells["subject"], key), told) != told:
-            raise ConfigError(
-                f"{path.name}: row {row} says otherwise of a subject that an earlier row has",
-                hint="keep one row for each subject",
-            )
-    if not found:
-        raise ConfigError(f"{path.name} says nothing of any class", hint="write 1 or 0 below the name of a class")
-    return found
-
-
-def _columns(path: Path, columns: tuple[str, ...], prompts: Prompts, task: Any) -> dict[str, str]:
+def _columns(path: Path, others: Sequence[str], prompts: Prompts, task: Any) -> dict[str, str]:
     """Column to class, for the wished classes."""
-    others = [name for name in columns if name != "subject"]
-    if others == ["label"]:
+    if list(others) == ["label"]:
         if len(task.classes) != 1:
             raise ConfigError(
                 f"{path.name} does not say which class its labels are about",
@@ -263,33 +299,26 @@ def _columns(path: Path, columns: tuple[str, ...], prompts: Prompts, task: Any) 
     return kept
 
 
-def _yes(cell: str, present: tuple[str, ...], where: str) -> bool | None:
-    said = cell.strip().lower().removesuffix(".0")
-    if said in _UNKNOWN:
-        return None
-    if present:
-        return said in [word.strip().lower().removesuffix(".0") for word in present]
-    if said not in (*_YES, *_NO):
-        raise ConfigError(
-            f"{where}: '{cell[:20]}' is neither 1 nor 0",
-            hint="leave unknown ones empty, or set head.present='[\"WORD\"]'",
+def _drawn(who: _Who, labels: Path) -> Truth:
+    """Scans with label maps in which every wanted class was looked for; a warning counts the others."""
+    wanted = _organs(labels)
+    kept = _annotated(who.records, wanted, labels.name)
+    partly = sum(record.has_labels for record in who.records) - len(kept)
+    if partly:
+        _log.warning(
+            "%d of %d labelled scans are left out: not every class of %s was looked for in them",
+            partly,
+            partly + len(kept),
+            labels.name,
         )
-    return said in _YES
-
-
-def _check_kinds(told: Sequence[Mapping[str, bool]], classes: Sequence[str], word: str) -> None:
-    if not any(len({truth[name] for truth in told if name in truth}) > 1 for name in classes):
-        raise AuditError(
-            f"of every class all {len(told)} labelled {word} subjects say the same: nothing to tell apart",
-            hint="label subjects of another kind too",
-        )
+    return Truth(records=kept, labels={}, classes=wanted, left_out=partly)
 
 
 def _organs(path: Path) -> tuple[str, ...]:
     """The names in the `classes` of a labels.json, in its order."""
     try:
         classes = json.loads(path.read_text(encoding="utf-8")).get("classes", {})
-        return tuple(dict.fromkeys(str(name) for name in classes.values()))
+        names = tuple(dict.fromkeys(str(name) for name in classes.values()))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no label file '{path.name}'", hint="check the path after --labels") from error
     except (OSError, ValueError, AttributeError) as error:
@@ -297,6 +326,12 @@ def _organs(path: Path) -> tuple[str, ...]:
             f"{path.name} is not a label file for voxel labels",
             hint='it is JSON such as {"classes": {"1": "liver"}}',
         ) from error
+    if any(map(is_formula, names)):
+        raise ConfigError(
+            f"{path.name}: the name of a class begins like a formula, which spreadsheets would run",
+            hint="write it in words",
+        )
+    return names
 
 
 def _annotated(records: Sequence[Record], wanted: tuple[str, ...], source: str) -> tuple[Record, ...]:
@@ -319,32 +354,3 @@ def _annotated(records: Sequence[Record], wanted: tuple[str, ...], source: str) 
             hint=f"name in {source} only classes that were looked for in the same scans",
         )
     return whole
-
-
-def _take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:
-    """Reorder subjects so that every class comes by in turn: the first n are as balanced as they can be."""
-    queues = {name: [s for s in order if labels[s] == name] for name in sorted({labels[s] for s in order})}
-    longest = max((len(queue) for queue in queues.values()), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
-
-
-def _spread_events(order: Sequence[str], told: Mapping[str, Survival], budget: int | None, word: str) -> list[str]:
-    """Reorder subjects so that the first n hold events and censored ones, in about the shares of all of them."""
-    if min(len(order), budget or len(order)) < 2:  # noqa: PLR2004 - a risk is in comparison to another
-        raise ConfigError(
-            f"one labelled {word} subject cannot show who fares better",
-            hint="use --budget 2 or more" if len(order) > 1 else "label more subjects",
-        )
-    # An event at time 0 comes before anybody could be compared: nobody learns from it.
-    came = [subject for subject in order if told[subject].event and told[subject].time > 0]
-    if not came:
-        censored = sum(not told[subject].event for subject in order)
-        raise AuditError(
-            f"{censored} of {len(order)} labelled {word} subjects are censored, and none has an event after time 0: "
-            "nothing to learn from",
-            hint="label subjects with an event too, and count `time` from the scan on",
-        )
-    found = set(came)
-    others = [subject for subject in order if subject not in found]
-    places = {subject: at / len(queue) for queue in (came, others) for at, subject in enumerate(queue)}
-    return sorted((*came, *others), key=places.__getitem__)

@@ -59,12 +59,12 @@ def test_sessions_and_their_contrasts_belong_together_and_days_keep_their_distan
 
 def test_tables_of_facts_have_one_row_a_person(tmp_path, studies):
     files, key = brain_files(tmp_path, studies), site_key()
-    told = read_labels(files.pathology, "classify", key)
+    told = read_labels(files.pathology, "classify", key).labels
     assert len(told) == 2
     for study in studies:
         who = pseudonym(f"brain phantoms/sub-{study.subject.replace('-', '')}", key)
         assert told[who] == study.labels["pathology"]
-    assert set(read_labels(files.ages, "regress", key)) == set(told)
+    assert set(read_labels(files.ages, "regress", key).labels) == set(told)
 
 
 def test_rows_are_matched_by_path_or_by_a_name_that_one_scan_alone_has(tmp_path, studies):

@@ -94,7 +94,7 @@ def test_another_effect_leaves_the_patient_and_the_luck_as_they_were(many: list[
 
 def test_files_are_what_adapt_reads(tmp_path: Path, many: list[Fate]) -> None:
     files = cohort_files(tmp_path, COARSE, range(3))
-    read = read_labels(files.survival, "survive", bytes(32))
+    read = read_labels(files.survival, "survive", bytes(32)).labels
     assert read == {pseudonym(known.subject, bytes(32)): known.survival for known in many[:3]}
     with files.survival.open(newline="") as handle:
         rows = list(csv.DictReader(handle))

@@ -1,11 +1,15 @@
-"""One label for a scan: neighbours or a logistic regression on its frozen embedding, or attention to its parts."""
+"""Labels of whole scans: neighbours or a logistic regression on the frozen embedding, or attention to its parts.
+
+One of several classes is true of a scan (`subject,label`), or each of many is there or not (a column for each).
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +18,8 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelstem import attending, metrics
+from voxelstem import attending, manylabels, metrics
+from voxelstem.answers import Answer, Figure
 from voxelstem.assurance import Assurance
 from voxelstem.bags import bag_of, kind_of
 from voxelstem.findings import Finding, Weights
@@ -33,6 +38,35 @@ class Guess:
     """Probability of each class."""
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure over subjects, of guesses or of answers about many classes."""
+
+    metric: str
+    repeated: bool = False
+    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
+
+    def __call__(self, sample: Sequence[Any]) -> float:
+        """Compute the figure; NaN without subjects."""
+        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
+
+    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure of each row of picked subjects."""
+        repeats = list(zip(*sample, strict=True)) if self.repeated else [sample]
+        if isinstance(repeats[0][0], Answer):  # all draws at once
+            kind, _, only = self.metric.partition(":")
+            return Figure(kind=kind, only=only, repeated=self.repeated).resampled(sample, picks)
+        figures = [[self._of_guesses([one[pick] for pick in row]) for row in picks.tolist()] for one in repeats]
+        return metrics.defined_mean(np.array(figures, dtype=np.float64), 0)
+
+    def _of_guesses(self, sample: Sequence[Guess]) -> float:
+        truth = np.array([guess.truth for guess in sample])
+        scores = np.array([guess.scores for guess in sample])
+        if self.metric == "auroc":
+            return metrics.macro_auroc(truth, scores)
+        return metrics.balanced_accuracy(truth, scores.argmax(axis=1))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classify:
     """Settings of the scan-level heads, and the heads themselves."""
@@ -42,6 +76,8 @@ class Classify:
     voxels: ClassVar[bool] = False
     tunable: ClassVar[bool] = True
 
+    classes: tuple[str, ...] = ()
+    """Of a label file with a column for each class: the columns that count; all but `subject` and `fold` if empty."""
     neighbours: int = 5
     """How many labelled scans vote in `knn` (fewer if there are fewer)."""
     temperature: float = 0.07
@@ -69,11 +105,16 @@ class Classify:
             raise ValueError("temperature, strength and strengths must be positive, and prior not negative")
 
     def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
-        """Fit `knn`, `probe` or `attention` to labelled scans.
+        """Fit `knn`, `probe` or `attention` to labelled scans: one head, or one for each class that is there or not.
 
         Raises:
-            ValueError: fewer than two classes among the examples, an unknown mode, or nothing to attend to.
+            ValueError: fewer than two classes among the examples (or a class of which all say the same), an unknown
+                mode, or nothing to attend to.
         """
+        if mode not in self.modes:
+            raise ValueError(f"classify has no mode '{mode}'")
+        if manylabels.asks_each(examples):
+            return self._fit_each(examples, classes, mode, seed)
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
         truth = np.array([classes.index(example.label or "") for example in examples])
         if len(np.unique(truth)) < 2:  # noqa: PLR2004
@@ -82,8 +123,6 @@ class Classify:
             return Head(mode=mode, classes=classes, arrays={"rows": _unit(rows), "truth": truth})
         if mode == "attention":
             return self._attend(examples, truth, classes, seed)
-        if mode != "probe":
-            raise ValueError(f"classify has no mode '{mode}'")
         middle, scale = rows.mean(axis=0), _spread(rows, self.prior)
         standard = (rows - middle) / scale
         subjects = np.array([example.subject for example in examples])
@@ -102,6 +141,8 @@ class Classify:
         Raises:
             ValueError: the head looks at what the scan does not have.
         """
+        if manylabels.answers_each(head):
+            return manylabels.chances(head, features, neighbours=self.neighbours, temperature=self.temperature)
         if head.mode == "attention":
             return softmax(attending.score(head, features).logits)
         return self.predict(head, features.scan)
@@ -126,7 +167,21 @@ class Classify:
         return softmax(logits)
 
     def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
-        """What is said of one scan: its class, calibrated where the run could be."""
+        """What is said of one scan: its class, calibrated where the run could be; or yes or no to each class."""
+        if manylabels.answers_each(head):
+            chances = self.answer(head, features).tolist()
+            said = [(name, *sure.answered(name, chance)) for name, chance in zip(head.classes, chances, strict=True)]
+            return tuple(
+                Finding(
+                    name=name,
+                    kind="class",
+                    answer=manylabels.NO_YES[there],
+                    weights=weights,
+                    certainty=certainty,
+                    novelty=sure.novelty(features.scan),
+                )
+                for name, there, certainty in said
+            )
         answer, certainty = sure.certainty(head.classes, self.answer(head, features))
         return (
             Finding(
@@ -139,31 +194,39 @@ class Classify:
             ),
         )
 
-    def outcome(self, head: Head, example: Example) -> Guess:
+    def outcome(self, head: Head, example: Example) -> Guess | Answer:
         """Predict one scan and keep its truth beside.
 
         Raises:
             ValueError: the truth is a class that the head was never shown.
         """
         scores = self.answer(head, example.features)
+        if manylabels.answers_each(head):
+            return manylabels.answer_of(head, example, scores)
         return Guess(truth=head.classes.index(example.label or ""), scores=tuple(scores.tolist()))
 
-    def combine(self, outcomes: Sequence[Guess]) -> Guess:
+    def combine(self, outcomes: Sequence[Any]) -> Any:
         """Average the probabilities over a subject's scans."""
         scores = np.mean([outcome.scores for outcome in outcomes], axis=0)
-        return Guess(truth=outcomes[0].truth, scores=tuple(scores.tolist()))
+        return replace(outcomes[0], scores=tuple(scores.tolist()))
 
-    def statistic(self, metric: str) -> Callable[[Sequence[Guess]], float]:
-        """`auroc` (macro over classes, one against the rest) or `balanced_accuracy`, over subjects."""
+    def statistic(self, metric: str) -> Measure:
+        """`auroc` (macro over classes, one against the rest) or `balanced_accuracy`, over subjects.
 
-        def measure(sample: Sequence[Guess]) -> float:
-            truth = np.array([guess.truth for guess in sample])
-            scores = np.array([guess.scores for guess in sample])
-            if metric == "auroc":
-                return metrics.macro_auroc(truth, scores)
-            return metrics.balanced_accuracy(truth, scores.argmax(axis=1))
+        Of classes of which each is there or not, the mean of their figures, or by `auroc:NAME` one of them; NaN where
+        all subjects that are known say the same.
+        """
+        return Measure(metric)
 
-        return measure
+    def _fit_each(self, examples: Sequence[Example], classes: tuple[str, ...], mode: str, seed: int) -> Head:
+        """Fit classes of which each is there or not."""
+        if mode == "knn":
+            return manylabels.fit_votes(examples, classes, mode=mode)
+        if mode == "attention":
+            return manylabels.fit_attention(examples, classes, mode=mode, config=self.attention, seed=seed)
+        return manylabels.fit_linear(
+            examples, classes, mode=mode, fit=lambda some, kinds: self.fit(some, kinds, mode=mode, seed=seed)
+        )
 
     def _attend(
         self, examples: Sequence[Example], truth: Int[np.ndarray, "scan"], classes: tuple[str, ...], seed: int
