@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from voxelstem.findings import Certainty, Finding, Findings, Looked, Novelty, Place, Unsaid, Weights
+from voxelstem.findings import Certainty, Finding, Findings, Looked, Novelty, Place, Quantity, Unsaid, Weights
 from voxelstem.outputs.result import Mask, Result
 from voxelstem.sources import dicom
 from voxelstem.study import LabelMap
@@ -130,7 +130,15 @@ def labels(shape, seed=0, classes=None):
 
 def findings(**changes):
     """Two findings of one made-up study."""
-    sure = Certainty(probability=0.8, low=0.7, high=0.9, calibration="temperature", conformal=("yes",), level=0.9)
+    sure = Certainty(
+        probability=0.8,
+        low=0.7,
+        high=0.9,
+        calibration="temperature",
+        interval="venn_abers",
+        conformal=("yes",),
+        level=0.9,
+    )
     told = (
         Finding(
             name="pleural effusion",
@@ -146,6 +154,7 @@ def findings(**changes):
             place=Place(
                 centre_ras_mm=(1.0, 2.0, 3.0), low_ras_mm=(0.0, 0.0, 0.0), high_ras_mm=(2.0, 4.0, 6.0), volume_mm3=48.25
             ),
+            quantity=Quantity(value=0.04825, unit="mL", low=0.03, high=0.08, level=0.9),
         ),
     )
     settings = {

@@ -20,6 +20,8 @@ from voxelstem.calibrators import (
     LOWEST,
     Platt,
     Temperature,
+    best_line,
+    best_temperature,
     fit_platt,
     fit_temperature,
     for_prevalence,
@@ -307,3 +309,49 @@ def test_the_naive_softmax_is_ours() -> None:
         powers = [math.exp(value / 2) for value in row]
         assert said.tolist() == pytest.approx([power / sum(powers) for power in powers])
     np.testing.assert_allclose(np.log(after), log_softmax(logits / 2, axis=1))
+
+
+def naive_line(logits: np.ndarray, there: np.ndarray) -> tuple[float, float]:
+    """Slow descent over the two numbers, one row after the other."""
+    positives = sum(there)
+    negatives = len(there) - positives
+    targets = [(positives + 1) / (positives + 2) if one else 1 / (negatives + 2) for one in there]
+    scale, shift = 1.0, 0.0
+    for _ in range(4000):
+        slope = lift = 0.0
+        for logit, target in zip(logits.tolist(), targets, strict=True):
+            error = 1 / (1 + math.exp(-(scale * logit + shift))) - target
+            slope, lift = slope + error * logit, lift + error
+        scale, shift = max(0.0, scale - 0.1 * slope), shift - 0.1 * lift
+    return scale, shift
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_line_of_few_rows_is_its_slow_twin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    there = rng.random(20) < 0.4
+    logits = rng.normal(size=20) + 1.5 * there - 0.7
+    assert best_line(logits, there) == pytest.approx(naive_line(logits, there), abs=2e-3)
+
+
+def test_a_line_does_not_turn_the_order_round_and_stays_finite() -> None:
+    there = np.array([True, True, False, False])
+    assert best_line(np.array([0.0, 1.0, 2.0, 3.0]), there)[0] == 0.0
+    scale, shift = best_line(np.array([0.1002, 0.1003, 0.1001, 0.1000]), there)
+    assert scale > 0
+    assert np.isfinite([scale, shift]).all()
+
+
+def test_a_temperature_far_from_one_is_the_best_of_many() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 50)
+    logits = 8 * (rng.normal(size=(50, 3)) + np.eye(3)[truth])
+
+    def loss(factor: float) -> float:
+        rows = np.exp(factor * logits)
+        return -sum(math.log(row[kind] / row.sum()) for row, kind in zip(rows, truth, strict=True))
+
+    grid = np.exp(np.linspace(-4, 1, 400))
+    assert 1 / best_temperature(logits, truth, lowest=math.exp(-7), highest=math.exp(7)) == pytest.approx(
+        min(grid, key=loss), rel=0.02
+    )

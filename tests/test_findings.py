@@ -42,6 +42,10 @@ def certainties(draw):
     low, probability, high = sorted((draw(shares), draw(shares), draw(shares)))
     conformal = draw(st.none() | st.lists(names, max_size=3).map(tuple))
     if draw(st.booleans()):
+        return Certainty(
+            probability=probability, low=low, high=high, interval="venn_abers", conformal=conformal, level=0.9
+        )
+    if draw(st.booleans()):
         return Certainty(probability=probability, low=low, high=high, conformal=conformal, level=0.9)
     return Certainty(probability=probability, conformal=conformal, level=0.5, calibration=draw(names))
 
@@ -63,13 +67,17 @@ def single(draw):
         "survival": {"curve": CURVE},
         "segment": {"part": draw(st.integers(0, 9))},
     }
+    place = draw(places())
+    if kind == "segment" and draw(st.booleans()):
+        value = (place.volume_mm3 or 0.0) / 1000
+        own["segment"] = {"quantity": Quantity(value=value, unit="mL", low=0.5 * value, high=2 * value, level=0.9)}
     return Finding(
         name=draw(names),
         kind=kind,
         weights=WEIGHTS,
         code=draw(st.none() | st.just(Code(value="10200004", scheme="SCT", meaning="Liver"))),
         certainty=draw(certainties()),
-        place=draw(places()),
+        place=place,
         novelty=draw(st.none() | st.builds(Novelty, flagged=st.booleans(), score=numbers, p=shares)),
         **own.get(kind, {}),
     )
@@ -84,7 +92,7 @@ def test_json_gives_equal_findings_back(told):
 
 def test_json_says_that_nothing_is_verified_and_which_weights_spoke():
     told = json.loads(to_json(findings()))
-    assert told["schema"] == "voxelstem.findings/1"
+    assert told["schema"] == "voxelstem.findings/2"
     assert told["notice"] == NOTICE
     assert "not a medical device" in told["notice"]
     assert {one["status"] for one in told["findings"]} == {"preliminary, unverified"}
@@ -111,7 +119,7 @@ def changed(**changes):
         ("", "Expecting value"),
         ("[]", "no findings of the schema"),
         ("{}", "no findings of the schema"),
-        (changed(schema="voxelstem.findings/2"), "no findings of the schema"),
+        (changed(schema="voxelstem.findings/3"), "no findings of the schema"),
         (changed(extra=1), "1 unknown fields"),
         (changed(study=7), "findings.study is of another type: int"),
         (changed(looked=[]), "at least one series"),
@@ -152,6 +160,9 @@ def test_any_text_is_refused_with_a_value_error_and_nothing_else(text):
         (lambda: Certainty(probability=0.5, low=-0.1, high=0.7, level=0.9), r"\[0, 1\]"),
         (lambda: Certainty(probability=0.5, low=0.4, high=0.7), "needs the level"),
         (lambda: Certainty(probability=0.5, conformal=()), "needs the level"),
+        (lambda: Certainty(probability=0.5, low=0.4, high=0.7, interval="venn_abers", conformal=()), "needs the level"),
+        (lambda: Certainty(probability=0.5, interval="venn_abers"), "no interval that"),
+        (lambda: Certainty(probability=0.5, low=0.4, high=0.7, interval="a\nb"), "one line"),
         (lambda: Certainty(probability=0.5, level=1.0), "between 0 and 1"),
         (lambda: Certainty(probability=0.5, conformal=("a\nb",), level=0.9), "one line"),
         (lambda: Quantity(value=math.inf, unit="mm"), "finite"),
@@ -204,6 +215,22 @@ def test_a_record_refuses_what_no_format_could_say(make, said):
         ({"kind": "segment"}, "volume_mm3"),
         ({"kind": "segment", "place": BOX}, "volume_mm3"),
         ({"kind": "segment", "place": Place(volume_mm3=1.0), "part": -1}, "negative"),
+        (
+            {"kind": "segment", "place": Place(volume_mm3=9.0), "quantity": Quantity(value=9.0, unit="mL")},
+            "volume of all its voxels in mL",
+        ),
+        (
+            {"kind": "segment", "place": Place(volume_mm3=9.0), "quantity": Quantity(value=0.009, unit="mm3")},
+            "volume of all its voxels in mL",
+        ),
+        (
+            {"kind": "segment", "place": Place(volume_mm3=9e3), "part": 1, "quantity": Quantity(value=9.0, unit="mL")},
+            "volume of all its voxels in mL",
+        ),
+        (
+            {"kind": "present", "certainty": SURE, "quantity": Quantity(value=1.0, unit="mm")},
+            "belongs to the kind 'value'",
+        ),
         ({"kind": "box", "certainty": SURE}, "corners"),
         ({"kind": "box", "place": BOX}, "needs certainty"),
         ({"kind": "present", "certainty": SURE, "part": 2}, "belongs to the kind 'segment'"),

@@ -160,3 +160,17 @@ def test_coverage_of_nothing_is_refused() -> None:
         coverage(np.ones(2, dtype=bool), ["a"])
     with pytest.raises(ValueError, match="got 2 and 1 for 2 rows"):
         coverage(np.ones(2, dtype=bool), ["a", "b"], groups=["A"])
+
+
+def test_a_group_is_held_to_its_own_threshold_as_if_there_were_no_others() -> None:
+    scores = np.concatenate([np.arange(20.0), 100 + np.arange(20.0)])
+    found = fit_thresholds(scores, level=0.9, groups=["a"] * 20 + ["b"] * 20)
+    for at, group in enumerate("ab"):
+        alone = fit_thresholds(scores[20 * at : 20 * at + 20], level=0.9)
+        assert found.of_group(group) == alone
+    with pytest.raises(ValueError, match="no threshold of its own"):
+        found.of_group("c")
+
+
+def test_a_level_of_next_to_nothing_takes_the_smallest_score() -> None:
+    assert conformal_quantile(np.array([3.0, 1.0, 2.0]), level=1e-12) == 1.0

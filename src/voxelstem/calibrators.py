@@ -156,23 +156,14 @@ def fit_temperature(logits: Float[np.ndarray, "row classes"], truth: Int[np.ndar
     if not np.ptp(rows, axis=1).any():
         raise ValueError(f"logits of all classes are the same in all {len(rows)} rows: no temperature changes that")
 
-    def loss(power: float) -> float:
-        return -float(log_softmax(rows / math.exp(power), axis=1)[np.arange(len(truth)), truth].mean())
-
-    ends = (math.log(LOWEST), math.log(HIGHEST))
-    found = cast(Any, minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-9}))
-    # The search comes near the ends of its bounds, and never reaches them.
-    best = min((*ends, float(found.x)), key=loss)
-    temperature = {ends[0]: LOWEST, ends[1]: HIGHEST}.get(best, math.exp(best))
+    temperature = best_temperature(rows, truth)
     return Temperature(temperature=temperature, classes=rows.shape[1], subjects=len(rows))
 
 
 def fit_platt(logits: Float[np.ndarray, "row"], truth: Bool[np.ndarray, "row"]) -> Platt:
     """Find the line of the smallest log loss on held-out subjects, with a scale that is not negative (Platt 1999).
 
-    Instead of 1 and 0 the targets are (P + 1) / (P + 2) and 1 / (N + 2), for P positive and N negative rows (section
-    2.2), so rows which are told apart without an error make nothing certain. From probabilities:
-    `fit_platt(log_odds(chance), truth)`.
+    By `best_line`. From probabilities: `fit_platt(log_odds(chance), truth)`.
 
     Raises:
         ValueError: fewer than ten subjects or than three of a kind, not one truth for each row, or logits that are not
@@ -187,10 +178,44 @@ def fit_platt(logits: Float[np.ndarray, "row"], truth: Bool[np.ndarray, "row"]) 
             f"are {positives} positive and {negatives} negative ones"
         )
     rows = _finite(logits)
-    middle, spread = float(rows.mean()), float(rows.std())
-    if np.ptp(rows) <= SMALLEST * max(1.0, abs(middle)):
+    if np.ptp(rows) <= SMALLEST * max(1.0, abs(float(rows.mean()))):
         raise ValueError(f"the logits of all {len(rows)} rows are the same: no scale follows from them")
-    standard = (rows - middle) / spread
+    scale, shift = best_line(rows, truth)
+    return Platt(scale=scale, shift=shift, positives=positives, negatives=negatives)
+
+
+def best_temperature(
+    logits: Float[np.ndarray, "row classes"],
+    truth: Int[np.ndarray, "row"],
+    *,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
+) -> float:
+    """The temperature of the smallest log loss among those searched, however few rows there are.
+
+    `fit_temperature` asks first whether they are enough.
+    """
+
+    def loss(power: float) -> float:
+        return -float(log_softmax(logits / math.exp(power), axis=1)[np.arange(len(truth)), truth].mean())
+
+    ends = (math.log(lowest), math.log(highest))
+    found = cast(Any, minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-9}))
+    # The search comes near the ends of its bounds, and never reaches them.
+    best = min((*ends, float(found.x)), key=loss)
+    return {ends[0]: lowest, ends[1]: highest}.get(best, math.exp(best))
+
+
+def best_line(logits: Float[np.ndarray, "row"], truth: Bool[np.ndarray, "row"]) -> tuple[float, float]:
+    """Scale, never negative, and shift of the smallest log loss with Platt's targets, however few rows there are.
+
+    Instead of 1 and 0 the targets are (P + 1) / (P + 2) and 1 / (N + 2), for P positive and N negative rows (Platt
+    1999, section 2.2), so rows which are told apart without an error make nothing certain. `fit_platt` asks first
+    whether they are enough.
+    """
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    middle, spread = float(logits.mean()), max(float(logits.std()), SMALLEST)
+    standard = (logits - middle) / spread
     targets = np.where(truth, (positives + 1) / (positives + 2), 1 / (negatives + 2))
 
     def loss(at: Float[np.ndarray, "2"]) -> tuple[float, Float[np.ndarray, "2"]]:
@@ -208,7 +233,7 @@ def fit_platt(logits: Float[np.ndarray, "row"], truth: Bool[np.ndarray, "row"]) 
         options={"ftol": 1e-15, "gtol": 1e-9},
     ).x
     scale = float(found[0] / spread)
-    return Platt(scale=scale, shift=float(found[1]) - scale * middle, positives=positives, negatives=negatives)
+    return scale, float(found[1]) - scale * middle
 
 
 def log_probabilities(probabilities: Float[np.ndarray, "row classes"]) -> Float[np.ndarray, "row classes"]:

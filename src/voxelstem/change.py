@@ -25,6 +25,7 @@ from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import load
 from voxelstem.resampling import resample
 from voxelstem.study import InputSpec, Provenance, Volume
+from voxelstem.thresholds import conformal_quantile
 from voxelstem.views.intensity import limits, window
 from voxelstem.views.slide import pad, slide
 
@@ -48,8 +49,8 @@ class Rate:
 def conformal_half_width(errors: Float[np.ndarray, "person"], *, level: float) -> float | None:
     """Half the width of an interval that holds a new person's true value with probability `level` at least.
 
-    Split conformal prediction (Lei et al. 2018): the ceil((n + 1) * level)-th smallest of n absolute errors on people
-    that were not learned from. It promises this for whatever network and distribution, as long as the new person is
+    Split conformal prediction (Lei et al. 2018): the `conformal_quantile` of the absolute errors on people that were
+    not learned from. It promises this for whatever network and distribution, as long as the new person is
     drawn like them; give one error for each person. NaN is left out.
 
     Returns:
@@ -58,12 +59,8 @@ def conformal_half_width(errors: Float[np.ndarray, "person"], *, level: float) -
     Raises:
         ValueError: a level outside (0, 1).
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level lies in (0, 1), got {level}")
-    known = np.sort(np.abs(errors[~np.isnan(errors)]))
-    # One part in 10^9: (n + 1) * level is a whole number for many levels, and floats are a little beside it.
-    rank = math.ceil((len(known) + 1) * level - 1e-9)
-    return float(known[rank - 1]) if 0 < rank <= len(known) else None
+    half = conformal_quantile(np.abs(errors[~np.isnan(errors)]), level=level)
+    return None if math.isinf(half) else half
 
 
 def rates(

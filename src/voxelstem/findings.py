@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-SCHEMA = "voxelstem.findings/1"
+from voxelstem.allowed import (
+    LONGEST_NAME,
+    check_interval,
+    check_key,
+    check_level,
+    check_name,
+    check_numbers,
+    check_share,
+)
+
+SCHEMA = "voxelstem.findings/2"
 """What a file of findings begins with; another number means other fields."""
 STATUS = "preliminary, unverified"
 SOFTWARE = "voxelstem"
@@ -23,16 +32,21 @@ NOTICE = (
     "voxelstem is research software and not a medical device. These findings are preliminary and unverified: "
     "a physician must read the images before anyone acts on them."
 )
-LONGEST_NAME = 64
-"""Characters: what DICOM's LO holds, so that a name is the same in every format."""
+
+VOLUME_UNIT = "mL"
+MM3_PER_ML = 1000.0
 
 Kind = Literal["present", "class", "value", "survival", "segment", "box"]
 Point = tuple[float, float, float]
 
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OWN: dict[str, Kind] = {"answer": "class", "quantity": "value", "curve": "survival", "part": "segment"}
-"""Fields that one kind of finding has and no other."""
+_OWN: dict[str, tuple[Kind, ...]] = {
+    "answer": ("class",),
+    "quantity": ("value", "segment"),
+    "curve": ("survival",),
+    "part": ("segment",),
+}
+"""Fields that one kind of finding needs, the first, and no other may have, but those that follow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +59,9 @@ class Code:
 
     def __post_init__(self) -> None:
         """Refuse texts that are empty, longer than DICOM allows, or not one printable line."""
-        _check_name("value", self.value, most=16)
-        _check_name("scheme", self.scheme, most=16)
-        _check_name("meaning", self.meaning)
+        check_name("value", self.value, most=16)
+        check_name("scheme", self.scheme, most=16)
+        check_name("meaning", self.meaning, most=LONGEST_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +76,7 @@ class Place:
 
     def __post_init__(self) -> None:
         """Refuse numbers that are not finite, a corner alone or not below the other, and a volume of nothing."""
-        _check_numbers(self)
+        check_numbers(self)
         if (self.low_ras_mm is None) != (self.high_ras_mm is None):
             raise ValueError("a box has two corners, low_ras_mm and high_ras_mm")
         if any(low >= high for low, high in zip(self.low_ras_mm or (), self.high_ras_mm or (), strict=True)):
@@ -80,23 +94,31 @@ class Certainty:
     """Of the probability's interval."""
     high: float | None = None
     calibration: str = "none"
-    """How scores became probabilities: `none`, `temperature`, …"""
+    """How scores became probabilities: `none`, `temperature`, `platt`, …"""
+    interval: str = ""
+    """How the interval was made, where that covers no share of cases: `venn_abers`, whose promise is that whatever the
+    truth is, one of the probabilities between its ends is calibrated."""
     conformal: tuple[str, ...] | None = None
     """The answers that a conformal prediction keeps, which may be none at all; None where no such set was made."""
     level: float | None = None
-    """The share of cases that the interval and the set are made to cover, such as 0.95."""
+    """The share of cases that the set, and an interval without a name, are made to cover, such as 0.95."""
 
     def __post_init__(self) -> None:
         """Refuse what lies outside [0, 1], an interval that leaves the probability out, and one without its level."""
-        _check_numbers(self)
-        _check_share("probability", self.probability)
-        _check_name("calibration", self.calibration)
-        _check_interval(self.probability, self.low, self.high)
+        check_numbers(self)
+        check_share("probability", self.probability)
+        check_name("calibration", self.calibration)
+        check_interval(self.probability, self.low, self.high)
         for share in (self.low, self.high):
-            _check_share("the interval of a probability", self.probability if share is None else share)
+            check_share("the interval of a probability", self.probability if share is None else share)
         for answer in self.conformal or ():
-            _check_name("an answer of the conformal set", answer)
-        _check_level(self.level, wanted=self.low is not None or self.conformal is not None)
+            check_name("an answer of the conformal set", answer)
+        if self.interval:
+            check_name("interval", self.interval)
+            if self.low is None:
+                raise ValueError(f"there is no interval that '{self.interval}' could have made")
+        covers = self.low is not None and not self.interval
+        check_level(self.level, wanted=covers or self.conformal is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,10 +135,10 @@ class Quantity:
 
     def __post_init__(self) -> None:
         """Refuse a number without a unit, an interval that leaves the value out, and one without its level."""
-        _check_numbers(self)
-        _check_name("unit", self.unit, most=16)
-        _check_interval(self.value, self.low, self.high)
-        _check_level(self.level, wanted=self.low is not None)
+        check_numbers(self)
+        check_name("unit", self.unit, most=16)
+        check_interval(self.value, self.low, self.high)
+        check_level(self.level, wanted=self.low is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,13 +150,13 @@ class Curve:
 
     def __post_init__(self) -> None:
         """Refuse days that do not rise from above 0, and survival that rises or lies outside [0, 1]."""
-        _check_numbers(self)
+        check_numbers(self)
         if not self.days or len(self.days) != len(self.survival):
             raise ValueError(f"a curve has one survival for each day, got {len(self.days)} and {len(self.survival)}")
         if any(later <= earlier for earlier, later in zip((0.0, *self.days), self.days, strict=False)):
             raise ValueError("the days of a curve must rise from above 0")
         for share in self.survival:
-            _check_share("survival", share)
+            check_share("survival", share)
         if any(later > earlier for earlier, later in zip(self.survival, self.survival[1:], strict=False)):
             raise ValueError("survival must not rise with time")
 
@@ -150,8 +172,8 @@ class Novelty:
 
     def __post_init__(self) -> None:
         """Refuse a score that is not finite, and p outside [0, 1]."""
-        _check_numbers(self)
-        _check_share("p", self.p)
+        check_numbers(self)
+        check_share("p", self.p)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +188,8 @@ class Weights:
         """Refuse what is no SHA-256, and a name that is a place on a disk."""
         if not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
-        _check_name("name", self.name)
-        _check_name("licence", self.licence)
+        check_name("name", self.name)
+        check_name("licence", self.licence)
         if self.name[0] in "/~." or "\\" in self.name or ":" in self.name:
             raise ValueError("the name of weights must not be a path")
 
@@ -184,7 +206,7 @@ class Finding:
     answer: str = ""
     """Of a `class`: which one."""
     quantity: Quantity | None = None
-    """Of a `value`."""
+    """Of a `value`; of a `segment` of all voxels its volume in `mL`, where that comes with an interval."""
     curve: Curve | None = None
     """Of a `survival`."""
     place: Place | None = None
@@ -196,21 +218,21 @@ class Finding:
 
     def __post_init__(self) -> None:
         """Refuse a finding that lacks what its kind needs, or has what belongs to another kind."""
-        _check_name("name", self.name)
+        check_name("name", self.name)
         if self.status != STATUS:
             raise ValueError(f"a finding is '{STATUS}', got '{self.status}'")
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got '{self.kind}'")
         if self.answer:
-            _check_name("answer", self.answer)
+            check_name("answer", self.answer)
         if self.part < 0:
             raise ValueError(f"part must not be negative, got {self.part}")
-        for name, kind in _OWN.items():
+        for name, kinds in _OWN.items():
             there = bool(getattr(self, name))
-            if there and kind != self.kind:
-                raise ValueError(f"{name} belongs to the kind '{kind}', not to '{self.kind}'")
-            if not there and kind == self.kind and name != "part":
-                raise ValueError(f"the kind '{kind}' needs {name}")
+            if there and self.kind not in kinds:
+                raise ValueError(f"{name} belongs to the kind '{kinds[0]}', not to '{self.kind}'")
+            if not there and kinds[0] == self.kind and name != "part":
+                raise ValueError(f"the kind '{self.kind}' needs {name}")
         _check_shared(self)
 
 
@@ -228,10 +250,10 @@ class Looked:
 
     def __post_init__(self) -> None:
         """Refuse a key that could be a name or a path, a spacing of nothing, and a coverage outside [0, 1]."""
-        _check_numbers(self)
-        _check_key("series", self.series)
-        _check_name("modality", self.modality, most=16)
-        _check_share("coverage", self.coverage)
+        check_numbers(self)
+        check_key("series", self.series)
+        check_name("modality", self.modality, most=16)
+        check_share("coverage", self.coverage)
         if min(self.spacing_mm) <= 0:
             raise ValueError(f"spacing_mm must be positive, got {self.spacing_mm}")
 
@@ -245,8 +267,8 @@ class Unsaid:
 
     def __post_init__(self) -> None:
         """Refuse texts that are empty or not one printable line."""
-        _check_name("what", self.what)
-        _check_name("why", self.why, most=1024)
+        check_name("what", self.what)
+        check_name("why", self.why, most=1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,9 +289,9 @@ class Findings:
 
     def __post_init__(self) -> None:
         """Refuse a key that could be a name or a path, findings of no series or other weights, and another notice."""
-        _check_key("study", self.study)
-        _check_name("software", self.software)
-        _check_name("version", self.version)
+        check_key("study", self.study)
+        check_name("software", self.software)
+        check_name("version", self.version)
         if not self.looked:
             raise ValueError("findings need at least one series that was looked at")
         if not self.weights or any(one.weights not in self.weights for one in self.findings):
@@ -355,46 +377,13 @@ def _check_shared(finding: Finding) -> None:
         raise ValueError(f"the kind '{finding.kind}' needs certainty")
     if finding.kind == "segment" and place.volume_mm3 is None:
         raise ValueError("the kind 'segment' needs a place with its volume_mm3")
+    if finding.kind == "segment" and finding.quantity is not None:
+        _check_volume(finding.quantity, place.volume_mm3 or 0.0, finding.part)
     if finding.kind == "box" and place.low_ras_mm is None:
         raise ValueError("the kind 'box' needs a place with its corners")
 
 
-def _check_numbers(record: Any) -> None:
-    """Only Python's own numbers, and only finite ones, so that every format writes the same."""
-    for one in dataclasses.fields(record):
-        value = getattr(record, one.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, str | int | float | None) or (
-                isinstance(number, float) and not math.isfinite(number)
-            ):
-                raise ValueError(f"{one.name} must be a finite number")
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {share}")
-
-
-def _check_interval(value: float, low: float | None, high: float | None) -> None:
-    if (low is None) != (high is None):
-        raise ValueError("an interval has two ends, low and high")
-    if low is not None and high is not None and not low <= value <= high:
-        raise ValueError(f"the interval from {low} to {high} leaves out {value}")
-
-
-def _check_level(level: float | None, *, wanted: bool) -> None:
-    if wanted and level is None:
-        raise ValueError("an interval or a conformal set needs the level that it is made to cover")
-    if level is not None and not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
-
-
-def _check_name(name: str, text: str, *, most: int = LONGEST_NAME) -> None:
-    if not (0 < len(text) <= most and text.isprintable() and text.strip() == text):
-        raise ValueError(f"{name} must be 1 to {most} printable characters on one line")
-
-
-def _check_key(name: str, key: str) -> None:
-    # Neither a person's name (it has a caret, a comma or a space) nor a path gets through.
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"{name} must be a pseudonymous key or a UID: at most 64 letters, digits, dots, - and _")
+def _check_volume(quantity: Quantity, volume_mm3: float, part: int) -> None:
+    """The quantity of a segment says nothing but how sure its volume is."""
+    if part or quantity.unit != VOLUME_UNIT or abs(quantity.value * MM3_PER_ML - volume_mm3) > 1e-6 * volume_mm3:
+        raise ValueError(f"the quantity of a 'segment' is the volume of all its voxels in {VOLUME_UNIT}")

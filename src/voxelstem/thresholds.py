@@ -67,6 +67,17 @@ class Thresholds:
         by_group = dict(zip(self.groups, self.values, strict=True))
         return np.array([by_group.get(name, math.inf) for name in groups])
 
+    def of_group(self, group: str) -> Thresholds:
+        """A group's own threshold as if it were that of all.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        if group not in self.groups:
+            raise ValueError(f"there is no threshold of its own for this group; there are {len(self.groups)} others")
+        at = self.groups.index(group)
+        return Thresholds(level=self.level, values=(self.values[at],), subjects=(self.subjects[at],))
+
     def arrays(self) -> dict[str, np.ndarray]:
         """As they rest on disk; the names of groups are JSON in bytes."""
         return {
@@ -134,7 +145,7 @@ def conformal_quantile(scores: Float[np.ndarray, "row"], *, level: float) -> flo
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN")
     # (n + 1) * level is a whole number for many levels, and floats are a little beside it.
-    rank = math.ceil((len(scores) + 1) * level - ROUNDING)
+    rank = max(math.ceil((len(scores) + 1) * level - ROUNDING), 1)
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
 
 

@@ -53,6 +53,34 @@ def test_a_probability_is_a_certainty_in_percent_with_its_interval(origin):
     }
 
 
+def test_an_interval_says_how_it_was_made_and_then_only_the_set_has_a_level(origin):
+    sure = Certainty(
+        probability=0.8, low=0.65, high=0.9, calibration="platt", interval="venn_abers", conformal=("yes",), level=0.9
+    )
+    told = made(one(certainty=sure), origin)
+    assert ("Interval of the probability", "venn_abers") in words(told)
+    assert numbers(told) == [("Certainty of Finding", 80.0, "%"), ("Level of conformal set", 90.0, "%")]
+    bare = made(one(certainty=Certainty(probability=0.8, low=0.65, high=0.9, interval="venn_abers")), origin)
+    assert numbers(bare) == [("Certainty of Finding", 80.0, "%")]
+    assert "venn_abers" in list(texts(one(certainty=sure)))
+
+
+def test_the_interval_of_a_volume_stands_with_the_volume_in_its_own_unit(origin):
+    place = Place(volume_mm3=7500.0, centre_ras_mm=(1.0, 2.0, 3.0))
+    size = Quantity(value=7.5, unit="mL", low=6.0, high=10.0, level=0.9)
+    told = made(one(kind="segment", certainty=None, place=place, quantity=size), origin)
+    assert numbers(told) == [("Volume", 7500.0, "mm3"), ("Level of interval and set", 90.0, "%")]
+    ends = {
+        item.name.meaning: (item.value, item.unit.value)
+        for item in told.get_measurements()[0][0].ContentSequence
+        if "uncertainty" in item.name.meaning
+    }
+    assert ends == {
+        "+, range of upper measurement uncertainty": (pytest.approx(2500.0), "mm3"),
+        "-, range of lower measurement uncertainty": (pytest.approx(1500.0), "mm3"),
+    }
+
+
 def test_what_and_where_are_coded(origin):
     told = made(one(name="lung_nodule_left"), origin)
     assert (told.finding_type.meaning, told.finding_category.meaning) == (

@@ -293,6 +293,17 @@ def test_a_segmentation_that_no_element_could_hold_is_refused_before_it_is_made(
         seg.number(plane, {1: "liver"})
 
 
+def test_what_would_not_fit_into_the_memory_that_is_left_is_refused_before_it_is_made(monkeypatch):
+    plane = np.ones((2, 8, 8), np.int16)
+    need = 2 * seg.FRAME_BYTES + seg.COPIES * 2 * 8 * 8 / 8 + plane.size
+    monkeypatch.setattr(seg, "left_bytes", lambda: need)
+    assert seg.number(plane, {1: "liver"}).classes == ("liver",)
+    monkeypatch.setattr(seg, "left_bytes", lambda: need - 1)
+    with pytest.raises(ConfigError, match="2 frames") as caught:
+        seg.number(plane, {1: "liver"})
+    assert "allow more memory" in caught.value.hint
+
+
 def test_a_resampled_label_map_is_refused(tmp_path):
     datasets = series()
     volume = read(tmp_path / "in", datasets)

@@ -40,7 +40,21 @@ EVERYTHING = (
     Finding(name="death", kind="survival", weights=WEIGHTS, curve=Curve(days=(365.0,), survival=(0.9,))),
     Finding(name="liver", kind="segment", weights=WEIGHTS, place=PLACE),
     Finding(name="liver", kind="segment", weights=WEIGHTS, place=PLACE, part=1),
+    Finding(
+        name="spleen",
+        kind="segment",
+        weights=WEIGHTS,
+        place=PLACE,
+        quantity=Quantity(value=0.04825, unit="mL", low=0.03, high=0.08, level=0.9),
+    ),
     Finding(name="lung_nodule_left", kind="box", weights=WEIGHTS, place=PLACE, certainty=SURE),
+    Finding(
+        name="lung_nodule_right",
+        kind="box",
+        weights=WEIGHTS,
+        place=PLACE,
+        certainty=Certainty(probability=0.8, low=0.7, high=0.9, calibration="platt", interval="venn_abers"),
+    ),
 )
 
 
@@ -94,7 +108,9 @@ def test_highdicom_reads_back_every_finding(tmp_path):
         "3. age",
         "4. death",
         "6. liver",
-        "7. lung_nodule_left",
+        "7. spleen",
+        "8. lung_nodule_left",
+        "9. lung_nodule_right",
         "5. liver",
     ]
     assert len({str(one.tracking_uid) for one in (*plain, *volumetric)}) == len(EVERYTHING)
@@ -107,7 +123,8 @@ def test_numbers_come_back_with_their_units(tmp_path):
     told = {one.name.meaning: (one.value, one.unit.value) for one in effusion.get_measurements()}
     assert told["Certainty of Finding"] == (80.0, "%")
     assert told["Out of distribution score"] == (3.5, "1")
-    (volume,) = liver.get_measurements()
+    volume, level = liver.get_measurements()
+    assert (level.name.meaning, level.value) == ("Level of interval and set", 90.0)
     assert (volume.name.value, volume.value, volume.unit.value) == ("118565006", 48.25, "mm3")
     assert liver.referenced_segment.referenced_segment_numbers == [segmented.segments["liver"]]
 

@@ -11,17 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
+from voxelstem.answers import Answer
 from voxelstem.errors import ConfigError
 from voxelstem.protocols import Example, Head
 from voxelstem.tasks.zeroshot import (
     USUAL_TEMPERATURE,
-    Answer,
     Zeroshot,
-    best_threshold,
     ensemble,
-    platt,
-    shares,
-    temper,
 )
 
 DIM = 16
@@ -222,67 +218,6 @@ def test_the_order_of_prompts_means_nothing(rows: list[list[float]], random: obj
 def test_the_length_of_a_prompts_vector_means_nothing(factor: float) -> None:
     rows = np.random.default_rng(0).normal(size=(3, 5))
     np.testing.assert_allclose(ensemble(list(rows * [[factor], [1.0], [1.0]])), ensemble(list(rows)), atol=1e-9)
-
-
-def naive_platt(logits: np.ndarray, there: np.ndarray) -> tuple[float, float]:
-    """Slow descent over the two numbers, one row after the other."""
-    positives = sum(there)
-    negatives = len(there) - positives
-    targets = [(positives + 1) / (positives + 2) if one else 1 / (negatives + 2) for one in there]
-    scale, shift = 1.0, 0.0
-    for _ in range(4000):
-        slope = lift = 0.0
-        for logit, target in zip(logits.tolist(), targets, strict=True):
-            error = 1 / (1 + math.exp(-(scale * logit + shift))) - target
-            slope, lift = slope + error * logit, lift + error
-        scale, shift = max(0.0, scale - 0.1 * slope), shift - 0.1 * lift
-    return scale, shift
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_platt_is_its_slow_twin(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    there = rng.random(20) < 0.4
-    logits = rng.normal(size=20) + 1.5 * there - 0.7
-    assert platt(logits, there) == pytest.approx(naive_platt(logits, there), abs=2e-3)
-
-
-def test_platt_does_not_turn_the_order_round_and_stays_finite() -> None:
-    there = np.array([True, True, False, False])
-    assert platt(np.array([0.0, 1.0, 2.0, 3.0]), there)[0] == 0.0
-    scale, shift = platt(np.array([0.1002, 0.1003, 0.1001, 0.1000]), there)
-    assert scale > 0
-    assert np.isfinite([scale, shift]).all()
-
-
-def test_a_temperature_is_the_best_of_many() -> None:
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 3, 50)
-    logits = 8 * (rng.normal(size=(50, 3)) + np.eye(3)[truth])
-
-    def loss(factor: float) -> float:
-        rows = np.exp(factor * logits)
-        return -sum(math.log(row[kind] / row.sum()) for row, kind in zip(rows, truth, strict=True))
-
-    grid = np.exp(np.linspace(-4, 1, 400))
-    assert temper(logits, truth) == pytest.approx(min(grid, key=loss), rel=0.02)
-
-
-def test_the_best_threshold_is_the_best_of_all() -> None:
-    rng = np.random.default_rng(0)
-    there = rng.random(40) < 0.3
-    scores = np.round(expit(rng.normal(size=40) + there), 2)
-
-    def figure(limit: float) -> float:
-        said = scores >= limit
-        return float((said[there].mean() + (~said[~there]).mean()) / 2)
-
-    assert figure(best_threshold(scores, there)) == max(figure(limit) for limit in np.linspace(0, 1, 1001))
-    assert best_threshold(np.array([0.1, 0.2, 0.7, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.45)
-
-
-def test_shares_are_of_those_who_are_known() -> None:
-    assert shares([{"a": True}, {"a": False, "b": True}, {"a": False}], ["a", "b", "c"]) == (1 / 3, 1.0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from voxelstem.allowed import LONGEST_NAME
 from voxelstem.errors import ConfigError
-from voxelstem.findings import LONGEST_NAME, Code
+from voxelstem.findings import Code
 
 PRIVATE = "99VOXELSTEM"
 """Our scheme: private ones begin with 99 (PS3.16, 8.2)."""

@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code as PlainCode
 
-from voxelstem.findings import Certainty, Code, Finding, Novelty, Point
+from voxelstem.findings import MM3_PER_ML, Certainty, Code, Finding, Novelty, Point, Quantity
 from voxelstem.outputs.codes import NO, PRIVATE, YES, Coded, coded, private
 from voxelstem.outputs.origin import Origin, plain
 from voxelstem.outputs.result import Result
@@ -100,6 +100,8 @@ def texts(finding: Finding) -> Iterator[str]:
         yield finding.quantity.unit
     if finding.certainty is not None:
         yield finding.certainty.calibration
+        if finding.certainty.interval:
+            yield finding.certainty.interval
         yield from finding.certainty.conformal or ()
 
 
@@ -142,6 +144,8 @@ def _answers(finding: Finding) -> Iterator[tuple[Code, Code]]:
         yield coded(finding.name).kind, _answer(finding.answer)
     if finding.certainty is not None:
         yield private("Calibration"), private(finding.certainty.calibration)
+        if finding.certainty.interval:
+            yield private("Interval of the probability"), private(finding.certainty.interval)
         if finding.certainty.conformal is not None:
             for answer in finding.certainty.conformal or ("no answer",):
                 yield private("Conformal set"), _answer(answer)
@@ -181,9 +185,8 @@ class _Number:
 
 def _numbers(finding: Finding) -> Iterator[_Number]:
     if finding.place is not None and finding.place.volume_mm3 is not None:
-        volume = float(finding.place.volume_mm3)
-        yield _Number(name=codes.SCT.Volume, value=volume, unit=codes.UCUM.CubicMillimeter)
-    if finding.quantity is not None:
+        yield _volume(float(finding.place.volume_mm3), finding.quantity if finding.kind == "segment" else None)
+    if finding.quantity is not None and finding.kind != "segment":
         told = finding.quantity
         unit = PlainCode(value=told.unit, scheme_designator="UCUM", meaning=told.unit)
         name = plain(finding.code or coded(finding.name).kind)
@@ -198,9 +201,24 @@ def _numbers(finding: Finding) -> Iterator[_Number]:
     level = finding.quantity.level if finding.quantity is not None else None
     level = finding.certainty.level if level is None and finding.certainty is not None else level
     if level is not None:
-        yield _Number(name=plain(private("Level of interval and set")), value=level * 100.0, unit=PERCENT)
+        # An interval with a name of its own is not made to cover a share of cases.
+        named = finding.quantity is None and finding.certainty is not None and finding.certainty.interval
+        name = "Level of conformal set" if named else "Level of interval and set"
+        yield _Number(name=plain(private(name)), value=level * 100.0, unit=PERCENT)
     if finding.novelty is not None:
         yield from _strange(finding.novelty)
+
+
+def _volume(volume_mm3: float, interval: Quantity | None) -> _Number:
+    """A volume, with the ends of its interval in the same unit where there is one."""
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return _Number(
+        name=codes.SCT.Volume,
+        value=volume_mm3,
+        unit=codes.UCUM.CubicMillimeter,
+        low=None if low is None else low * MM3_PER_ML,
+        high=None if high is None else high * MM3_PER_ML,
+    )
 
 
 def _sure(certainty: Certainty) -> Iterator[_Number]:

@@ -17,6 +17,7 @@ from voxelstem.outputs import origin as origins
 from voxelstem.outputs.codes import check_texts, coded
 from voxelstem.outputs.origin import Origin
 from voxelstem.outputs.result import Result, Written, keep, named
+from voxelstem.room import left_bytes
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation, SegmentDescription
@@ -28,6 +29,10 @@ LABEL = "PRELIMINARY"
 DESCRIPTION = f"{STATUS.upper()}: not a medical device"
 MOST_PIXEL_BYTES = 2**32 - 2
 """What the length of an element can say (PS3.5, 7.1.1)."""
+FRAME_BYTES = 60 << 10
+"""What highdicom and pydicom hold of one frame beside its pixels (measured: 58 KiB)."""
+COPIES = 3
+"""How often the pixels exist until the file is written: frame by frame, in one piece, and in the file's bytes."""
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
 
@@ -80,7 +85,7 @@ def number(labels: Integer[np.ndarray, "frame row column"], classes: dict[int, s
     """Number the classes that have voxels from 1 on, in the order of their values.
 
     Raises:
-        ConfigError: the segments' frames would not fit into one DICOM element.
+        ConfigError: the segments' frames would not fit into one DICOM element, or into the memory that is left.
     """
     counts = np.zeros(max(classes, default=0) + 1, dtype=np.int64)
     frames = 0
@@ -93,6 +98,13 @@ def number(labels: Integer[np.ndarray, "frame row column"], classes: dict[int, s
         raise ConfigError(
             f"the segmentation would have {frames} frames of {size / 2**30:.1f} GiB, and DICOM allows 4 GiB",
             hint="choose fewer classes, or the output nifti",
+        )
+    need = frames * FRAME_BYTES + COPIES * size + labels.size
+    if need > left_bytes():
+        raise ConfigError(
+            f"the segmentation would have {frames} frames and take {need / 2**30:.1f} GiB more, and the limit leaves "
+            f"{left_bytes() / 2**30:.1f}",
+            hint="allow more memory, choose fewer classes, or the output nifti",
         )
     present = [value for value in sorted(classes) if counts[value]]
     table = np.zeros(counts.size, dtype=np.uint8 if len(present) < 2**8 else np.uint16)

@@ -7,7 +7,7 @@ are found by digest. For the others thumbnails give candidates, and the voxels d
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,11 +111,19 @@ class Roll:
         return len(self.key)
 
 
-def find_copies(store: Store, other: Store | None = None, *, limits: Limits = LIMITS) -> tuple[Copy, ...]:
+def find_copies(
+    store: Store, other: Store | None = None, *, among: Sequence[Record] | None = None, limits: Limits = LIMITS
+) -> tuple[Copy, ...]:
     """Find copies within a store, or between two.
 
     Flipped, turned or stretched copies are not looked for, nor crops that keep less than half. A volume whose
     thumbnail the catalogue does not hold (another version wrote it) is read once to draw it.
+
+    Args:
+        store: Where to look.
+        other: Where their copies may be; the same store if there is none.
+        among: Only these of the store's volumes; all if None.
+        limits: What counts as a copy.
 
     Returns:
         One entry a pair, the exact ones first, ordered by keys. Within a store `key_a` < `key_b`; between two `key_a`
@@ -126,7 +134,7 @@ def find_copies(store: Store, other: Store | None = None, *, limits: Limits = LI
     """
     between = other is not None
     beside = other if between else store  # an empty store is false, so no `or` here
-    here = Roll.of(store)
+    here = Roll.of(store if among is None else sorted(among, key=lambda record: record.key))
     there = Roll.of(beside) if between else here
     exact = exact_copies(here, there if between else None)
     known = {(copy.key_a, copy.key_b) for copy in exact}

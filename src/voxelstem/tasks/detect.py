@@ -22,8 +22,9 @@ from torch import Tensor
 
 from voxelstem import boxes, metrics
 from voxelstem.anchors import HALF, Anchors, surroundings
+from voxelstem.assurance import Assurance
 from voxelstem.boxes import Box, Hit, Kind, Matched, Sweep
-from voxelstem.findings import Certainty, Finding, Place, Weights
+from voxelstem.findings import Finding, Place, Weights
 from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import LabelMap
 
@@ -146,15 +147,17 @@ class Detect:
         affine_ras: Float[np.ndarray, "4 4"],
         shape_ijk: tuple[int, int, int],
         weights: Weights,
+        sure: Assurance,
     ) -> tuple[Finding, ...]:
-        """What is said of one scan: the boxes of `predict`."""
+        """What is said of one scan: the boxes of `predict`; calibrated, a probability is the share that are a `hit`."""
         return tuple(
             Finding(
                 name=box.name,
                 kind="box",
                 weights=weights,
                 place=Place(low_ras_mm=box.low_ras_mm, high_ras_mm=box.high_ras_mm),
-                certainty=Certainty(probability=box.score),
+                certainty=sure.present(box.name, box.score),
+                novelty=sure.novelty(features.scan),
             )
             for box in self.predict(head, features, affine_ras, shape_ijk)
         )

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, log_softmax, softmax
+from jaxtyping import Float
+from scipy.special import expit, softmax
 
-from voxelstem import metrics
+from voxelstem.answers import HALF, Answer, Figure, best_threshold, truth_of
+from voxelstem.calibrators import best_line, best_temperature
 from voxelstem.errors import ConfigError
 from voxelstem.prompts import Ensemble, Prompts, read_prompts
 from voxelstem.protocols import Example, Head
 
 USUAL_TEMPERATURE = math.log(10.0)
 """Where weights came without their own: what SigLIP starts from (Zhai et al. 2023, section 3.2)."""
-HALF = 0.5
+COOLEST, HOTTEST = math.exp(-7.0), math.exp(7.0)
+"""Temperatures that are searched: prompts of foreign weights may be off by far more than a trained head."""
 
 
 class TextSpace(Protocol):
@@ -43,23 +44,6 @@ class TextSpace(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "text out"]:
         """Unit vectors of texts."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What is true of a subject and what was answered, class by class."""
-
-    classes: tuple[str, ...]
-    truth: tuple[float, ...]
-    """1 where it is there, 0 where not, NaN where nobody said."""
-    scores: tuple[float, ...]
-    """Probabilities."""
-    thresholds: tuple[float, ...]
-    """From these on the answer is yes."""
-
-    def __contains__(self, name: object) -> bool:
-        """Whether the truth is known for this class."""
-        return name in self.classes and not math.isnan(self.truth[self.classes.index(str(name))])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,14 +135,14 @@ class Zeroshot:
         scale, shift, threshold = (plain.arrays[name].copy() for name in ("scale", "shift", "threshold"))
         left = 0
         if self.answers == "one":
-            scale[:] = temper(rows, truth.argmax(axis=1))
+            scale[:] = 1 / best_temperature(rows, truth.argmax(axis=1), lowest=COOLEST, highest=HOTTEST)
         for at in range(len(head.classes)) if self.answers == "each" else ():
             known = ~np.isnan(truth[:, at])
             there = truth[known, at] > HALF
             if there.all() or not there.any():
                 left += 1
                 continue
-            scale[at], shift[at] = platt(rows[known, at], there)
+            scale[at], shift[at] = best_line(rows[known, at], there)
             threshold[at] = best_threshold(expit(scale[at] * rows[known, at] + shift[at]), there)
         arrays = {"scale": scale, "shift": shift, "threshold": threshold}
         return dataclasses.replace(head, arrays=head.arrays | arrays, facts=head.facts | {"uncalibrated": float(left)})
@@ -223,58 +207,6 @@ class Zeroshot:
         return head.arrays["scale"] * plain + head.arrays["shift"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A figure over subjects, computed for all draws of a bootstrap at once."""
-
-    kind: str
-    only: str = ""
-    """The one class that counts; all if empty."""
-    one: bool = False
-    """One of the classes is true."""
-    bins: int = 10
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
-
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Answer]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(answers, counts) for answers in repeats], axis=1), 1)
-
-    def _of(self, answers: Sequence[Answer], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
-        truth = np.array([answer.truth for answer in answers])
-        scores = np.array([answer.scores for answer in answers])
-        best, true = scores.argmax(axis=1), truth.argmax(axis=1)
-        if self.one and not self.only and self.kind == "balanced_accuracy":
-            return metrics.counted_balance(counts, true, best)
-        if self.one and not self.only and self.kind == "ece":
-            return metrics.counted_calibration_error(counts, true == best, scores.max(axis=1), bins=self.bins)
-        said = np.eye(scores.shape[1])[best] > 0 if self.one else scores >= np.array(answers[0].thresholds)
-        places = [answers[0].classes.index(self.only)] if self.only else range(scores.shape[1])
-        each = [self._of_class(truth[:, at], scores[:, at], said[:, at], counts) for at in places]
-        return metrics.defined_mean(np.stack(each, axis=1), 1)
-
-    def _of_class(
-        self, truth: np.ndarray, scores: np.ndarray, said: np.ndarray, counts: np.ndarray
-    ) -> Float[np.ndarray, "draw"]:
-        known = ~np.isnan(truth)
-        there, scores, said, counts = truth[known] > HALF, scores[known], said[known], counts[:, known]
-        match self.kind:
-            case "auroc":
-                return metrics.counted_auroc(counts, there, scores)
-            case "balanced_accuracy":
-                return metrics.counted_balance(counts, there, said)
-            case "f1":
-                return metrics.counted_f1(counts, there, said)
-            case _:
-                return metrics.counted_calibration_error(counts, there, scores, bins=self.bins)
-
-
 def ensemble(vectors: Sequence[Float[np.ndarray, "out"]]) -> Float[np.ndarray, "out"]:
     """The mean of unit vectors, brought back to length one."""
     rows = np.asarray(vectors, np.float64)
@@ -282,62 +214,9 @@ def ensemble(vectors: Sequence[Float[np.ndarray, "out"]]) -> Float[np.ndarray, "
     return middle / max(float(np.linalg.norm(middle)), 1e-12)
 
 
-def platt(logits: Float[np.ndarray, "row"], there: Bool[np.ndarray, "row"]) -> tuple[float, float]:
-    """Scale >= 0 and shift that make logits probabilities: Platt 1999, with his targets for few labels.
-
-    Instead of 1 and 0 the targets are (P + 1) / (P + 2) and 1 / (N + 2), for P positive and N negative rows, so that
-    rows which are told apart without error do not make everything certain.
-    """
-    positives, negatives = int(there.sum()), int((~there).sum())
-    targets = np.where(there, (positives + 1) / (positives + 2), 1 / (negatives + 2))
-    middle, spread = float(logits.mean()), max(float(logits.std()), 1e-12)
-    standard = (logits - middle) / spread
-
-    def loss(at: Float[np.ndarray, "2"]) -> tuple[float, Float[np.ndarray, "2"]]:
-        z = at[0] * standard + at[1]
-        error = expit(z) - targets
-        # log(1 + exp(z)) - target * z, without an exp of a large number.
-        return float((np.logaddexp(0.0, z) - targets * z).sum()), np.array([error @ standard, error.sum()])
-
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0.0, None), (None, None)]).x
-    return float(found[0] / spread), float(found[1] - found[0] * middle / spread)
-
-
-def temper(logits: Float[np.ndarray, "row classes"], truth: np.ndarray) -> float:
-    """What logits are multiplied by so that their softmax is most likely (Guo et al. 2017, section 4.2)."""
-
-    def loss(power: float) -> float:
-        return -float(log_softmax(math.exp(power) * logits, axis=1)[np.arange(len(truth)), truth].sum())
-
-    return math.exp(float(cast(Any, minimize_scalar(loss, bounds=(-7.0, 7.0), method="bounded")).x))
-
-
-def best_threshold(scores: Float[np.ndarray, "row"], there: Bool[np.ndarray, "row"]) -> float:
-    """The threshold of the best balanced accuracy: amid two neighbouring scores, the one nearest to 0.5 of equals."""
-    steps = np.unique(scores)
-    between = np.concatenate([[steps[0]], (steps[:-1] + steps[1:]) / 2])
-    figures = np.array([metrics.balanced_accuracy(there, scores >= limit) for limit in between])
-    best = between[figures >= figures.max() - 1e-12]
-    return float(best[np.abs(best - HALF).argmin()])
-
-
-def shares(truths: Sequence[Mapping[str, bool]], classes: Sequence[str]) -> tuple[float, ...]:
-    """Share of the labelled in which each class is there: what one can say about a scan without seeing it."""
-    said = [[truth[name] for truth in truths if name in truth] for name in classes]
-    return tuple(sum(known) / len(known) if known else HALF for known in said)
-
-
 def _neutral(count: int) -> dict[str, Float[np.ndarray, "classes"]]:
     """What calibration sets, as it is without."""
     return {"scale": np.ones(count), "shift": np.zeros(count), "threshold": np.full(count, HALF)}
-
-
-def truth_of(classes: Sequence[str], example: Example) -> tuple[float, ...]:
-    """1 for what is true of an example, 0 for what is not, NaN for what nobody said."""
-    said = example.findings
-    if said is None:
-        return tuple(float(name == example.label) for name in classes)
-    return tuple(float(said[name]) if name in said else math.nan for name in classes)
 
 
 def _by_subject(rows: Sequence[tuple[str, Float[np.ndarray, "classes"]]]) -> Float[np.ndarray, "subject classes"]:
