@@ -15,10 +15,10 @@ from voxelstem.aligned import read_aligned
 from voxelstem.errors import CheckpointError, ConfigError, StoreError
 from voxelstem.index import Index
 from voxelstem.indexer import build, weights_of
+from voxelstem.recall import text_of
 from voxelstem.store import Store, write
 from voxelstem.streaming import of_store
 from voxelstem.study import Report, Study, Volume
-from voxelstem.tasks.retrieve import text_of
 
 
 @pytest.fixture(scope="module")

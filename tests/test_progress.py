@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from voxelstem import progress as room
-from voxelstem.progress import progress
+from voxelstem.progress import progress, tell
 
 
 def lines_of(total: int, notes: list[str]) -> list[str]:
@@ -26,6 +26,22 @@ def test_without_a_terminal_a_quick_step_is_one_line():
 def test_without_a_terminal_a_long_step_speaks_now_and_then(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(room, "SECONDS_BETWEEN_LINES", 0.0)
     assert [line.split()[1] for line in lines_of(3, ["", "", ""])] == ["1/3", "2/3", "3/3"]
+
+
+def test_without_a_terminal_a_long_step_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_LINES", 0.0)
+    moments = iter([100.0, 110.0, 120.0, 140.0])
+    monkeypatch.setattr(room.time, "monotonic", lambda: next(moments))
+    first, second, last = lines_of(4, ["loss 1", "", ""])
+    assert first == "ingest 1/4 10 s loss 1, about 30 s left"
+    assert second == "ingest 2/4 20 s, about 20 s left"
+    assert last == "ingest 3/4 40 s, about 13 s left"
+
+
+def test_what_is_told_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]):
+    tell("adapt: 12.3 s [and more]")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "adapt: 12.3 s [and more]\n")
 
 
 def test_a_note_in_brackets_is_shown_as_it_is():

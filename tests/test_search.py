@@ -9,11 +9,11 @@ from tests.spaces import PLANTED, aligned_weights, reported_store
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.index import Index
 from voxelstem.indexer import build
+from voxelstem.recall import text_of
 from voxelstem.search import Search
 from voxelstem.sources import nifti
 from voxelstem.store import Store
 from voxelstem.study import Study
-from voxelstem.tasks.retrieve import text_of
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.index import FACTS, Entry, Index
 from voxelstem.manifest import MARK, read_rows
 from voxelstem.progress import Advance, progress
+from voxelstem.recall import text_of
 from voxelstem.store import Store
 from voxelstem.store.catalogue import is_store
 from voxelstem.streaming import of_store
-from voxelstem.tasks.retrieve import text_of
 from voxelstem.weights.hub import fetch
 
 WEIGHTS, TOKENIZER = "weights", "tokenizer"

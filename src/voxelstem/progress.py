@@ -37,6 +37,11 @@ def progress(title: str, total: int, *, console: Console | None = None) -> Gener
         yield _Lines(title, total, console)
 
 
+def tell(line: str, *, console: Console | None = None) -> None:
+    """Say one line beside the answer of a command: on stderr, as progress is."""
+    (console or Console(stderr=True, highlight=False)).print(line, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def _bar(title: str, total: int, console: Console) -> Generator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -62,5 +67,8 @@ class _Lines:
         now = time.monotonic()
         if self.done >= self.total or now - self.spoke >= SECONDS_BETWEEN_LINES:
             self.spoke = now
-            line = f"{self.title} {self.done}/{self.total} {now - self.began:.0f} s {note}".rstrip()
+            spent = now - self.began
+            left = spent / self.done * (self.total - self.done) if self.done else 0.0
+            line = f"{self.title} {self.done}/{self.total} {spent:.0f} s {note}".rstrip()
+            line += f", about {left:.0f} s left" if left >= 1 else ""
             self.console.print(line, markup=False, soft_wrap=True)

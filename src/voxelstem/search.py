@@ -19,6 +19,7 @@ from voxelstem.aligned import Aligned, read_aligned
 from voxelstem.errors import ConfigError
 from voxelstem.index import Among, Hit, Index
 from voxelstem.indexer import TOKENIZER, inner, weights_of
+from voxelstem.recall import Protocol, Recall, named, recalls, text_of
 from voxelstem.sources import KINDS, ct_rate, ending, read
 from voxelstem.store import Store, Wanted
 from voxelstem.store.encoding import content_key
@@ -26,7 +27,6 @@ from voxelstem.store.selection import Selection
 from voxelstem.store.splits import Split
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import Study
-from voxelstem.tasks.retrieve import Protocol, Recall, named, recalls, text_of
 
 _A_KEY = re.compile(r"[0-9a-f]{8,64}")
 
@@ -155,7 +155,7 @@ class Search:
         section they are of.
 
         Args:
-            protocol: A name in `tasks.retrieve.PROTOCOLS`.
+            protocol: A name in `recall.PROTOCOLS`.
             store: The scans with their reports.
             split: Only this part of the store.
             seed: Of random pools.

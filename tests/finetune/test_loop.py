@@ -10,7 +10,7 @@ from voxelstem.errors import AuditError
 from voxelstem.finetune import loop
 from voxelstem.finetune.cases import Case, Seen
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.loop import draw, fit, loss_of, turns_of
+from voxelstem.finetune.loop import cut, fit, in_turns, loss_of, turns_of
 from voxelstem.finetune.network import Tuned, build
 from voxelstem.model import Model
 
@@ -37,7 +37,7 @@ def test_a_patch_about_a_labelled_voxel_holds_it_wherever_it_lies(unet: Model, m
     net, rng = network(unet, voxels=True), np.random.default_rng(0)
     corners: set[float] = set()
     for _ in range(20):
-        image, truth = draw([[case(marked=marked)]], replace(CONFIG, foreground=1.0), net, rng)
+        image, truth = cut(case(marked=marked), replace(CONFIG, foreground=1.0), net, rng)
         assert image.shape == (1, 8, 8, 8)
         assert truth.sum() == 1
         assert image[0][truth == 1] == marked
@@ -47,7 +47,7 @@ def test_a_patch_about_a_labelled_voxel_holds_it_wherever_it_lies(unet: Model, m
 
 def test_patches_without_a_wish_lie_anywhere(unet: Model) -> None:
     net, rng = network(unet, voxels=True), np.random.default_rng(0)
-    drawn = [draw([[case()]], replace(CONFIG, foreground=0.0), net, rng)[0] for _ in range(80)]
+    drawn = [cut(case(), replace(CONFIG, foreground=0.0), net, rng)[0] for _ in range(80)]
     assert len({float(image[0, 0, 0, 0]) for image in drawn}) > 40
 
 
@@ -55,16 +55,16 @@ def test_image_and_truth_are_mirrored_together(unet: Model) -> None:
     net, rng = network(unet, voxels=True), np.random.default_rng(0)
     config = replace(CONFIG, foreground=1.0, mirror=(0, 1, 2))
     for _ in range(12):
-        image, truth = draw([[case(marked=777)]], config, net, rng)
+        image, truth = cut(case(marked=777), config, net, rng)
         assert image[0][truth == 1] == 777
 
 
-def test_classes_of_scans_are_drawn_equally_often_and_numbers_as_they_come(unet: Model) -> None:
-    net, few = network(unet, voxels=False), [case(target=0, marked=None)] * 9 + [case(target=1, marked=None)]
+def test_classes_of_scans_are_drawn_equally_often_and_numbers_as_they_come() -> None:
+    few = [case(target=0, marked=None)] * 9 + [case(target=1, marked=None)]
 
     def share(cases: list[Case]) -> float:
         rng = np.random.default_rng(0)
-        return float(np.mean([float(draw(turns_of(cases), CONFIG, net, rng)[1]) for _ in range(400)]))
+        return float(np.mean([float(one.target) for one in in_turns(cases)(400, rng)]))
 
     assert 0.4 < share(few) < 0.6
     assert share([replace(one, target=float(one.target)) for one in few]) < 0.2

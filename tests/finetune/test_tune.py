@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from voxelstem.contest import Contest
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.cases import see
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.tune import Asked, Speaker, hold_out, mark, say, tune, tuned
+from voxelstem.finetune.network import build
+from voxelstem.finetune.tune import WINDOWS, Asked, Speaker, hold_out, mark, say, tune, tuned
 from voxelstem.model import Model, load, make_model
 from voxelstem.protocols import Example, Head
 from voxelstem.store import Record, Store
@@ -20,6 +24,7 @@ from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.regress import Regress
 from voxelstem.tasks.segment import Segment
 from voxelstem.truth import Truth
+from voxelstem.views import slide
 
 CONFIG = FinetuneConfig(steps=40, lr=5e-3)
 BALL = Asked(task="segment", voxels=True, classes=("ball",), targets={})
@@ -68,6 +73,37 @@ def test_marks_made_a_window_at_a_time_are_those_of_all_logits_at_once(store: St
     whole = Segment().predict(head, say(net, seen, model.spec, BALL, config), record.affine_ras, record.shape_ijk)
     assert 0 < marks.mean() < 1
     assert (marks != whole.array).mean() < 1e-3
+
+
+def test_less_memory_means_more_stripes_and_the_same_marks(
+    store: Store, unet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, card = build(unet, out=2, config=CONFIG, voxels=True, seed=0)
+    net.eval()
+    record, stripes = labelled(store)[1], list[slide.Stripe | None]()
+    seen = see(store, [record.key], card.spec)
+    rolled = slide.roll
+
+    def roll(*given: Any, stripe: slide.Stripe, **named: Any) -> Iterator[slide.Slab]:
+        stripes.append(stripe)
+        return rolled(*given, stripe=stripe, **named)
+
+    monkeypatch.setattr(slide, "roll", roll)
+    counts: list[int] = []
+    marks: list[np.ndarray] = []
+    window = WINDOWS * 8 * math.prod(card.spec.block_ijk)
+    for left in (math.inf, window + 60_000.0, window + 30_000.0):
+        stripes.clear()
+        monkeypatch.setattr("voxelstem.finetune.tune.left_bytes", lambda left=left: left)
+        marks.append(mark(net, seen, card.spec, CONFIG, record.affine_ras, record.shape_ijk))
+        counts.append(len(stripes))
+    assert counts[0] == 1 < counts[1] < counts[2]
+    assert 0 < marks[0].mean() < 1
+    for few in marks[1:]:
+        assert (few != marks[0]).mean() < 1e-3
+    monkeypatch.setattr("voxelstem.finetune.tune.left_bytes", lambda: window + 8.0)
+    with pytest.raises(MemoryError):
+        mark(net, seen, card.spec, CONFIG, record.affine_ras, record.shape_ijk)
 
 
 @pytest.mark.parametrize("fusion", ["early", "late"])

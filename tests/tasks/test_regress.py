@@ -94,10 +94,49 @@ def test_what_has_no_value_cannot_be_scored_and_modes_are_known() -> None:
     head = Regress().fit(examples(5), (), mode="probe", seed=0)
     with pytest.raises(ValueError, match="needs a value"):
         Regress().outcome(head, example(np.ones(6), None, 0))
-    with pytest.raises(ValueError, match="no mode 'knn'"):
-        Regress().fit(examples(5), (), mode="knn", seed=0)
+    with pytest.raises(ValueError, match="no mode 'tree'"):
+        Regress().fit(examples(5), (), mode="tree", seed=0)
     with pytest.raises(ValueError, match="positive"):
         Regress(strengths=())
+
+
+def naive_knn(task: Regress, seen: list[Example], row: np.ndarray) -> float:
+    """The mean of the nearest, by loops."""
+    told = []
+    for one in seen:
+        lengths = math.sqrt(sum(x * x for x in one.features.scan)) * math.sqrt(sum(x * x for x in row))
+        told.append((sum(a * b for a, b in zip(one.features.scan, row, strict=True)) / lengths, one.value))
+    near = sorted(told, key=lambda pair: -pair[0])[: task.neighbours]
+    weights = [math.exp(cosine / task.temperature) for cosine, _ in near]
+    return sum(weight * value for weight, (_, value) in zip(weights, near, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("neighbours", [1, 4, 100])
+def test_neighbours_say_their_weighted_mean(neighbours: int) -> None:
+    task, seen = Regress(neighbours=neighbours, temperature=0.2), examples(24)
+    head = task.fit(seen[:20], (), mode="knn", seed=0)
+    for one in seen[20:]:
+        assert task.answer(head, one.features) == pytest.approx(naive_knn(task, seen[:20], one.features.scan))
+
+
+def test_neighbours_find_a_number_that_turns_the_embedding() -> None:
+    rng = np.random.default_rng(6)
+    angles = rng.uniform(0, math.pi, 60)
+    rows = np.column_stack([np.cos(angles), np.sin(angles)]) + 0.05 * rng.normal(size=(60, 2))
+    seen = [example(row, float(angle), at) for at, (row, angle) in enumerate(zip(rows, angles, strict=True))]
+    task = Regress()
+    head = task.fit(seen[:40], (), mode="knn", seed=0)
+    outcomes = [task.outcome(head, one) for one in seen[40:]]
+    chance = np.mean([abs(one.truth - angles[:40].mean()) for one in outcomes])
+    assert task.statistic("mae")(outcomes) < 0.3 * chance
+    again = task.fit(seen[:40], (), mode="knn", seed=9)
+    assert all((again.arrays[name] == array).all() for name, array in head.arrays.items())
+
+
+@pytest.mark.parametrize("changes", [{"neighbours": 0}, {"temperature": 0.0}])
+def test_neighbours_without_sense_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="neighbours and temperature must be positive"):
+        Regress(**changes)
 
 
 @dataclass(frozen=True)

@@ -304,3 +304,25 @@ def test_queries_refuse_what_the_probe_refuses() -> None:
     for mode in Segment.modes:
         with pytest.raises(ValueError, match="needs voxel labels"):
             Segment().fit([bare], CLASSES, mode=mode, seed=0)
+
+
+def test_surface_dice_is_measured_in_millimetres_beside_dice_and_averaged_by_itself():
+    array = np.zeros((12, 12, 8), dtype=np.int16)
+    array[3:9, 3:9, 2:6] = 1
+    truth = LabelMap(array=array, classes={1: "liver", 2: "spleen"})
+    moved = LabelMap(array=np.roll(array, 1, axis=2), classes=truth.classes)
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    near, far = (
+        Segment(tolerance_mm=tolerance).outcome_of_labels(moved, truth, affine, ("liver", "spleen"))
+        for tolerance in (3.5, 1.0)
+    )
+    assert set(near) == {"liver", "nsd:liver"}
+    assert near["nsd:liver"] == 1.0
+    assert far["nsd:liver"] < 1.0
+    assert near["liver"] == far["liver"] == pytest.approx(0.75)
+    task = Segment()
+    assert task.statistic("dice")([far]) == far["liver"]
+    assert task.statistic("nsd")([far]) == task.statistic("nsd:liver")([far]) == far["nsd:liver"]
+    assert np.isnan(task.statistic("nsd:spleen")([far]))
+    with pytest.raises(ValueError, match="tolerance_mm positive"):
+        Segment(tolerance_mm=0.0)

@@ -15,16 +15,19 @@ from lifelines import CoxPHFitter
 
 from voxelstem import adapt, evaluate, metrics
 from voxelstem.adapted import read_run
+from voxelstem.attending import AttendConfig
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import AuditError
 from voxelstem.model import make_model
 from voxelstem.protocols import Example, Head
+from voxelstem.risks import Cox, Hazard, Seen, minimised
 from voxelstem.sources.cohort import CohortConfig, cohort, write_survival
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import InputSpec, Survival
 from voxelstem.survival import (
     Watched,
+    breslow,
     censoring,
     harrell_c,
     integrated_brier,
@@ -211,12 +214,11 @@ def test_the_strength_is_the_one_that_cross_validates_best(task: Survive) -> Non
 
 def refit(task: Survive, rows: np.ndarray, watched: Watched, kept: np.ndarray) -> dict[str, np.ndarray]:
     """Weights for given columns as they are, in the intervals of all."""
-    from voxelstem.tasks.survive import _Cox, _Hazard, _minimise, _Seen
 
     part = Watched(time=watched.time[kept], event=watched.event[kept])
-    model = _Cox(ties=task.ties) if task.kind == "cox" else _Hazard.of(watched, task.intervals, own=task.by_interval)
-    seen = _Seen.of(rows, part)
-    return model.arrays(_minimise(model, seen, task.strengths[0]), seen, np.eye(rows.shape[1]))
+    model = Cox(ties=task.ties) if task.kind == "cox" else Hazard.of(watched, task.intervals, own=task.by_interval)
+    seen = Seen.of(rows, part)
+    return model.arrays(minimised(model, seen, task.strengths[0]), seen, np.eye(rows.shape[1]))
 
 
 def test_with_few_events_the_strength_is_the_default() -> None:
@@ -428,8 +430,8 @@ def test_settings_without_sense_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_modes_are_known() -> None:
-    with pytest.raises(ValueError, match="survive has no mode 'knn'"):
-        Survive().fit(people(5), (), mode="knn", seed=0)
+    with pytest.raises(ValueError, match="survive has no mode 'tree'"):
+        Survive().fit(people(5), (), mode="tree", seed=0)
 
 
 def test_an_outcome_is_plain_and_can_be_compared() -> None:
@@ -439,6 +441,141 @@ def test_an_outcome_is_plain_and_can_be_compared() -> None:
     assert isinstance(task.outcome(head, seen[3]), Foretold)
     with pytest.raises(ValueError, match="needs a time"):
         task.outcome(head, example(np.zeros(5), None, 0))
+
+
+# ------------------------------------------------------------------------------------------- other modes
+
+
+def unseen(task: Survive, labelled: list[Example], held: list[Example]) -> list[Foretold]:
+    """Everybody gets the labelled subjects' curve."""
+    head = task.usual(labelled, ())
+    return [task.outcome(head, replace(one, features=Row(np.zeros(0)))) for one in held]
+
+
+def naive_neighbours(task: Survive, seen: list[Example], row: np.ndarray) -> list[float]:
+    """Kaplan and Meier's curve of the nearest by what each weighs, at every labelled time, by loops."""
+    told = []
+    for one in seen:
+        lengths = [math.sqrt(sum(x * x for x in each)) for each in (one.features.scan, row)]
+        product = sum(a * b for a, b in zip(one.features.scan, row, strict=True))
+        told.append((product / lengths[0] / lengths[1], one.survival))
+    near = sorted(told, key=lambda pair: -pair[0])[: task.neighbours]
+    found, left = [], 1.0
+    for moment in sorted({one.survival.time for one in seen if one.survival}):
+        at_risk = sum(math.exp(c / task.temperature) for c, known in near if known.time >= moment)
+        came = sum(math.exp(c / task.temperature) for c, known in near if known.time == moment and known.event)
+        left *= 1 - came / at_risk if at_risk else 1.0
+        found.append(left)
+    return found
+
+
+@pytest.mark.parametrize("neighbours", [1, 6, 100])
+def test_neighbours_draw_their_own_curve(neighbours: int) -> None:
+    task, seen = Survive(neighbours=neighbours, temperature=0.3), people(30, whole_months=True)
+    head = task.fit(seen[:25], (), mode="knn", seed=0)
+    assert head.facts["kind"] == "knn"
+    for one in seen[25:]:
+        said = task.answer(head, one.features)
+        assert said.curve.value == pytest.approx(naive_neighbours(task, seen[:25], one.features.scan))
+        moments = head.arrays["moments"]
+        lost = 1 - float(np.trapezoid(said.curve.at(moments), moments)) / moments[-1]
+        assert said.risk == pytest.approx(lost)
+
+
+def test_neighbours_tell_who_fares_worse() -> None:
+    rng = np.random.default_rng(7)
+    angles = rng.uniform(0, math.pi, 160)
+    came = 10 * rng.exponential(size=160) * np.exp(2 - 1.5 * angles)
+    ended = rng.uniform(5, 60, 160)
+    seen = [
+        example(
+            np.array([math.cos(angle), math.sin(angle)]),
+            Survival(time=float(min(a, b)), event=bool(a <= b)),
+            at,
+        )
+        for at, (angle, a, b) in enumerate(zip(angles, came, ended, strict=True))
+    ]
+    task = Survive()
+    head = task.fit(seen[:80], (), mode="knn", seed=0)
+    outcomes = [task.outcome(head, one) for one in seen[80:]]
+    floor = unseen(task, seen[:80], seen[80:])
+    assert task.statistic("harrell_c")(outcomes) > 0.65
+    assert task.statistic("integrated_brier")(outcomes) < task.statistic("integrated_brier")(floor)
+
+
+@dataclass(frozen=True)
+class Patches:
+    scan: np.ndarray
+    tokens: np.ndarray
+    tokens_affine_ras: np.ndarray
+
+
+def speckled(count: int, seed: int) -> list[Example]:
+    """Scans in which three marked patches hold the risk, and the mean over patches is 0."""
+    rng = np.random.default_rng(seed)
+    seen = []
+    for at in range(count):
+        risk = float(rng.uniform(-2, 2))
+        tokens = rng.normal(size=(40, 8))
+        marked = rng.permutation(40)[:3]
+        tokens[marked, 0] += 6
+        tokens[marked, 1] += 2 * risk
+        tokens = (tokens - tokens.mean(axis=0)).reshape(2, 4, 5, 8).astype(np.float32)
+        came, ended = 10 * rng.exponential() * math.exp(-risk), rng.uniform(5, 60)
+        told = Survival(time=min(came, ended), event=came <= ended)
+        features = Patches(tokens.mean(axis=(0, 1, 2)), tokens, np.eye(4))
+        name = f"s{seed}-{at:04d}"
+        seen.append(Example(subject=name, key=name, features=features, affine_ras=np.eye(4), survival=told))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Survive(intervals=4),
+        Survive(kind="hazard", intervals=4),
+        Survive(kind="hazard", intervals=3, by_interval=True),
+    ],
+    ids=["cox", "hazard", "by interval"],
+)
+def test_attention_reads_a_risk_from_a_few_patches_and_is_the_same_again(task: Survive) -> None:
+    train, held = speckled(60, 0), speckled(60, 1)
+    head = task.fit(train, (), mode="attention", seed=0)
+    outcomes = [task.outcome(head, one) for one in held]
+    floor = unseen(task, train, held)
+    assert task.statistic("harrell_c")(outcomes) > 0.65
+    assert task.statistic("integrated_brier")(outcomes) < task.statistic("integrated_brier")(floor)
+    again = task.fit(train, (), mode="attention", seed=0)
+    assert all(np.array_equal(array, again.arrays[name]) for name, array in head.arrays.items())
+    assert head.facts["bag"] == "tokens"
+
+
+def test_curves_above_attention_are_breslow_s_of_its_risks() -> None:
+    task, seen = Survive(attention=AttendConfig(few_steps=5)), speckled(12, 2)
+    head = task.fit(seen, (), mode="attention", seed=0)
+    risks = np.array([task.answer(head, one.features).risk for one in seen])
+    assert risks.std() > 0
+    assert risks.mean() == pytest.approx(0, abs=1e-5)
+    assert head.arrays["baseline"] == pytest.approx(breslow(watched_of(seen), risks).value, abs=1e-5)
+
+
+def test_scans_of_a_subject_are_one_bag() -> None:
+    task, seen = Survive(attention=AttendConfig(few_steps=5)), speckled(8, 3)
+    tokens = np.concatenate([seen[0].features.tokens, seen[1].features.tokens])
+    second = replace(seen[1], subject=seen[0].subject, survival=seen[0].survival)
+    joined = replace(seen[0], features=Patches(seen[0].features.scan, tokens, np.eye(4)))
+    two = task.fit([seen[0], second, *seen[2:]], (), mode="attention", seed=0)
+    one = task.fit([joined, *seen[2:]], (), mode="attention", seed=0)
+    assert all(np.array_equal(array, one.arrays[name]) for name, array in two.arrays.items())
+
+
+def test_attention_is_not_asked_of_one_vector_and_patches_only_where_they_are_looked_at() -> None:
+    task = Survive(attention=AttendConfig(few_steps=1))
+    head = task.fit(speckled(6, 0), (), mode="attention", seed=0)
+    with pytest.raises(ValueError, match="not at the scan's one vector"):
+        task.predict(head, np.zeros(8))
+    assert task.looks_at_tokens("attention")
+    assert not task.looks_at_tokens("knn")
 
 
 # ------------------------------------------------------------------------------------------- the whole way

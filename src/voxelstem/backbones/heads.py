@@ -131,7 +131,8 @@ class TokenPainter(nn.Module):
         """Logits of every voxel of blocks of `size_ijk` whose patches (C-order) make the `grid`."""
         sub = self.sub
         cells = self.answer(tokens).unflatten(2, (self.out, sub, sub, sub)).unflatten(1, grid)
-        cells = cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(tokens), self.out, *(sub * side for side in grid))
+        sides = [sub * side for side in grid]
+        cells = cells.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(tokens.shape[0], self.out, *sides)
         return F.interpolate(cells, size=size_ijk, mode="trilinear", align_corners=False)
 
 

@@ -14,7 +14,7 @@ from voxelstem.errors import ConfigError
 from voxelstem.resampling import resample
 from voxelstem.store import Record, Store
 from voxelstem.streaming import Scan, columns, lay, of_store
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Survival
 from voxelstem.tasks.segment import numbered
 from voxelstem.views import slide, tile
 
@@ -39,8 +39,11 @@ class Case:
     seen: Seen
     truth: Int[Tensor, "i j k"] | None = None
     """Class of each voxel of the image, 0 for background."""
-    target: int | float = 0
-    """The scan's class or its (standardised) number, where voxels have none."""
+    target: int | float | Survival | tuple[float, ...] = 0
+    """The scan's class, its (standardised) number, how long nothing happened, or 1, 0 or NaN for each class, where
+    voxels have none."""
+    subject: str = ""
+    """Whose scan it is, for what compares one subject with another."""
     marked: tuple[Int[np.ndarray, "voxel"], ...] = ()
     """For each class that occurs, the flat indices of its voxels."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,36 @@ from voxelstem.engine.device import autocast
 from voxelstem.errors import AuditError
 from voxelstem.finetune.cases import Case
 from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.dynunet import ScratchUnet
 from voxelstem.finetune.network import Tuned
+from voxelstem.losses.binary import balanced_binary_entropy, kind_weights
 from voxelstem.losses.overlap import overlap
 from voxelstem.schedules import tuning
+from voxelstem.study import Survival
 
+Net = Tuned | ScratchUnet
+"""What can be trained: a pretrained network with what is new above it, or one that begins with nothing."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 Report = Callable[[float], None]
 """Hears the loss of every step."""
+Pick = Callable[[Sequence[Case]], Callable[[int, np.random.Generator], Iterator[Case]]]
+"""From all cases: what draws so many of them for a batch."""
+
+
+def in_turns(cases: Sequence[Case]) -> Callable[[int, np.random.Generator], Iterator[Case]]:
+    """Each case as often as any other; of several classes of scans each class."""
+    turns = turns_of(cases)
+
+    def pick(count: int, rng: np.random.Generator) -> Iterator[Case]:
+        for _ in range(count):
+            group = turns[int(rng.integers(len(turns)))]
+            yield group[int(rng.integers(len(group)))]
+
+    return pick
 
 
 def fit(
-    net: Tuned,
+    net: Net,
     cases: Sequence[Case],
     config: FinetuneConfig,
     *,
@@ -36,6 +55,7 @@ def fit(
     seed: int,
     report: Report | None = None,
     held: Sequence[Case] = (),
+    pick: Pick = in_turns,
 ) -> None:
     """Train the network in place, where it lies; the same seed draws the same patches.
 
@@ -47,23 +67,24 @@ def fit(
         seed: Of the patches, and of dropout.
         report: Hears of every step.
         held: Cases that nothing is learned from. Their loss says which step is kept and when to stop; see `Watch`.
+        pick: How the cases of a batch are drawn.
     """
     device = next(net.parameters()).device
     net.train().requires_grad_(False)
-    watch = Watch(net, held, config, loss, seed) if held else None
+    watch = Watch(net, held, config, loss, seed, pick=pick) if held else None
     rng = np.random.default_rng([seed, 17])
     encoder, rest = net.groups()
     for parameter in rest:
         parameter.requires_grad_(True)
     solver = _solver(net, config)
-    groups = turns_of(cases)
+    drawing = pick(cases)
     for step in range(config.steps):
         shares = tuning(step / config.steps, kind=config.schedule, warm_up=config.warm_up)
         for group in solver.param_groups:
             group["lr"] = config.lr * shares[group["part"]] * group["pace"]
         for parameter in encoder:
             parameter.requires_grad_(shares[0] > 0)
-        drawn = [draw(groups, config, net, rng) for _ in range(config.batch)]
+        drawn = [cut(case, config, net, rng) for case in drawing(config.batch, rng)]
         images, truths = (torch.stack(side).to(device) for side in zip(*drawn, strict=True))
         keys = Chance.of(seed, first=step * config.batch, count=config.batch).to(device)
         with autocast(device, "auto" if device.type == "cuda" else "fp32"):
@@ -90,11 +111,15 @@ class Watch:
     The same patches are asked every time (as many as there were looks), without jitter, so that looks are comparable.
     """
 
-    def __init__(self, net: Tuned, held: Sequence[Case], config: FinetuneConfig, loss: Loss, seed: int) -> None:
+    def __init__(
+        self, net: Net, held: Sequence[Case], config: FinetuneConfig, loss: Loss, seed: int, *, pick: Pick = in_turns
+    ) -> None:
         """Draw the patches."""
-        rng, turns = np.random.default_rng([seed, 23]), turns_of(held)
+        rng, drawing = np.random.default_rng([seed, 23]), pick(held)
         still = dataclasses.replace(config, jitter=0.0, mirror=())
-        drawn = [draw(turns, still, net, rng) for _ in range(max(config.looks, config.batch))]
+        # A batch that belongs together is asked together.
+        batches = -(-max(config.looks, config.batch) // config.batch)
+        drawn = [cut(case, still, net, rng) for _ in range(batches) for case in drawing(config.batch, rng)]
         self.net, self.config, self.loss = net, config, loss
         self.images, self.truths = (torch.stack(side) for side in zip(*drawn, strict=True))
         self.every = max(1, config.steps // config.looks)
@@ -140,11 +165,17 @@ class Watch:
         return found if math.isfinite(found) else math.inf
 
 
-def loss_of(task: str, config: FinetuneConfig) -> Loss:
-    """The loss of a task: an overlap and cross entropy, cross entropy, or Huber's on standardised numbers."""
+def loss_of(task: str, config: FinetuneConfig, cases: Sequence[Case] = ()) -> Loss:
+    """The loss of a task: an overlap and cross entropy, cross entropy, or Huber's on standardised numbers.
+
+    Of `findings` it is binary cross entropy, in which both kinds of a class weigh alike among `cases`.
+    """
     match task:
         case "segment":
             return lambda logits, truth: overlap(logits, truth, kind=config.loss)
+        case "findings":
+            weights = kind_weights(torch.tensor([case.target for case in cases]))
+            return lambda logits, truth: balanced_binary_entropy(logits, truth, weights)
         case "classify":
             return lambda logits, truth: F.cross_entropy(logits, truth.long())
         case _:
@@ -153,22 +184,23 @@ def loss_of(task: str, config: FinetuneConfig) -> Loss:
 
 def turns_of(cases: Sequence[Case]) -> list[list[Case]]:
     """Cases by their class; all together where voxels or numbers are learned."""
-    if cases[0].truth is not None or isinstance(cases[0].target, float):
+    if cases[0].truth is not None or isinstance(cases[0].target, float | Survival | tuple):
         return [list(cases)]
-    return [[case for case in cases if case.target == kind] for kind in sorted({case.target for case in cases})]
+    kinds = sorted({int(case.target) for case in cases if not isinstance(case.target, Survival | tuple)})
+    return [[case for case in cases if case.target == kind] for kind in kinds]
 
 
-def draw(
-    turns: Sequence[Sequence[Case]], config: FinetuneConfig, net: Tuned, rng: np.random.Generator
+def cut(
+    case: Case, config: FinetuneConfig, net: Net, rng: np.random.Generator
 ) -> tuple[Float[Tensor, "contrast i j k"], Tensor]:
-    """One patch and its truth. Of several classes of scans each is drawn equally often."""
-    group = turns[int(rng.integers(len(turns)))]
-    case = group[int(rng.integers(len(group)))]
-    patch = config.patch_ijk or net.backbone.config.block_ijk
+    """One patch of a case and its truth: of voxels, a class, a number, or time and event."""
+    patch = config.patch_ijk or (net.block_ijk if isinstance(net, ScratchUnet) else net.backbone.config.block_ijk)
     corner = _corner(case, patch, config.foreground, rng)
     box = tuple(slice(low, low + side) for low, side in zip(corner, patch, strict=True))
     flips = [axis for axis in config.mirror if rng.random() < 0.5]  # noqa: PLR2004
     image = _changed(case.seen.image[(slice(None), *box)], config.jitter, rng).flip([1 + axis for axis in flips])
+    if isinstance(case.target, Survival):
+        return image, torch.tensor([case.target.time, float(case.target.event)], dtype=torch.float64)
     if case.truth is None:
         return image, torch.tensor(case.target)
     return image, case.truth[box].flip(flips)
@@ -196,7 +228,7 @@ def _changed(
     return image + (image - middle.view(shape)) * gain.view(shape) + (lift * spread).view(shape)
 
 
-def _solver(net: Tuned, config: FinetuneConfig) -> Any:
+def _solver(net: Net, config: FinetuneConfig) -> Any:
     """An optimiser whose groups know their `part` (0 the encoder, 1 the rest) and the `pace` of their layer."""
     encoder, rest = net.groups()
     above = net.depths() if config.layer_decay < 1 else {}

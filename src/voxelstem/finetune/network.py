@@ -33,7 +33,7 @@ class Tuned(nn.Module):
     def __init__(self, backbone: Any, *, out: int, config: FinetuneConfig, voxels: bool) -> None:
         """`out` counts classes, background included, or the numbers that are predicted."""
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.out = backbone, out
         self.contrasts = config.channels
         self.late = config.fusion == "late" and config.channels > 1
         self.shared = backbone.config.latent if hasattr(backbone, "latents_of") else 0
@@ -60,7 +60,7 @@ class Tuned(nn.Module):
         if self.head is None:
             return self._joined(self._painted(each))
         cls, _ = self.backbone.encode_blocks(each)
-        described = cls.view(len(x), -1, cls.shape[-1])
+        described = cls.view(x.shape[0], -1, cls.shape[-1])  # len() is a constant to those who export networks
         shared = described[..., : self.shared].mean(dim=1)
         return self.head(torch.cat([shared, described[..., self.shared :].flatten(1)], dim=1), keys)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,21 +15,27 @@ from voxelstem.backbones.lowrank import fold
 from voxelstem.card import Card
 from voxelstem.engine.device import choose
 from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.finetune import fates
 from voxelstem.finetune.cases import Case, Seen, companions, labelled, see
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.loop import fit, loss_of
+from voxelstem.finetune.loop import Net, fit, in_turns, loss_of
 from voxelstem.finetune.network import Tuned, build, restore
+from voxelstem.manylabels import FACTS, answers_each
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Head, Task
+from voxelstem.room import left_bytes
 from voxelstem.store import Record, Store
-from voxelstem.study import InputSpec
+from voxelstem.study import InputSpec, Survival
+from voxelstem.tasks.survive import Survive
 from voxelstem.truth import Truth
 from voxelstem.views import cells, slide
-from voxelstem.views.winners import winners
+from voxelstem.views.winners import shares, winners
 
 OWN = "net."
 """Before the names of the tuned network's own tensors among a head's arrays."""
+WINDOWS = 4
+"""So many times a window's logits are what a network holds while it makes them, about; bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +43,8 @@ class Said:
     """What a tuned network says of a scan, in the form of features: the head above it changes nothing."""
 
     scan: Float[np.ndarray, " out"]
-    """Log-probabilities of classes, or the number in standard deviations; nothing where voxels are labelled."""
+    """Log-probabilities of classes, the number in standard deviations, or the log of a risk; nothing where voxels are
+    labelled."""
     tokens: Float[np.ndarray, "i j k kind"] | None = None
     """Logits of every voxel on the network's grid."""
     tokens_affine_ras: Float[np.ndarray, "4 4"] | None = None
@@ -49,15 +57,32 @@ class Asked:
     task: str
     voxels: bool
     classes: tuple[str, ...]
-    targets: Mapping[str, int | float]
-    """Subject to class (counted in `classes`) or number; empty where voxels are labelled."""
+    targets: Mapping[str, int | float | tuple[float, ...]]
+    """Subject to class (counted in `classes`), to a number, or to 1, 0 or NaN for each class; empty where voxels are
+    labelled."""
+    each: bool = False
+    """Each class is there or not, whatever the others are."""
+    survival: Mapping[str, Survival] = field(default_factory=dict[str, Survival])
+    """Subject to how long nothing happened, for `times`."""
+    times: Survive | None = None
+    """The task that learns from times, if it is one: it makes the head."""
 
     @classmethod
     def of(cls, name: str, task: Task, truth: Truth, classes: tuple[str, ...]) -> Asked:
         """What a task asks of subjects of whom this is known."""
-        targets: dict[str, int | float] = dict(truth.values)
+        targets: dict[str, int | float | tuple[float, ...]] = dict(truth.values)
         targets |= {subject: classes.index(label) for subject, label in truth.labels.items() if label in classes}
-        return cls(task=name, voxels=task.voxels, classes=classes, targets=targets)
+        targets |= {who: tuple(float(told.get(n, math.nan)) for n in classes) for who, told in truth.findings.items()}
+        times = task if isinstance(task, Survive) else None
+        return cls(
+            task=name,
+            voxels=task.voxels,
+            classes=classes,
+            targets=targets,
+            each=bool(truth.findings),
+            survival=truth.survival,
+            times=times,
+        )
 
     @property
     def out(self) -> int:
@@ -79,13 +104,14 @@ def tune(
     Every scan is held in memory on the network's grid while it trains.
 
     Raises:
-        ConfigError: a backbone or contrasts that this cannot be done with.
+        ConfigError: a backbone, contrasts or settings that this cannot be done with.
         IngestError: a scan that cannot be brought to the weights' spacing.
+        AuditError: training diverges, or of times nobody can be compared.
     """
+    if asked.times is not None:
+        fates.check(asked.times, config)
     net, card = build(model, out=asked.out, config=config, voxels=asked.voxels, seed=seed)
-    numbers = not asked.voxels and not asked.classes
-    known = np.array([asked.targets[record.subject] for record in records]) if numbers else np.zeros(1)
-    middle, spread = float(known.mean()), max(float(known.std()), 1e-6)
+    unit = _Unit.of(asked, records)
     cases: list[Case] = []
     held: list[Case] = []
     apart = hold_out([record.subject for record in records], asked, config.held, seed)
@@ -94,50 +120,92 @@ def tune(
         if asked.voxels:
             side.append(labelled(store, keys, card.spec, asked.classes))
             continue
-        said = asked.targets[record.subject]
-        target = (said - middle) / spread if numbers else int(said)
-        side.append(Case(seen=see(store, keys, card.spec), target=target))
+        target = unit.target(asked, record.subject)
+        side.append(Case(seen=see(store, keys, card.spec), target=target, subject=record.subject))
     net.to(choose("auto"))
     config = replace(config, patch_ijk=card.spec.block_ijk)
+    pick, loss = in_turns, loss_of("findings" if asked.each else asked.task, config, cases)
+    if asked.times is not None:
+        pick, loss = fates.way_of(asked.times, cases)
     with progress(f"{asked.task}: the whole network", config.steps) as advance:
         fit(
             net,
             cases,
             config,
-            loss=loss_of(asked.task, config),
+            loss=loss,
             seed=seed,
             report=lambda loss: advance(1, note=f"loss {loss:.3f}"),
             held=held,
+            pick=pick,
         )
+    head = _head(net, [*cases, *held], card.spec, asked, config, unit)
     net.cpu()
     fold(net.backbone)
-    one, plain = np.eye(asked.out), asked.out
-    arrays = {"middle": np.zeros(plain), "scale": np.ones(plain), "weight": one, "bias": np.zeros(plain)}
-    if numbers:
-        arrays |= {"weight": np.array([spread]), "bias": np.array([middle])}
-    arrays |= {OWN + name: tensor.numpy() for name, tensor in net.own().items()}
-    mode = "full" if config.changes == "all" else "adapters"
-    head = Head(mode=mode, classes=asked.classes, arrays=arrays, facts={"sub": 1.0})
+    head.arrays.update({OWN + name: tensor.numpy() for name, tensor in net.own().items()})
     what = "whole" if config.changes == "all" else "by low-rank changes, folded in"
     notes = f"fine-tuned {what} for {asked.task} on {len(cases)} labelled scans"
     notes += f"; {len(held)} more said when to stop" if held else ""
-    card = replace(card, recipe=f"{card.recipe} + {mode}".strip(" +"), notes=(*card.notes, notes))
+    card = replace(card, recipe=f"{card.recipe} + {head.mode}".strip(" +"), notes=(*card.notes, notes))
     return head, card, dict(net.backbone.state_dict())
 
 
+def _head(
+    net: Tuned, cases: Sequence[Case], spec: InputSpec, asked: Asked, config: FinetuneConfig, unit: _Unit
+) -> Head:
+    """The head above a network that is trained: of times the curves, of all else what changes nothing."""
+    mode = "full" if config.changes == "all" else "adapters"
+    if asked.times is not None:
+        risks = [float(say(net, case.seen, spec, asked, config).scan[0]) for case in cases]
+        return fates.head_of(asked.times, cases, risks, mode=mode)
+    facts: dict[str, float | str] = {"sub": 1.0} | (FACTS if asked.each else {})
+    return Head(mode=mode, classes=asked.classes, arrays=unit.arrays(asked.out), facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """Numbers that are learned, in standard deviations about their mean; of all else nothing is changed."""
+
+    middle: float = 0.0
+    spread: float = 1.0
+    numbers: bool = False
+
+    @classmethod
+    def of(cls, asked: Asked, records: Sequence[Record]) -> _Unit:
+        if asked.voxels or asked.classes or asked.times is not None:
+            return cls()
+        known = np.array([asked.targets[record.subject] for record in records])
+        return cls(middle=float(known.mean()), spread=max(float(known.std()), 1e-6), numbers=True)
+
+    def target(self, asked: Asked, subject: str) -> int | float | Survival | tuple[float, ...]:
+        if asked.times is not None:
+            return asked.survival[subject]
+        said = asked.targets[subject]
+        if isinstance(said, tuple):
+            return said
+        return (said - self.middle) / self.spread if self.numbers else int(said)
+
+    def arrays(self, out: int) -> dict[str, np.ndarray]:
+        """A linear head that changes nothing, or brings a number back into its unit."""
+        plain = {"middle": np.zeros(out), "scale": np.ones(out), "weight": np.eye(out), "bias": np.zeros(out)}
+        return plain | ({"weight": np.array([self.spread]), "bias": np.array([self.middle])} if self.numbers else {})
+
+
 def hold_out(subjects: Sequence[str], asked: Asked, share: float, seed: int) -> frozenset[str]:
-    """Subjects whom training does not see: of each class a share, and never the last one.
+    """Subjects whom training does not see: of each class, or of events and of the censored, a share; never the last.
 
     Raises:
         ConfigError: a share is wanted, and there is nobody to spare.
     """
     if not share:
         return frozenset()
-    groups: dict[int | float, list[str]] = {}
-    for subject in sorted(set(subjects)):
+    groups: dict[int | float | tuple[float, ...], list[str]] = {}
+    for subject in sorted(set(subjects)) if not asked.each else ():
         kind = asked.targets.get(subject, 0) if asked.classes and not asked.voxels else 0
+        kind = int(asked.survival[subject].event) if asked.times is not None else kind
         groups.setdefault(kind, []).append(subject)
     rng, apart = np.random.default_rng([seed, 29]), set[str]()
+    if asked.each:
+        apart = _spare(sorted(set(subjects)), asked, share, rng)
     for _, group in sorted(groups.items()):
         count = min(round(share * len(group)), len(group) - 1)
         apart |= {group[place] for place in rng.permutation(len(group))[:count]}
@@ -147,6 +215,19 @@ def hold_out(subjects: Sequence[str], asked: Asked, share: float, seed: int) -> 
             hint="label more subjects, or leave full.held at 0: training then takes all its steps",
         )
     return frozenset(apart)
+
+
+def _spare(subjects: Sequence[str], asked: Asked, share: float, rng: np.random.Generator) -> set[str]:
+    """A share of the subjects without whom every class is still shown both ways."""
+    said = {subject: np.array(asked.targets[subject]) for subject in subjects}
+    left = np.stack([sum(row == kind for row in said.values()) for kind in (0.0, 1.0)])
+    apart = set[str]()
+    for subject in (subjects[int(place)] for place in rng.permutation(len(subjects))):
+        own = np.stack([said[subject] == kind for kind in (0.0, 1.0)])
+        if len(apart) < round(share * len(subjects)) and (left - own)[own].min(initial=1) > 0:
+            left = left - own
+            apart.add(subject)
+    return apart
 
 
 def tuned(model: Model, head: Head, asked: Asked, config: FinetuneConfig) -> Tuned:
@@ -165,10 +246,11 @@ def tuned(model: Model, head: Head, asked: Asked, config: FinetuneConfig) -> Tun
 
 
 @torch.inference_mode()
-def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneConfig) -> Said:
+def say(net: Net, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneConfig) -> Said:
     """What a tuned network says of a scan: under windows as large as the patches it learned from.
 
-    Voxels: Gaussian-weighted mean of logits. Classes: mean of log-probabilities over windows. Numbers: their median.
+    Voxels: Gaussian-weighted mean of logits. Classes: mean of log-probabilities over windows, or where each is there or
+    not, mean of logits, which is the same for yes and no. Numbers: their median.
     """
     device = next(net.parameters()).device
     image, window = seen.image.to(device), spec.block_ijk
@@ -183,6 +265,8 @@ def say(net: Tuned, seen: Seen, spec: InputSpec, asked: Asked, config: FinetuneC
         box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
         rows.append(net(image[(slice(None), *box)][None])[0].float().cpu())
     answers = torch.stack(rows)
+    if asked.each:
+        return Said(scan=answers.mean(dim=0).numpy())
     joined = answers.log_softmax(dim=1).mean(dim=0) if asked.classes else answers.quantile(0.5, dim=0)
     return Said(scan=joined.numpy())
 
@@ -198,13 +282,37 @@ def mark(
 ) -> Int[np.ndarray, "i j k"]:
     """The class of every voxel of a scan on its own grid, 0 for background, as `say` and its head would have it.
 
-    Logits live a window at a time, along the network grid's longest axis.
+    Logits live a window at a time, along the network grid's longest axis; where the process may not take the memory of
+    that, also in stripes along the next one.
+
+    Raises:
+        MemoryError: not even one row of logits would fit.
     """
-    axis = int(np.argmax(seen.shape_ijk))
+    across, axis = (int(place) for place in np.argsort(seen.shape_ijk, kind="stable")[1:])
     image = seen.image.to(next(net.parameters()).device)
     grid = cells.lay(affine_ras, shape_ijk, seen.affine_ras, seen.shape_ijk)
-    slabs = slide.roll(net, image, spec.block_ijk, axis=axis, overlap=config.overlap)
-    return winners(_within(slabs, seen, axis), grid, axis=axis)
+    found = np.empty(shape_ijk, dtype=np.int16)
+    for share in shares(grid, axis=across, most=_rows_at_once(net, image, spec.block_ijk, axis, across)):
+        slabs = slide.roll(net, image, spec.block_ijk, axis=axis, overlap=config.overlap, stripe=share.cells)
+        rows = slice(share.voxels.start, share.voxels.stop)
+        part = tuple(rows if place == across else slice(None) for place in range(3))
+        found[part] = winners(_within(slabs, seen, axis), grid, axis=axis, share=share)
+    return found
+
+
+def _rows_at_once(
+    net: Tuned, image: Float[Tensor, "contrast i j k"], window: tuple[int, int, int], axis: int, across: int
+) -> int:
+    """Of how many rows `across` the logits of one window's length along `axis` may be held together."""
+    left = left_bytes()
+    if math.isinf(left):
+        return image.shape[1 + across]
+    said = 4 * net.out * math.prod(window)
+    row = 4 * net.out * window[axis] * image.shape[1 + (3 - axis - across)]
+    # Half of what a window's own features and logits leave: the rest is the labels', and whoever comes after.
+    if (most := int((left - WINDOWS * said) / 2 // row)) < 1:
+        raise MemoryError
+    return most
 
 
 def _within(slabs: Iterable[slide.Slab], seen: Seen, axis: int) -> Iterator[slide.Slab]:
@@ -227,7 +335,8 @@ class Speaker:
             CheckpointError: head and weights belong to different runs.
         """
         self.net = tuned(model, head, asked, config).to(choose("auto"))
-        self.spec, self.store, self.asked, self.config = model.spec, store, asked, config
+        self.spec, self.store, self.config = model.spec, store, config
+        self.asked = replace(asked, each=answers_each(head))
 
     def __call__(self, key: str) -> Said:
         """Look at one scan and its companions."""

@@ -10,6 +10,7 @@ TASKS = Table(
         "classify": "voxelstem.tasks.classify:Classify",
         "detect": "voxelstem.tasks.detect:Detect",
         "regress": "voxelstem.tasks.regress:Regress",
+        "retrieve": "voxelstem.tasks.retrieve:Retrieve",
         "segment": "voxelstem.tasks.segment:Segment",
         "survive": "voxelstem.tasks.survive:Survive",
         "zeroshot": "voxelstem.tasks.zeroshot:Zeroshot",

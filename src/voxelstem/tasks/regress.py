@@ -1,4 +1,4 @@
-"""One number for a scan: a ridge regression on its frozen embedding, or attention to its parts."""
+"""One number for a scan: a ridge regression on its frozen embedding, its neighbours, or attention to its parts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from voxelstem import attending, metrics
 from voxelstem.assurance import Assurance
 from voxelstem.bags import bag_of, kind_of
 from voxelstem.findings import Finding, Weights
+from voxelstem.neighbours import nearest, unit
 from voxelstem.protocols import Example, Features, Head
 
 
@@ -31,7 +32,7 @@ class Measured:
 class Regress:
     """Settings of the scan-level regression, and the regression itself."""
 
-    modes: ClassVar[tuple[str, ...]] = ("probe", "attention")
+    modes: ClassVar[tuple[str, ...]] = ("probe", "knn", "attention")
     metrics: ClassVar[tuple[str, ...]] = ("mae", "r")
     voxels: ClassVar[bool] = False
     numbers: ClassVar[bool] = True
@@ -41,6 +42,10 @@ class Regress:
     """Of the label file's numbers, as UCUM writes it: `a` for years, `mm`, `1` for plain numbers."""
     strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
     """Candidates for the weight of the squared norm, on standardised columns; leaving one scan out chooses."""
+    neighbours: int = 5
+    """Over how many labelled scans `knn` takes the mean (fewer if there are fewer)."""
+    temperature: float = 0.07
+    """There a neighbour of cosine c weighs exp(c / temperature), as in `classify` (Wu et al. 2018, section 3.4)."""
     attention: attending.AttendConfig = field(default_factory=attending.AttendConfig)
     """What is looked at in `attention`, and how that is fitted."""
 
@@ -48,13 +53,17 @@ class Regress:
         """Guard the numbers.
 
         Raises:
-            ValueError: no strength, or one that is not positive.
+            ValueError: no strength, or a strength, a temperature or a number of neighbours that is not positive.
         """
+        if self.neighbours < 1 or self.temperature <= 0:
+            raise ValueError(
+                f"neighbours and temperature must be positive, got {self.neighbours} and {self.temperature}"
+            )
         if not self.strengths or min(self.strengths) <= 0:
             raise ValueError(f"strengths must be positive, got {self.strengths}")
 
     def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
-        """Fit `probe` or `attention` to scans with a value; there are no classes. The probe leaves nothing to the seed.
+        """Fit `probe`, `knn` or `attention` to scans with a value; there are no classes. Only attention needs the seed.
 
         Raises:
             ValueError: an unknown mode, fewer than two scans, one without a value, or nothing to attend to.
@@ -67,6 +76,8 @@ class Regress:
         if mode == "attention":
             return self._attend(examples, values, classes, seed)
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
+        if mode == "knn":
+            return Head(mode=mode, classes=classes, arrays={"rows": unit(rows), "values": values})
         middle, scale = rows.mean(axis=0), rows.std(axis=0)
         scale = np.where(scale > 1e-9 * np.maximum(np.abs(rows).max(axis=0), 1e-9), scale, 1.0)
         weight, strength = ridge((rows - middle) / scale, values - values.mean(), self.strengths)
@@ -95,6 +106,9 @@ class Regress:
         """
         if head.mode == "attention":
             raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
+        if head.mode == "knn":
+            near = nearest(head.arrays["rows"], scan, self.neighbours)
+            return float(near.shares(self.temperature) @ head.arrays["values"][near.places])
         row = (scan.astype(np.float64) - head.arrays["middle"]) / head.arrays["scale"]
         return float(row @ head.arrays["weight"] + head.arrays["bias"][0])
 

@@ -1,300 +1,217 @@
-"""How often the right scan is among the first that a report finds: recall@k over a pool of known size.
+"""The labelled cases that are most like a scan: neighbours by cosine, as embedded or under a learned metric.
 
-No line in the table of tasks: those fit a head to labels and judge each scan alone, while here nothing is fitted, a
-scan's right answer is its own report, and what counts is the pool that it stands in. So the pool's size is part of
-every result, and the published protocols are data, named with a version that changes when they do.
+Nothing is said that no labelled case says: who reads the answer can open the cases it rests on. A case of the scan's
+own subject is never among them.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int, UInt8
 
-from voxelstem.errors import ConfigError
-from voxelstem.metrics import Interval, bootstrap_interval
-from voxelstem.study import Report
-from voxelstem.table import closest
+from voxelstem import metrics
+from voxelstem.assurance import Assurance
+from voxelstem.findings import LONGEST_NAME, Finding, Quantity, Weights
+from voxelstem.neighbours import nearest, unit
+from voxelstem.protocols import Example, Features, Head
 
-Section = Literal["findings", "impression", "full"]
-FEWEST = 2
-"""Scans in a pool: of one the right one is always found."""
-_ROUNDING = 1e-12
-"""By what products of equal vectors may differ, depending on where a library's blocks put them."""
-_HALVES = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Published:
-    """A figure of somebody else's, for comparison. It was computed on their pool, by their code."""
-
-    model: str
-    pool: int
-    k: int
-    percent: float
+LEAST_SHRUNK = 0.01
+"""The spread within classes is taken to be at least this much alike in all directions, or a few scans would make some
+of them endless."""
+KEY_SHOWN = 16
+"""Letters of a labelled scan's key in findings; `voxelstem show STORE` finds it by them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Protocol:
-    """A way to measure retrieval that others can repeat."""
+class Retrieved:
+    """What was found for a subject."""
 
-    name: str
-    """Ends with its version."""
-    section: Section
-    """Which part of the report is the query."""
-    recalls: tuple[int, ...]
-    pools: tuple[int, ...] = ()
-    """Sizes of the pools into which all scans are parted at random; none: one pool of all."""
-    partitions: int = 1
-    """How often they are parted anew."""
-    published: tuple[Published, ...] = ()
-    source: str = ""
-    """Where it and the figures beside ours come from."""
-
-    def __post_init__(self) -> None:
-        """Guard the numbers.
-
-        Raises:
-            ValueError: a pool of fewer than two scans, or a k or number of partitions below 1.
-        """
-        if any(pool < FEWEST for pool in self.pools) or min(*self.recalls, self.partitions) < 1:
-            raise ValueError(f"pools hold >= 2 scans, k and partitions are >= 1, got {self}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recall:
-    """One line of results. Never without its pool's size."""
-
-    protocol: str
-    section: str
-    k: int
-    pool: int
-    """Scans that a report has to choose from."""
-    queries: int
-    """Reports that asked."""
-    value: Interval
-    """Share found among the first k, with the interval of resampling patients; the pools are held as they are."""
-    partitions: int = 1
-    over_partitions: tuple[float, float] | None = None
-    """95 % interval of the mean over partitions (mean -+ 1.96 standard errors); None for a single pool."""
+    truth: int
+    """Its class, counted in the head's order."""
+    shares: tuple[float, ...]
+    """Of the nearest `k` cases, the share of each class."""
+    average_precision: float
+    """Over the places of all cases of its class among all labelled ones; NaN where nobody else has its class."""
 
     @property
-    def chance(self) -> float:
-        """What guessing finds."""
-        return min(1.0, self.k / self.pool)
-
-    def __str__(self) -> str:
-        """`R@5 of a pool of 1564: 0.175 [0.156, 0.194] (chance 0.003, 1564 reports)`."""
-        often = f", {self.partitions} partitions" if self.partitions > 1 else ""
-        beside = f"chance {self.chance:.3f}, {self.queries} reports{often}"
-        return f"R@{self.k} of a pool of {self.pool}: {self.value} ({beside})"
+    def precision(self) -> float:
+        """The share of the nearest `k` that are of its class."""
+        return self.shares[self.truth]
 
 
-def ranks(queries: Float[np.ndarray, "scan out"], targets: Float[np.ndarray, "scan out"]) -> Int64[np.ndarray, " scan"]:
-    """How many others come before each query's own target: 0 where it is found first.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Like:
+    """A labelled case that is like a scan."""
 
-    Row i of both belongs to scan i. Others of the same score count as before it, so that a model that gives everything
-    one vector finds nothing; so do those that cannot be compared, because a number is not finite.
-    """
-    found: list[np.ndarray] = []
-    wide = targets.T.astype(np.float64)
-    step = max(1, (1 << 24) // max(1, len(targets)))
-    for low in range(0, len(queries), step):
-        scores = queries[low : low + step].astype(np.float64) @ wide
-        own = scores[np.arange(len(scores)), np.arange(low, low + len(scores))]
-        found.append((~(scores < own[:, None] - _ROUNDING)).sum(axis=1) - 1)
-    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+    key: str
+    """The beginning of its key."""
+    label: str
+    cosine: float
 
 
-def recalls(
-    protocol: Protocol,
-    queries: Float[np.ndarray, "scan out"],
-    targets: Float[np.ndarray, "scan out"],
-    subjects: Sequence[str],
-    *,
-    seed: int = 0,
-) -> list[Recall]:
-    """Measure a protocol: row i of `queries` (reports) looks for row i of `targets` (scans).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retrieve:
+    """Settings of the search among labelled cases, and the search itself."""
 
-    Args:
-        protocol: What to measure.
-        queries: Unit vectors of the reports.
-        targets: Unit vectors of the scans, in the same order.
-        subjects: Whose scan each is; intervals resample these.
-        seed: Of the partitions.
+    modes: ClassVar[tuple[str, ...]] = ("knn", "probe")
+    metrics: ClassVar[tuple[str, ...]] = ("precision_at_k", "average_precision")
+    voxels: ClassVar[bool] = False
 
-    Raises:
-        ConfigError: fewer scans than the smallest pool holds.
-    """
-    count = len(targets)
-    pools = [pool for pool in protocol.pools or (count,) if FEWEST <= pool <= count]
-    if not pools:
-        smallest = min(protocol.pools, default=FEWEST)
-        raise ConfigError(
-            f"{protocol.name} needs pools of {smallest} scans with reports, there are {count}",
-            hint="index more scans, or choose another protocol",
+    k: int = 5
+    """How many cases are shown, and judged in `precision_at_k` (fewer if there are fewer)."""
+
+    def __post_init__(self) -> None:
+        """Guard the number.
+
+        Raises:
+            ValueError: nobody is to be shown.
+        """
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:  # noqa: ARG002 - nothing is left to chance
+        """Keep the labelled scans as unit rows: as they are (`knn`), or where classes spread evenly (`probe`).
+
+        `probe` undoes how scans of one class differ from each other (within-class covariance normalisation: Hatch,
+        Kajarekar & Stolcke 2006, section 2), by a covariance that is shrunk as far as the scans are few (Ledoit &
+        Wolf 2004).
+
+        Raises:
+            ValueError: an unknown mode, a scan without its one label, or fewer than two classes.
+        """
+        if mode not in self.modes:
+            raise ValueError(f"retrieve has no mode '{mode}'")
+        told = [example.label for example in examples]
+        if None in told:
+            raise ValueError("retrieve compares scans by one label each, in a column `label`")
+        truth = np.array([classes.index(label or "") for label in told])
+        if len(np.unique(truth)) < 2:  # noqa: PLR2004
+            raise ValueError("the labelled scans are all of one class")
+        rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
+        metric = whitening(rows, truth) if mode == "probe" else {}
+        arrays = metric | {
+            "rows": unit(_seen(metric, rows)),
+            "truth": truth,
+            "subject": _letters([example.subject for example in examples]),
+            "key": _letters([example.key[:KEY_SHOWN] for example in examples]),
+        }
+        return Head(mode=mode, classes=classes, arrays=arrays)
+
+    def alike(self, head: Head, scan: Float[np.ndarray, "dim"]) -> tuple[Like, ...]:
+        """The `k` labelled cases that are most like a scan, the most alike first."""
+        near = nearest(head.arrays["rows"], _seen(head.arrays, scan[None])[0], self.k)
+        keys = _words(head.arrays["key"][near.places])
+        labels = [head.classes[kind] for kind in head.arrays["truth"][near.places].tolist()]
+        rows = zip(keys, labels, near.cosines.tolist(), strict=True)
+        return tuple(Like(key=key, label=label, cosine=cosine) for key, label, cosine in rows)
+
+    def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
+        """What most of the nearest cases are, then each of them by its key and label with its cosine."""
+        near = self.alike(head, features.scan)
+        shares = np.array([sum(one.label == name for one in near) / len(near) for name in head.classes])
+        answer, certainty = sure.certainty(head.classes, shares)
+        novelty = sure.novelty(features.scan)
+        most = Finding(
+            name=weights.name, kind="class", answer=answer, weights=weights, certainty=certainty, novelty=novelty
         )
-    found: list[Recall] = []
-    for pool in pools:
-        where = [_partition(count, pool, seed, number) for number in range(protocol.partitions)]
-        within = [_pooled_ranks(queries, targets, groups) for groups in where]
-        found += [_recall(protocol, pool, k, within, subjects) for k in protocol.recalls]
-    return found
+        cases = (
+            Finding(
+                name=f"like case {one.key}: {one.label}"[:LONGEST_NAME].strip(),
+                kind="value",
+                quantity=Quantity(value=one.cosine, unit="1"),
+                weights=weights,
+            )
+            for one in near
+        )
+        return (most, *cases)
+
+    def outcome(self, head: Head, example: Example) -> Retrieved:
+        """Rank all labelled scans of other subjects by how like they are.
+
+        Raises:
+            ValueError: the truth is a class that the head was never shown, or nobody else is labelled.
+        """
+        truth = head.classes.index(example.label or "")
+        own = (head.arrays["subject"] == _letters([example.subject], width=head.arrays["subject"].shape[1])).all(axis=1)
+        row = _seen(head.arrays, example.features.scan[None])[0]
+        near = nearest(head.arrays["rows"], row, len(own), hidden=own)
+        kinds = head.arrays["truth"][near.places]
+        first = np.bincount(kinds[: self.k], minlength=len(head.classes)) / min(self.k, len(kinds))
+        return Retrieved(truth=truth, shares=tuple(first.tolist()), average_precision=average_precision(kinds == truth))
+
+    def combine(self, outcomes: Sequence[Retrieved]) -> Retrieved:
+        """Average over a subject's scans: each asks by itself."""
+        return Retrieved(
+            truth=outcomes[0].truth,
+            shares=tuple(np.mean([one.shares for one in outcomes], axis=0).tolist()),
+            average_precision=metrics.mean([one.average_precision for one in outcomes]),
+        )
+
+    def statistic(self, metric: str) -> Callable[[Sequence[Retrieved]], float]:
+        """`precision_at_k` or `average_precision` (its mean is what is called MAP), over subjects."""
+        if metric == "precision_at_k":
+            return metrics.MeanOf(lambda outcome: outcome.precision)
+        return metrics.MeanOf(lambda outcome: outcome.average_precision)
 
 
-def text_of(report: Report, section: Section) -> str:
-    """A protocol's query: a section as it stands, or both under SPECTRE's headings.
+def by_chance(truth: int, kinds: Int[np.ndarray, "case"], classes: int) -> Retrieved:
+    """What is found for a subject of class `truth` where cases of these kinds come in any order.
 
-    Empty where there is nothing, and where bytes were read in a wrong way, so that halves of characters stand there.
+    Of R right cases among N the mean of average precision over all orders is (H + (R - 1) / (N - 1) (N - H)) / N, for H
+    the N-th harmonic number: the i-th place holds a right one in R of N orders, and then (i - 1) (R - 1) / (N - 1) of
+    those before it are right.
     """
-    match section:
-        case "findings":
-            text = report.findings_text.strip()
-        case "impression":
-            text = report.impression_text.strip()
-        case "full":
-            headed = (("Findings: ", report.findings_text), ("Impressions: ", report.impression_text))
-            text = "".join(f"{heading}{said.strip()}\n" for heading, said in headed if said.strip())
-    return "" if _HALVES.search(text) else text
+    counts = np.bincount(kinds, minlength=classes)
+    right, all_ = int(counts[truth]), len(kinds)
+    harmonic = math.fsum(1 / place for place in range(1, all_ + 1))
+    beside = (right - 1) / (all_ - 1) if all_ > 1 else 0.0
+    expected = (harmonic + beside * (all_ - harmonic)) / all_ if right else math.nan
+    return Retrieved(truth=truth, shares=tuple((counts / all_).tolist()), average_precision=expected)
 
 
-def named(name: str) -> Protocol:
-    """A protocol by its name; without its version the latest.
+def average_precision(right: Bool[np.ndarray, "place"]) -> float:
+    """Mean, over the places of all right cases, of the share of right ones until there; NaN without any."""
+    places = np.flatnonzero(right) + 1
+    return float((np.arange(1, len(places) + 1) / places).mean()) if len(places) else math.nan
 
-    Raises:
-        ConfigError: there is none of that name.
+
+def whitening(rows: Float[np.ndarray, "scan dim"], truth: Int[np.ndarray, "scan"]) -> dict[str, np.ndarray]:
+    """What makes scans of a class spread evenly about it: the middle, directions, and how each of them is stretched.
+
+    `plain` stretches whatever lies in none of the directions.
     """
-    versions = [known for known in PROTOCOLS if known.rpartition("-")[0] == name]
-    if name not in PROTOCOLS and not versions:
-        raise ConfigError(f"unknown protocol '{name}'", hint=closest(name, list(PROTOCOLS)))
-    return (
-        PROTOCOLS[name] if name in PROTOCOLS else PROTOCOLS[max(versions, key=lambda one: int(one.rpartition("-")[2]))]
-    )
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
+    middle = rows.mean(axis=0)
+    about = np.stack([row - rows[truth == kind].mean(axis=0) for row, kind in zip(rows, truth, strict=True)])
+    total = float(np.square(about).mean())
+    if total <= 1e-12 * float(np.square(rows).mean()):  # every class shows one scan, or many that are the same
+        return {"middle": middle, "turn": np.zeros((0, rows.shape[1])), "stretch": np.zeros(0), "plain": np.ones(1)}
+    shrunk = max(float(ledoit_wolf_shrinkage(about, assume_centered=True)), LEAST_SHRUNK)
+    _, sizes, turn = np.linalg.svd(about, full_matrices=False)
+    variances = (1 - shrunk) * sizes**2 / len(rows) + shrunk * total
+    return {"middle": middle, "turn": turn, "stretch": variances**-0.5, "plain": np.array([(shrunk * total) ** -0.5])}
 
 
-def _partition(count: int, pool: int, seed: int, number: int) -> Int64[np.ndarray, "group pool"]:
-    """Part all scans into pools at random; those that fill no pool are left out this time."""
-    if pool == count:
-        return np.arange(count)[None]
-    order = np.random.default_rng((seed, pool, number)).permutation(count)
-    return order[: count // pool * pool].reshape(-1, pool)
+def _seen(metric: dict[str, np.ndarray], rows: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row dim"]:
+    """Rows as a head compares them."""
+    if "turn" not in metric:
+        return rows
+    about = rows.astype(np.float64) - metric["middle"]
+    return metric["plain"] * about + (about @ metric["turn"].T) * (metric["stretch"] - metric["plain"]) @ metric["turn"]
 
 
-def _pooled_ranks(
-    queries: Float[np.ndarray, "scan out"],
-    targets: Float[np.ndarray, "scan out"],
-    groups: Int64[np.ndarray, "group pool"],
-) -> Float[np.ndarray, " scan"]:
-    """The rank of each scan within its pool; infinite where it is in none this time, which `_recall` leaves out."""
-    within = np.full(len(targets), math.nan)
-    for group in groups:
-        within[group] = ranks(queries[group], targets[group])
-    return within
+def _letters(words: Sequence[str], width: int = 0) -> UInt8[np.ndarray, "word letter"]:
+    """Words as an array that rests on disk without a pickle; cut off at `width`, which no word of ours reaches."""
+    raw = [word.encode() for word in words]
+    width = width or max(map(len, raw))
+    return np.stack([np.frombuffer(one[:width].ljust(width, b"\0"), dtype=np.uint8) for one in raw])
 
 
-def _recall(
-    protocol: Protocol, pool: int, k: int, within: Sequence[Float[np.ndarray, " scan"]], subjects: Sequence[str]
-) -> Recall:
-    rows = np.stack(within)
-    took_part = ~np.isnan(rows)
-    hits = (np.where(took_part, rows, math.inf) < k).sum(axis=0)
-    asked = took_part.sum(axis=0)
-    by_subject = _summed(subjects, hits, asked)
-    each = np.array([float((one[~np.isnan(one)] < k).mean()) for one in within])
-    spread = None
-    if len(each) > 1:
-        half = 1.96 * float(each.std(ddof=1)) / math.sqrt(len(each))
-        spread = (float(each.mean()) - half, float(each.mean()) + half)
-    return Recall(
-        protocol=protocol.name,
-        section=protocol.section,
-        k=k,
-        pool=pool,
-        queries=int((asked > 0).sum()),
-        value=bootstrap_interval(by_subject, _share),
-        partitions=len(within),
-        over_partitions=spread,
-    )
-
-
-def _summed(
-    subjects: Sequence[str], hits: Int64[np.ndarray, " scan"], asked: Int64[np.ndarray, " scan"]
-) -> dict[str, tuple[int, int]]:
-    """Hits and questions of each subject, of those who were asked about."""
-    sums: dict[str, tuple[int, int]] = {}
-    for subject, hit, ask in zip(subjects, hits.tolist(), asked.tolist(), strict=True):
-        if ask:
-            had = sums.get(subject, (0, 0))
-            sums[subject] = (had[0] + hit, had[1] + ask)
-    return sums
-
-
-def _share(sample: Iterable[tuple[int, int]]) -> float:
-    """Hits among all questions, so that a subject with many scans counts as often as it did in the figure."""
-    hits, asked = map(sum, zip(*sample, strict=True))
-    return hits / asked
-
-
-def _figures(model: str, pools: Sequence[int], by_k: Mapping[int, Sequence[float]]) -> tuple[Published, ...]:
-    return tuple(
-        Published(model=model, pool=pool, k=k, percent=percent)
-        for k, percents in by_k.items()
-        for pool, percent in zip(pools, percents, strict=True)
-    )
-
-
-_MERLIN_POOLS = (32, 64, 128)
-_MERLIN = "SPECTRE (arXiv 2511.17209), table 3: Merlin's test split, text to image, 100 random partitions"
-
-
-def _merlin(section: Section, name: str, published: tuple[Published, ...]) -> Protocol:
-    return Protocol(
-        name=name,
-        section=section,
-        recalls=(1, 8),
-        pools=_MERLIN_POOLS,
-        partitions=100,
-        published=published,
-        source=_MERLIN,
-    )
-
-
-PROTOCOLS: Mapping[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            name="ct-rate-full-report-1",
-            section="full",
-            recalls=(5, 10, 50, 100),
-            published=tuple(
-                Published(model=model, pool=1564, k=k, percent=percent)
-                for model, percents in (("CT-CLIP", (2.9, 5.0, 18.0, 28.8)), ("SPECTRE", (17.5, 25.5, 48.9, 59.9)))
-                for k, percent in zip((5, 10, 50, 100), percents, strict=True)
-            ),
-            source="SPECTRE (arXiv 2511.17209), table 2: CT-RATE, text to image, full report, 1,564 studies",
-        ),
-        _merlin(
-            "findings",
-            "merlin-findings-1",
-            _figures("Merlin", _MERLIN_POOLS, {1: (77.6, 68.7, 59.4), 8: (98.8, 96.5, 92.0)})
-            + _figures("SPECTRE", _MERLIN_POOLS, {1: (55.5, 43.8, 33.0), 8: (93.5, 86.3, 76.1)}),
-        ),
-        _merlin(
-            "impression",
-            "merlin-impressions-1",
-            _figures("Merlin", _MERLIN_POOLS, {1: (38.4, 27.7, 19.4), 8: (85.4, 70.6, 56.4)})
-            + _figures("SPECTRE", _MERLIN_POOLS, {1: (43.2, 32.9, 24.0), 8: (83.7, 72.8, 61.5)}),
-        ),
-        _merlin(
-            "full",
-            "merlin-full-report-1",
-            _figures("SPECTRE", _MERLIN_POOLS, {1: (66.4, 55.7, 44.8), 8: (96.4, 91.6, 84.3)}),
-        ),
-    )
-}
-"""Published ways to measure, each with the figures that were published with it; SPECTRE saw Merlin's training split."""
+def _words(letters: UInt8[np.ndarray, "word letter"]) -> list[str]:
+    return [bytes(row).rstrip(b"\0").decode() for row in np.ascontiguousarray(letters)]

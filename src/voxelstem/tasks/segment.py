@@ -16,13 +16,16 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from voxelstem import metrics, queries
+from voxelstem import geometry, metrics, queries
 from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import LabelMap
+from voxelstem.surfaces import surface_dice
 from voxelstem.views import cells, resample
 from voxelstem.views.slide import Slab
 from voxelstem.views.winners import winners
 
+SURFACE = "nsd:"
+"""Before an organ's name among the figures of a scan: its surface Dice."""
 ROWS_AT_ONCE = 1 << 22
 """How many logits are interpolated in one go (16 MiB); bounds the memory of a prediction."""
 
@@ -32,7 +35,7 @@ class Segment:
     """Settings of the voxel-level head, and the head itself."""
 
     modes: ClassVar[tuple[str, ...]] = ("probe", "attention")
-    metrics: ClassVar[tuple[str, ...]] = ("dice",)
+    metrics: ClassVar[tuple[str, ...]] = ("dice", "nsd")
     voxels: ClassVar[bool] = True
     tunable: ClassVar[bool] = True
 
@@ -46,6 +49,8 @@ class Segment:
     """Steps of L-BFGS; the problem is convex."""
     tokens: int = 6000
     """How many labelled tokens are used at most; tokens without any organ are thinned out first."""
+    tolerance_mm: float = 2.0
+    """How far apart two surfaces may lie and still agree, in the figure `nsd`: what readers differ by."""
     queries: queries.QueryConfig = field(default_factory=queries.QueryConfig)
     """How large the decoder of `attention` is, and how it is fitted."""
 
@@ -57,8 +62,8 @@ class Segment:
         """
         if min(self.sub, self.iterations, self.tokens) < 1:
             raise ValueError("sub, iterations and tokens must be at least 1")
-        if min(self.balance, self.decay) < 0:
-            raise ValueError("balance and decay must not be negative")
+        if min(self.balance, self.decay) < 0 or not 0 < self.tolerance_mm < math.inf:
+            raise ValueError("balance and decay must not be negative, and tolerance_mm positive")
 
     def fit(self, examples: Sequence[Example], classes: tuple[str, ...], *, mode: str, seed: int) -> Head:
         """Fit the head to labelled scans. `classes` names the organs; background comes before them by itself.
@@ -122,7 +127,9 @@ class Segment:
             yield Slab(start=start * sub, values=torch.from_numpy(logits).float())
 
     def outcome(self, head: Head, example: Example) -> dict[str, float]:
-        """Dice of every organ that the truth of one scan holds, on the scan's own grid.
+        """Dice of every organ that the truth of one scan holds, and its surface Dice by `nsd:` before the name.
+
+        Both on the scan's own grid.
 
         Raises:
             ValueError: the example has no voxel labels.
@@ -131,14 +138,29 @@ class Segment:
             raise ValueError("a voxel-level task needs voxel labels")
         shape = example.labels.array.shape
         predicted = self.predict(head, example.features, example.affine_ras, (shape[0], shape[1], shape[2]))
-        return compare(predicted.array, example.labels, head.classes)
+        return self._figures(predicted.array, example.labels, example.affine_ras, head.classes)
 
     def outcome_of_labels(
         self, carried: LabelMap, truth: LabelMap, affine_ras: Float[np.ndarray, "4 4"], classes: tuple[str, ...]
     ) -> dict[str, float]:
-        """Dice of a label map that came from elsewhere, such as an atlas, on the scan's own grid."""
-        del affine_ras
-        return compare(numbered(carried, classes), truth, classes)
+        """`outcome` of a label map that came from elsewhere, such as an atlas, on the scan's own grid."""
+        return self._figures(numbered(carried, classes), truth, affine_ras, classes)
+
+    def _figures(
+        self,
+        predicted: Integer[np.ndarray, "i j k"],
+        truth: LabelMap,
+        affine_ras: Float[np.ndarray, "4 4"],
+        classes: tuple[str, ...],
+    ) -> dict[str, float]:
+        found, wanted = compare(predicted, truth, classes), numbered(truth, classes)
+        apart = geometry.spacing_mm(affine_ras)
+        surfaces = {
+            SURFACE + name: surface_dice(predicted == kind, wanted == kind, apart, tolerance_mm=self.tolerance_mm)
+            for kind, name in enumerate(classes, start=1)
+            if name in found
+        }
+        return found | surfaces
 
     def combine(self, outcomes: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Average each organ over a subject's scans."""
@@ -146,11 +168,15 @@ class Segment:
         return {name: metrics.mean([outcome[name] for outcome in outcomes if name in outcome]) for name in names}
 
     def statistic(self, metric: str) -> Callable[[Sequence[Mapping[str, float]]], float]:
-        """`dice`: mean over subjects of their mean over organs; `dice:liver`: of one organ, where it is present."""
-        organ = metric.partition(":")[2]
+        """`dice`: mean over subjects of their mean over organs; `dice:liver`: of one organ, where it is present.
+
+        `nsd` and `nsd:liver` likewise: normalised surface Dice at `tolerance_mm`.
+        """
+        kind, _, organ = metric.partition(":")
         if organ:
-            return metrics.MeanOf(lambda outcome: outcome.get(organ, math.nan))
-        return metrics.MeanOf(lambda outcome: metrics.mean(list(outcome.values())))
+            name = SURFACE + organ if kind == "nsd" else organ
+            return metrics.MeanOf(lambda outcome: outcome.get(name, math.nan))
+        return metrics.MeanOf(lambda outcome: metrics.mean(list(of_kind(outcome, kind).values())))
 
     def _probe(self, examples: Sequence[Example], classes: tuple[str, ...], seed: int) -> Head:
         """Fit the linear map to single tokens that hold at least one voxel."""
@@ -253,6 +279,13 @@ def numbered(labels: LabelMap, classes: tuple[str, ...]) -> Int[np.ndarray, "i j
         if name in classes:
             table[value] = classes.index(name) + 1
     return table[np.maximum(labels.array, 0)]
+
+
+def of_kind(outcome: Mapping[str, float], kind: str) -> dict[str, float]:
+    """The `dice` or the `nsd` of each organ in an outcome."""
+    if kind == "nsd":
+        return {name.removeprefix(SURFACE): value for name, value in outcome.items() if name.startswith(SURFACE)}
+    return {name: value for name, value in outcome.items() if not name.startswith(SURFACE)}
 
 
 def argmax_at(logits: Float[Tensor, "kinds ci cj ck"], grid: cells.CellGrid) -> Int[np.ndarray, "i j k"]:
