@@ -9,24 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from voxelstem.door import AdaptedModel, load
     from voxelstem.errors import VoxelstemError
     from voxelstem.sources import read
     from voxelstem.store import Store
     from voxelstem.study import InputSpec, LabelMap, Study, Volume
-    from voxelstem.weights.hub import load
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 
-__all__ = ["InputSpec", "LabelMap", "Store", "Study", "Volume", "VoxelstemError", "__version__", "load", "read"]
+__all__ = [
+    "AdaptedModel",
+    "InputSpec",
+    "LabelMap",
+    "Store",
+    "Study",
+    "Volume",
+    "VoxelstemError",
+    "__version__",
+    "load",
+    "read",
+]
 
 _HOMES = {
+    "AdaptedModel": "voxelstem.door",
     "InputSpec": "voxelstem.study",
     "LabelMap": "voxelstem.study",
     "Store": "voxelstem.store",
     "Study": "voxelstem.study",
     "Volume": "voxelstem.study",
     "VoxelstemError": "voxelstem.errors",
-    "load": "voxelstem.weights.hub",
+    "load": "voxelstem.door",
     "read": "voxelstem.sources",
 }
 

@@ -24,6 +24,8 @@ from voxelstem.study import InputSpec
 Tensors = Mapping[str, Tensor]
 
 CONFIG, TENSORS, README = "config.json", "model.safetensors", "README.md"
+RUN = "adapt.json"
+"""What a finished run of `adapt` has, and weights have not."""
 NOT_STATED = "not stated"
 INTENDED = (
     "Research on medical images: embedding scans, adapting to labelled tasks, comparing networks. Whoever builds on it "
@@ -203,10 +205,28 @@ def members(folder: Path, card: Card) -> list[str]:
     return [CONFIG, TENSORS, *([README] if (folder / README).is_file() else []), *card.extras]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a finished run of `adapt`: a head with the weights below it."""
+    return (folder / RUN).is_file()
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def yaml_word(text: str) -> str:
+    """A text as one value in the head of a README: as it is where YAML reads it so, else quoted.
+
+    >>> yaml_word("cc-by-4.0"), yaml_word("CC BY: 4.0")
+    ('cc-by-4.0', '"CC BY: 4.0"')
+    """
+    if _PLAIN_YAML.fullmatch(text):
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    # YAML takes no character that does not show.
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in quoted)
 
 
 def against_commerce(licence: str) -> str:
@@ -323,7 +343,7 @@ def _readme(card: Card) -> str:
     spec = card.spec
     notes = "".join(f"\n- {line}" for line in card.notes)
     files = "".join(f"\n- `{name}`: sha256 `{value}`" for name, value in card.extras.items())
-    licence = card.licence if _PLAIN_YAML.fullmatch(card.licence) else json.dumps(card.licence, ensure_ascii=False)
+    licence = yaml_word(card.licence)
     forbidden = " Not for commercial use." if against_commerce(card.licence) else ""
     preset = f" (preset `{spec.preset}`)" if spec.preset else ""
     return f"""---

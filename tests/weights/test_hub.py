@@ -165,8 +165,13 @@ def record_of(place: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ names
 
 
-def test_voxelstem_load_is_this_load():
-    assert voxelstem.load is hub.load
+def test_voxelstem_load_of_weights_is_this_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make(tmp_path / "made")
+    asked: list[object] = []
+    monkeypatch.setattr(hub, "load", lambda name, *, commercial: asked.append((name, commercial)))
+    voxelstem.load(tmp_path / "made", commercial=True)
+    voxelstem.load("hub:owner/name")
+    assert asked == [(tmp_path / "made", True), ("hub:owner/name", False)]
 
 
 def test_a_folder_is_loaded_as_it_is_and_nothing_is_asked_of_anybody(far: FakeHub, tmp_path: Path, cache: Path):

@@ -173,21 +173,34 @@ def export(
     commercial: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a weights folder for other programs; what was written is compared with ours where numbers can differ.
+    """Write weights, or a finished run of adapt, for other programs; what was written is compared with ours.
 
     For example:
 
         voxelstem weights export onnx spectre-large --out spectre-onnx
 
+        voxelstem weights export openvino runs/probe --out probe-openvino
+
     Args:
         layout: `spectre` (its own names), `hub` (our folder, checked and ready to upload), `onnx` or `openvino` (the
             networks of its levels, with parity.json beside), `nnssl` or `nnunet` (a checkpoint that nnU-Net can
-            fine-tune; both words mean the same).
-        folder: Weights folder.
+            fine-tune; both words mean the same). Of a run: `hub` (all of it), `onnx` or `openvino` (network and head),
+            `nnunet` (a tuned U-Net, for nnU-Net's own predictor).
+        folder: Weights folder, or the folder of a run.
         out: Folder that receives the files.
         commercial: Say that the use is commercial: weights whose licence forbids that are refused.
         json: Answer in JSON.
     """
+    from voxelstem.card import check_commercial, is_run, read_card
+
+    if commercial:
+        check_commercial(read_card(folder / "weights" if is_run(folder) else folder))
+    if is_run(folder):
+        from voxelstem.handover import export_run
+
+        done = export_run(layout, folder, out)
+        answer({"out": str(done)}, str(done), as_json=json)
+        return DONE
     match layout:
         case "spectre":
             from voxelstem.weights.spectre import export_spectre as write
@@ -199,10 +212,6 @@ def export(
             from voxelstem.weights.openvino import export_openvino as write
         case "nnssl" | "nnunet":
             from voxelstem.weights.nnssl import export_nnssl as write
-    if commercial:
-        from voxelstem.card import check_commercial, read_card
-
-        check_commercial(read_card(folder))
     done = write(folder, out)
     answer({"out": str(done)}, str(done), as_json=json)
     return DONE

@@ -41,6 +41,9 @@ from voxelstem.weights.nnssl_names import (
 
 WEIGHTS, PLAN = "network_weights", "nnssl_adaptation_plan"
 FILE, PLAN_FILE, CONFIG_FILE = "checkpoint_final.pth", "adaptation_plan.json", "config.json"
+RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
+"""Which of a network's settings nnU-Net looks up by name."""
 CITE = "Cite: "
 """What a note of a card begins with that names a work to cite."""
 SPEC = INPUT_SPECS["mri-nnssl"]
@@ -333,10 +336,20 @@ def _exportable(folder: Path, card: Card) -> UNetConfig:
 
 
 def _architecture(config: UNetConfig) -> dict[str, Any]:
-    large, stages = resenc("L"), len(config.features)
+    large = resenc("L")
     if (config.features, config.depths, config.strides) == (large.features, large.depths, large.strides):
         return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-    settings = {
+    return {
+        "arch_class_name": RESIDUAL,
+        "arch_kwargs": settings_of(config),
+        "arch_kwargs_requiring_import": list(IMPORTED),
+    }
+
+
+def settings_of(config: UNetConfig) -> dict[str, Any]:
+    """What nnU-Net builds a network of ours from."""
+    stages = len(config.features)
+    return {
         "n_stages": stages,
         "features_per_stage": list(config.features),
         "conv_op": "torch.nn.modules.conv.Conv3d",
@@ -351,11 +364,6 @@ def _architecture(config: UNetConfig) -> dict[str, Any]:
         "dropout_op_kwargs": None,
         "nonlin": "torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
-    }
-    return {
-        "arch_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-        "arch_kwargs": settings,
-        "arch_kwargs_requiring_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
 
 

@@ -27,13 +27,14 @@ def export_onnx(folder: Path, out: Path) -> Path:
         CheckpointError: see `levels.export`.
     """
     need("onnx", "onnxscript", "openvino")
-    return export(folder, out, kind="onnx", save=_save, run=run)
+    return export(folder, out, kind="onnx", save=save, run=run)
 
 
-def _save(level: Level, folder: Path) -> str:
+def save(level: Level, folder: Path) -> str:
+    """Write a network to a folder; gives the file's name."""
     axes = {name: torch.export.Dim(name) for free in level.dynamic for name in free.values()}
     shapes = tuple({axis: axes[name] for axis, name in free.items()} for free in level.dynamic)
-    size = sum(tensor.nbytes for tensor in level.module.buffers())
+    size = sum(tensor.nbytes for tensor in (*level.module.buffers(), *level.module.parameters()))
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter speaks of its own insides
         program: Any = torch.export.export(level.module, level.example, dynamic_shapes=shapes)

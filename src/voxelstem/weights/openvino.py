@@ -21,7 +21,7 @@ def export_openvino(folder: Path, out: Path) -> Path:
         CheckpointError: see `levels.export`.
     """
     need("openvino")
-    return export(folder, out, kind="openvino", save=_save, run=run)
+    return export(folder, out, kind="openvino", save=save, run=run)
 
 
 def run(file: Path, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
@@ -33,7 +33,8 @@ def run(file: Path, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
     return [torch.from_numpy(found[port].copy()) for port in compiled.outputs]
 
 
-def _save(level: Level, folder: Path) -> str:
+def save(level: Level, folder: Path) -> str:
+    """Write a network to a folder, an .xml and its .bin; gives the name of the former."""
     import openvino
 
     network = openvino_network(level.module, *level.example)
