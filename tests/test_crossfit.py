@@ -188,7 +188,7 @@ def organs(count: int) -> list[Example]:
         (PLAIN, cloud(40, gap=3.0), CLASSES, {"auroc": 0.9, "balanced_accuracy": 0.7}),
         (Regress(), numbers(40), (), {"mae": -3.0, "r": 0.9}),
         (Survive(fewest=1000), fates(40), (), {"harrell_c": 0.65, "uno_c": 0.6, "integrated_brier": -0.25}),
-        (Segment(iterations=15), organs(4), ("liver",), {"dice": 0.9}),
+        (Segment(iterations=15), organs(4), ("liver",), {"dice": 0.9, "nsd": 0.5}),
     ],
     ids=["classify", "regress", "survive", "segment"],
 )

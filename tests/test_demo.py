@@ -12,7 +12,7 @@ from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.store.splits import split_of
 from voxelstem.store.subjects import pseudonym
 
-SMALL = demo.Size(phantoms=18, steps=2, few=2, labelled=4)
+SMALL = demo.Size(phantoms=18, steps=2, unet_steps=2, few=2, labelled=4)
 
 
 @pytest.fixture(scope="module")
@@ -91,5 +91,5 @@ def test_a_data_folder_that_is_no_samples_folder_is_refused_and_left_alone(tmp_p
     data = tmp_path / "mine"
     data.mkdir()
     with pytest.raises(VoxelstemError, match="samples"):
-        demo.journey(tmp_path / "demo", demo.Size(phantoms=1, steps=1, few=1, labelled=2), data)
+        demo.journey(tmp_path / "demo", demo.Size(phantoms=1, steps=1, unet_steps=1, few=1, labelled=2), data)
     assert not list(data.iterdir())

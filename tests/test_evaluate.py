@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.fewlabelled import QUICK
 
 from voxelstem import adapt, evaluate
 from voxelstem.adapted import read_run
 from voxelstem.baselines import Intensity, intensity
 from voxelstem.card import Card, write_weights
 from voxelstem.contest import Contest
+from voxelstem.entries import contest_of
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import FeaturesOf, embedder
 from voxelstem.model import make_model
@@ -95,7 +97,9 @@ def test_a_scan_level_run_stands_beside_scratch_intensity_and_majority(place: Pa
 def test_every_scan_that_is_scored_moves_a_bar(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, labels: str
 ) -> None:
-    found = evaluate.run([place / run], store=place / "store", labels=place / labels, out=tmp_path / "report")
+    found = evaluate.run(
+        [place / run], store=place / "store", labels=place / labels, out=tmp_path / "report", config=QUICK
+    )
     scans = len(read_run(place / run).labelled) + found.test_scans
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith(f"evaluate: {run} {found.test_scans}/{found.test_scans} ")]
@@ -107,7 +111,7 @@ def test_every_scan_that_is_scored_moves_a_bar(
 def test_the_page_says_what_was_checked_and_nothing_of_the_model_s_size(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     found = evaluate.run([place / "contrast"], store=place / "store", labels=place / "contrast.csv", out=out)
-    words = "of this store on both sides of the split; what the weights saw elsewhere is not checked"
+    words = "of this store on both sides of the split; what the weights saw before is told under"
     assert words in found.checked[0]
     html = (out / "index.html").read_text()
     assert words in html
@@ -116,9 +120,10 @@ def test_the_page_says_what_was_checked_and_nothing_of_the_model_s_size(place: P
 
 def test_a_voxel_level_run_stands_beside_the_nearest_atlas_and_shows_every_organ(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    found = evaluate.run([place / "organs"], store=place / "store", labels=place / "labels.json", out=out)
-    by_name = {score.name: score for score in found.scores}
-    assert list(by_name) == ["organs", "scratch", "intensity", "atlas"]
+    found = evaluate.run([place / "organs"], store=place / "store", labels=place / "labels.json", out=out, config=QUICK)
+    by_name = {score.name: score for score in found.scores if score.metric == "dice"}
+    assert list(by_name) == ["organs", "scratch", "intensity", "atlas", "unet"]
+    assert [score.name for score in found.scores if score.metric == "nsd"] == list(by_name)
     assert set(by_name["atlas"].parts) == {"lung_left", "lung_right", "liver"}
     assert by_name["atlas"].value.estimate > 0.5
     difference = by_name["organs"].over_scratch
@@ -193,14 +198,14 @@ def test_an_untrained_run_scores_exactly_like_the_scratch_baseline_of_its_seed(p
     )
     run = read_run(out)
     store = Store.open(place / "store")
-    contest = evaluate._contest(run, store, read_truth(store, place / "labels.json", run.task, SPEC))
+    contest = contest_of(run, store, read_truth(store, place / "labels.json", run.task, SPEC))
     model = adapt.load(run.weights)
     mine = contest.score(run.head, embedder(model, store, tmp_path / "a", tokens=True))
     again = contest.fit_and_score(embedder(model.scratch(seed=1), store, tmp_path / "b", tokens=True))
     assert mine == again
 
 
-def contest_of(place: Path, task: Classify | Segment, labels: str) -> evaluate.Contest:
+def all_of(place: Path, task: Classify | Segment, labels: str) -> evaluate.Contest:
     store = Store.open(place / "store")
     truth = read_truth(store, place / labels, task, SPEC)
     return evaluate.Contest(
@@ -216,7 +221,7 @@ def contest_of(place: Path, task: Classify | Segment, labels: str) -> evaluate.C
 
 
 def test_label_efficiency_is_shown_for_every_budget_and_contestant(place: Path) -> None:
-    contest = contest_of(place, Segment(iterations=20, tokens=800), "labels.json")
+    contest = all_of(place, Segment(iterations=20, tokens=800), "labels.json")
     made: list[str] = []
 
     def bright() -> FeaturesOf:
@@ -255,7 +260,7 @@ def test_label_efficiency_is_shown_for_every_budget_and_contestant(place: Path) 
 
 
 def test_two_test_subjects_get_their_own_figures_and_no_interval(place: Path) -> None:
-    contest = contest_of(place, Segment(), "labels.json")
+    contest = all_of(place, Segment(), "labels.json")
     subjects = sorted({record.subject for record in contest.tested})[:2]
     own = {subjects[0]: ({"liver": 0.5},), subjects[1]: ({"liver": 0.7},)}
     (score,) = evaluate.table_of(contest, {"run": own}, task="segment", budget=1)
@@ -309,3 +314,84 @@ def test_no_run_and_what_is_no_run_are_refused(place: Path, tmp_path: Path) -> N
         evaluate.run([], store=place / "store", labels=place / "contrast.csv", out=tmp_path)
     with pytest.raises(ConfigError, match="not a finished run"):
         evaluate.run([place / "weights"], store=place / "store", labels=place / "contrast.csv", out=tmp_path)
+
+
+def test_a_u_net_from_scratch_stands_beside_every_segmentation_and_is_trained_once(place: Path, tmp_path: Path) -> None:
+    where = {"store": place / "store", "labels": place / "labels.json", "out": tmp_path / "report", "config": QUICK}
+    found = evaluate.run([place / "organs"], **where)  # pyright: ignore[reportArgumentType]
+    (cost,) = [one for one in found.costs if one.name == "unet"]
+    assert "2 steps" in cost.what
+    assert cost.seconds is not None
+    (rests,) = (tmp_path / "report" / "baselines").iterdir()
+    before = rests.stat().st_mtime_ns
+    again = evaluate.run([place / "organs"], **where)  # pyright: ignore[reportArgumentType]
+    assert rests.stat().st_mtime_ns == before
+    assert again.scores == found.scores
+    assert [(pair.one, pair.other) for pair in found.compared] == [("organs", "unet")] * 2
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "What it took" in html
+    assert "M parameters, 2 steps" in html
+
+
+def test_no_steps_are_no_u_net_and_the_page_says_so(place: Path, tmp_path: Path) -> None:
+    out, none = tmp_path / "report", evaluate.EvaluateConfig(unet_steps=0)
+    found = evaluate.run([place / "organs"], store=place / "store", labels=place / "labels.json", out=out, config=none)
+    assert "unet" not in {score.name for score in found.scores}
+    (line,) = [line for line in found.checked if line.startswith("U-Net")]
+    assert "NOT MEASURED: 0 steps" in line
+    assert line.replace("'", "&#x27;") in (out / "index.html").read_text()
+
+
+def test_a_store_that_pretraining_saw_is_held_against_the_test_subjects(place: Path, tmp_path: Path) -> None:
+    where = {"store": place / "store", "labels": place / "contrast.csv", "out": tmp_path / "report"}
+    tested = Store.open(place / "store").subjects("test")
+    pools = {}
+    for name, wanted in (("clean", False), ("dirty", True)):
+        pool = Store.create(tmp_path / name, fractions=Fractions(train=1.0, validation=0.0, test=0.0))
+        for seed in range(14):
+            study = phantom(PhantomConfig(seed=seed, spacing_mm=(12.0, 12.0, 12.0)))
+            subject = pseudonym(study.subject, site_key())
+            if (subject in tested) == wanted:
+                write(pool, replace(study, subject=subject))
+        pools[name] = evaluate.EvaluateConfig(pretrained_on=(pool.path,), nested="never")
+    with pytest.raises(AuditError, match=f"the pretraining saw what is tested on: {len(tested)} subjects"):
+        evaluate.run([place / "contrast"], **where, config=pools["dirty"])  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "report" / "evaluation.json").exists()
+    found = evaluate.run([place / "contrast"], **where, config=pools["clean"])  # pyright: ignore[reportArgumentType]
+    assert found.exposure["contrast"].tested is not None
+    assert not found.exposure["contrast"].tested.found
+    written = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert written["exposure"]["contrast"]["tested"]["subjects"] == 0
+    assert not found.crossed
+
+
+def test_pretraining_that_nobody_named_is_not_measured_on_page_and_in_json(place: Path, tmp_path: Path) -> None:
+    adapted = read_run(place / "contrast")
+    card = Card(architecture=ARCHITECTURE, spec=SPEC, trained=("block",), data=("9 CT scans",))
+    model = make_model(card, seed=0)
+    write_weights(tmp_path / "weights", model.backbone.state_dict(), card)
+    run = adapt.run(
+        weights=tmp_path / "weights",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task=adapted.config.task,
+        mode="probe",
+        out=tmp_path / "pretrained",
+        budget=2,
+    )
+    out = tmp_path / "report"
+    found = evaluate.run([run], store=place / "store", labels=place / "contrast.csv", out=out)
+    assert found.exposure["pretrained"].state == "unknown"
+    assert "leakage_pretraining" in json.loads((out / "evaluation.json").read_text())["not_measured"]
+    assert "name it with --pretrained-on" in (out / "index.html").read_text()
+    # Fewer than twenty are tested: everybody is cross-fitted too.
+    (crossed,) = found.crossed
+    assert crossed.subjects == 14
+    assert "Cross-fitted over all labelled subjects" in (out / "index.html").read_text()
+
+
+def test_settings_without_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="unet_steps"):
+        evaluate.EvaluateConfig(unet_steps=-1)
+    with pytest.raises(ValueError, match="nested"):
+        evaluate.EvaluateConfig(nested="perhaps")  # pyright: ignore[reportArgumentType]

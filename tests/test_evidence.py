@@ -8,11 +8,13 @@ import pytest
 
 from voxelstem.assurance import Assurance, assure
 from voxelstem.contest import Contest
-from voxelstem.evidence import Played, between, prevalence, sureness
+from voxelstem.evidence import Played, against, between, difference_of_shares, prevalence, sureness
 from voxelstem.protocols import Example
 from voxelstem.store import Record
+from voxelstem.study import Acquisition
 from voxelstem.tasks.classify import Classify, Guess
 from voxelstem.tasks.regress import Measured, Regress
+from voxelstem.thresholds import coverage
 from voxelstem.truth import Truth
 
 
@@ -30,6 +32,7 @@ class Line:
     key: str
     subject: str
     labels: dict[str, str] = field(default_factory=dict)
+    acquisition: Acquisition = field(default_factory=Acquisition)
 
 
 def contest(task: Any, tested: int, labels: dict[str, str] | None = None, labelled: tuple[str, ...] = ()) -> Contest:
@@ -100,6 +103,12 @@ def test_calibration_is_measured_before_and_after_and_sets_by_how_often_they_hol
     assert 1.0 <= found.set_size <= 2.0
     assert found.flagged is not None
     assert found.flagged.estimate < 0.25
+    assert found.flagged_by_centres is not None
+    assert found.flagged_by_centres.estimate < 0.25
+    assert found.width is not None
+    assert 0.01 < found.width < 0.3
+    assert sum(each.rows for each in found.bins) == 200
+    assert sum(each.held for each in found.bins) >= len(found.bins) - 1
 
 
 def test_a_run_without_assurance_has_stated_figures_only() -> None:
@@ -109,6 +118,8 @@ def test_a_run_without_assurance_has_stated_figures_only() -> None:
     assert found.covered is None
     assert found.level is None
     assert found.flagged is None
+    assert found.width is None
+    assert found.bins == ()
     assert found.notes == ("not calibrated: too few",)
 
 
@@ -163,3 +174,77 @@ def test_shares_of_classes_are_those_of_subjects() -> None:
     assert found.tested == {"no": 0.75, "yes": 0.25}
     assert prevalence(played(guesses(4, 0, 1.0, "t"), Assurance(), Classify())) is None
     assert prevalence(replace(one, contest=contest(Classify(), 4, labels, ()))) is None
+
+
+def test_a_shift_of_shares_is_told_where_it_is_beyond_chance_and_not_where_it_is_not() -> None:
+    def shift(yes_labelled: int, yes_tested: int) -> str:
+        labels = {f"a{place}": "yes" if place < yes_labelled else "no" for place in range(100)}
+        labels |= {f"t{place}": "yes" if place < yes_tested else "no" for place in range(100)}
+        learned = tuple(name for name in labels if name.startswith("a"))
+        one = replace(
+            played(guesses(100, 0, 1.0, "t"), Assurance(), Classify()),
+            contest=contest(Classify(), 100, labels, learned),
+        )
+        found = prevalence(one)
+        assert found is not None
+        assert found.shift["yes"].estimate == pytest.approx((yes_tested - yes_labelled) / 100)
+        return found.words
+
+    assert "beyond chance: 'no' 50% to 80%, 'yes' 50% to 20%" in shift(50, 20)
+    assert "intervals include zero" in shift(50, 44)
+
+
+def test_the_interval_of_a_difference_of_shares_is_newcombe_s() -> None:
+    # Newcombe 1998, table II, method 10: 56/70 - 48/80, 9/10 - 3/10 and 10/10 - 0/20.
+    for one, other, low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ):
+        found = difference_of_shares(one, other)
+        assert found.low == pytest.approx(low, abs=6e-5)
+        assert found.high == pytest.approx(high, abs=6e-5)
+    wide = difference_of_shares((9, 10), (3, 10), looks=3)
+    assert wide.level == pytest.approx(1 - 0.05 / 3)
+    assert wide.low is not None
+    assert wide.low < 0.1705
+    with pytest.raises(ValueError, match="somebody"):
+        difference_of_shares((0, 0), (1, 2))
+
+
+# fairlearn 0.15.0, MetricFrame(metrics=mean of held, sensitive_features=sex).by_group on subjects 0..39 with
+# held = place % 7 > 0 and sex = F where place % 3 == 0, else M.
+FAIRLEARN_HELD = {"F": 0.8571428571428571, "M": 0.8461538461538461}
+
+
+def test_coverage_is_told_of_each_sex_as_fairlearn_s_metric_frame_does() -> None:
+    sure = assure(guesses(300, 1, 1.0, "k"), known())
+    outcomes = guesses(40, 2, 1.0, "t")
+    one = played(outcomes, sure, Classify())
+    lines = tuple(
+        cast(
+            Record,
+            Line(key=f"t{at}", subject=f"t{at}", acquisition=Acquisition(sex="F" if at % 3 == 0 else "M")),
+        )
+        for at in range(40)
+    )
+    found = sureness(replace(one, contest=replace(one.contest, tested=lines)))
+    assert set(found.by_group) == {"sex"}
+    groups = found.by_group["sex"]
+    assert {name: value.subjects for name, value in groups.items()} == {"F": 14, "M": 26}
+    assert found.covered is not None
+    mean = (14 * groups["F"].estimate + 26 * groups["M"].estimate) / 40
+    assert mean == pytest.approx(found.covered.estimate)
+    assert not sureness(one).by_group
+    held = np.array([at % 7 > 0 for at in range(40)])
+    sexes = ["F" if at % 3 == 0 else "M" for at in range(40)]
+    by_group = coverage(held, [str(at) for at in range(40)], groups=sexes).by_group
+    assert {name: value.estimate for name, value in by_group.items()} == pytest.approx(FAIRLEARN_HELD, abs=1e-6)
+
+
+def test_a_run_is_put_beside_a_baseline_and_above_zero_is_better() -> None:
+    near = {f"t{place}": Measured(truth=float(place), predicted=place + 1.0) for place in range(30)}
+    far = {name: (replace(one, predicted=one.truth + 5),) for name, one in near.items()}
+    (mae,) = [pair for pair in against(played(near, Assurance(), Regress()), "unet", far) if pair.metric == "mae"]
+    assert (mae.one, mae.other) == ("run", "unet")
+    assert mae.difference.estimate == pytest.approx(4.0)

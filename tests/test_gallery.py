@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.fewlabelled import make_store, make_weights
+from tests.fewlabelled import QUICK, make_store, make_weights
 
 from voxelstem import adapt, evaluate
 
@@ -54,7 +54,7 @@ def test_a_page_shows_how_its_task_went_and_what_was_not_measured(
         )
         for name in ("one", "two")
     ]
-    found = evaluate.run(runs, store=place / "store", labels=place / labels, out=tmp_path / "report")
+    found = evaluate.run(runs, store=place / "store", labels=place / labels, out=tmp_path / "report", config=QUICK)
     page = (tmp_path / "report" / "index.html").read_text()
     for word in (
         *wanted,

@@ -29,6 +29,7 @@ from voxelstem.model import load
 from voxelstem.pretrain import PretrainConfig
 from voxelstem.protocols import Batch
 from voxelstem.recipes import named
+from voxelstem.seen import seen_line
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym
@@ -144,6 +145,7 @@ def test_the_weights_load_and_embed_and_say_what_they_saw(whole: Path, store: Pa
     assert model.card.data == (
         f"{len(train)} CT scans from phantom sources",
         f"of {len(train)} acquisitions and {len(train)} subjects",
+        seen_line(record.key for record in train),
     )
     assert model.card.trained == ("block", "scan")
     assert model.spec == small().spec
@@ -591,7 +593,8 @@ def test_of_a_mixed_store_only_the_recipe_s_modality_is_trained_on(tmp_path: Pat
     folder = make_store(tmp_path / "mixed", range(3), fractions=everybody)
     make_more(folder, range(3, 6), modality="MR")
     card = pretrain.run(replace(small(), steps=2), store=folder, out=tmp_path / "run")
-    assert card.data == ("3 CT scans from phantom sources", "of 3 acquisitions and 3 subjects")
+    assert card.data[:2] == ("3 CT scans from phantom sources", "of 3 acquisitions and 3 subjects")
+    assert card.data[2:] == (seen_line(record.key for record in Store.open(folder)),)
 
 
 def test_too_few_scans_for_a_batch_are_a_clear_error(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

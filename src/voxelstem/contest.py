@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,23 @@ from jaxtyping import Float
 from voxelstem import baselines, metrics, regions
 from voxelstem.adapted import AdaptConfig, SeeConfig, needs_tokens
 from voxelstem.aligned import Aligned
+from voxelstem.answers import HALF, Answer, shares, truth_of
 from voxelstem.engine.targets import volume_mm3
 from voxelstem.features import FeaturesOf, embedder, examples_of, in_region, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
+from voxelstem.manylabels import NO_YES, about
 from voxelstem.model import Model
 from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Example, Head, Task
+from voxelstem.spent import Spent
 from voxelstem.store import Record, Store
 from voxelstem.study import VOLUME_LABEL, InputSpec
 from voxelstem.tasks.classify import Classify, Guess, majority
 from voxelstem.tasks.regress import Measured
+from voxelstem.tasks.retrieve import Retrieve, by_chance
 from voxelstem.tasks.survive import Survive
-from voxelstem.tasks.zeroshot import HALF, Answer, Zeroshot, shares, truth_of
+from voxelstem.tasks.zeroshot import Zeroshot
 from voxelstem.truth import Truth
 
 _log = logging.getLogger(__name__)
@@ -120,6 +125,14 @@ class Contest:
             for record in self.tested
         )
 
+    def by_chance(self) -> Outcomes:
+        """Show the labelled scans in any order."""
+        kinds = np.array([self.classes.index(self.truth.labels[record.subject]) for record in self.labelled])
+        return self._join(
+            (one.subject, by_chance(self.classes.index(self.truth.labels[one.subject]), kinds, len(self.classes)))
+            for one in self.tested
+        )
+
     def average(self) -> Outcomes:
         """Say of every scan the mean of the labelled subjects' numbers."""
         values = self.truth.values
@@ -186,8 +199,17 @@ class Contest:
         return {subject: self.task.combine(outcomes) for subject, outcomes in by_subject.items()}
 
 
-def plain_baselines(contest: Contest, model: Model, see: SeeConfig, folder: Path) -> dict[str, Repeats]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """What stands beside a run, and what it took to fit those of which that is known."""
+
+    repeats: dict[str, Repeats]
+    spent: dict[str, Spent] = field(default_factory=dict)
+
+
+def plain_baselines(contest: Contest, model: Model, see: SeeConfig, folder: Path) -> Beside:
     """Outcomes of everything that a model must beat, fitted to the same labels; embeddings rest in `folder`."""
+    began = time.monotonic()
     tokens = needs_tokens(contest.task, contest.mode)
     scans = len(contest.labelled) + len(contest.tested)
     with progress("evaluate: baselines", (INITS + 2) * scans) as advance:
@@ -195,22 +217,26 @@ def plain_baselines(contest: Contest, model: Model, see: SeeConfig, folder: Path
         for seed in range(INITS):
             fresh = embedder(model.scratch(seed=seed), contest.store, folder, tokens=tokens, see=see)
             untrained.append(contest.fit_and_score(counted(fresh, advance, note="scratch")))
+        spent = Spent.since(began)
         simple = simple_baselines(contest, model, see.region, advance)
     scratch = {subject: tuple(outcomes[subject] for outcomes in untrained) for subject in untrained[0]}
-    return {"scratch": scratch} | simple
+    return Beside(repeats={"scratch": scratch} | simple, spent={"scratch": spent})
 
 
-def tuned_baselines(contest: Contest, model: Model, config: AdaptConfig) -> dict[str, Repeats]:
+def tuned_baselines(contest: Contest, model: Model, config: AdaptConfig) -> Beside:
     """What a network that was trained whole must beat: itself from scratch, with the same labels, steps and seed."""
     untrained, full = model.scratch(seed=config.seed), config.full or FinetuneConfig()
     asked = Asked.of(config.task, contest.task, contest.truth, contest.classes)
+    began = time.monotonic()
     head, card, tensors = tune(untrained, contest.store, contest.labelled, asked, full, seed=config.seed)
+    spent = Spent.since(began)
     untrained.backbone.load_state_dict(tensors)
     speaker = Speaker(dataclasses.replace(untrained, card=card), head, contest.store, asked, full)
     scans = len(contest.labelled) + len(contest.tested)
     with progress("evaluate: baselines", 2 * scans + len(contest.tested)) as advance:
         scratch = once(contest.score(head, counted(speaker, advance, note="scratch")))
-        return {"scratch": scratch} | simple_baselines(contest, model, "", advance)
+        repeats = {"scratch": scratch} | simple_baselines(contest, model, "", advance)
+    return Beside(repeats=repeats, spent={"scratch": spent})
 
 
 def simple_baselines(contest: Contest, model: Model, region: str, advance: Advance) -> dict[str, Repeats]:
@@ -255,6 +281,10 @@ def _usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:
     """What can be said of a scan that nobody looked at, and its name."""
     if contest.truth.survival:
         return "kaplan_meier", contest.kaplan_meier
+    if isinstance(contest.task, Retrieve):
+        return "majority", contest.by_chance
+    if contest.truth.findings:
+        return "majority", lambda: _shared(contest)
     return ("mean", contest.average) if contest.truth.values else ("majority", contest.majority)
 
 
@@ -331,7 +361,7 @@ def _probed(contest: Contest, features: FeaturesOf) -> Outcomes:
     if contest.truth.labels:
         scores = _probe(labelled, tested, contest.classes)
     else:
-        columns = [_probe(_about(labelled, name), tested, ("no", "yes"))[:, 1] for name in contest.classes]
+        columns = [_probe(about(labelled, name), tested, NO_YES)[:, 1] for name in contest.classes]
         scores = np.stack(columns, axis=1)
     return contest.answers([(example, tuple(row)) for example, row in zip(tested, scores.tolist(), strict=True)])
 
@@ -345,14 +375,6 @@ def _probe(
     probe = Classify()
     head = probe.fit(labelled, classes, mode="probe", seed=0)
     return np.stack([probe.predict(head, example.features.scan) for example in tested])
-
-
-def _about(examples: Sequence[Example], name: str) -> list[Example]:
-    """The examples of which this class is known, labelled by it."""
-    told = [(example, (example.findings or {}).get(name)) for example in examples]
-    return [
-        dataclasses.replace(example, label="yes" if there else "no") for example, there in told if there is not None
-    ]
 
 
 def _shared(contest: Contest) -> Outcomes:

@@ -66,6 +66,8 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         "harrell_c": Scale(of_pairs=True),
         "integrated_brier": Scale(best=0.0, less_is_better=True),
         "mae": Scale(best=0.0, less_is_better=True, in_units=True),
+        "nsd": Scale(),
+        "precision_at_k": Scale(),
         "r": Scale(),
         "uno_c": Scale(of_pairs=True),
     }

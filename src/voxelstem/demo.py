@@ -59,14 +59,16 @@ class Size:
 
     phantoms: int
     steps: int
+    unet_steps: int
+    """Of the U-Net from scratch beside segmentations."""
     few: int
     """Labelled subjects of the second segmentation run; the first has one."""
     labelled: int
     """Labelled subjects of the scan-level runs."""
 
 
-FULL = Size(phantoms=72, steps=500, few=5, labelled=16)
-QUICK = Size(phantoms=16, steps=20, few=2, labelled=6)
+FULL = Size(phantoms=72, steps=500, unet_steps=100, few=5, labelled=16)
+QUICK = Size(phantoms=16, steps=20, unet_steps=5, few=2, labelled=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,22 +194,23 @@ def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dic
     }
     # A run's folder names it in the table.
     runs = {name: out / "adapted" / name / "pretrained" for name in wanted}
-    for name, how in wanted.items():
+    for name, one in wanted.items():
         if not (runs[name] / "adapt.json").exists():
             adapt.run(
                 weights=weights,
                 store=gathered.store,
-                labels=how.labels,
-                task=how.task,
-                mode=how.mode,
+                labels=one.labels,
+                task=one.task,
+                mode=one.mode,
                 out=runs[name],
-                budget=how.budget,
+                budget=one.budget,
                 settings={"features": str(out / "features")},
             )
     voxel = [runs[name] for name in wanted if name.startswith("segment")]
     scan = [runs[name] for name in wanted if name.startswith("spleen")]
-    first = evaluate.run(voxel, store=gathered.store, labels=organs, out=out / "scores" / "segment")
-    second = evaluate.run(scan, store=gathered.store, labels=spleen, out=out / "scores" / "spleen")
+    how = evaluate.EvaluateConfig(nested="never", unet_steps=size.unet_steps)
+    first = evaluate.run(voxel, store=gathered.store, labels=organs, out=out / "scores" / "segment", config=how)
+    second = evaluate.run(scan, store=gathered.store, labels=spleen, out=out / "scores" / "spleen", config=how)
     joined = replace(first, scores=(*first.scores, *second.scores))
     return runs, joined
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from voxelstem.adapted import Adapted, read_run
+from voxelstem.adapted import TUNED, Adapted, read_run
+from voxelstem.card import read_card
 from voxelstem.contest import (
     INITS,
     MORPHOMETRY,
@@ -21,30 +22,32 @@ from voxelstem.contest import (
     counted,
     intensity_features,
     once,
-    plain_baselines,
-    tuned_baselines,
-    zeroshot_baselines,
 )
+from voxelstem.entries import Entry, check_leakage, enter
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
-from voxelstem.evidence import Played, between, prevalence, question, sureness
-from voxelstem.features import FeaturesOf, embedder, open_space, projector, speaker
+from voxelstem.evidence import Played, against, between, prevalence, question, sureness
+from voxelstem.exposure import Exposure, expose, told_by_card
 from voxelstem.gallery import gallery
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
-from voxelstem.model import Model
+from voxelstem.nested import Nested, When, is_wanted, nested
+from voxelstem.operating import operating_point
 from voxelstem.progress import progress
 from voxelstem.report import page
-from voxelstem.report.evidence import Compared, Prevalence, Sureness, evidence_sections
+from voxelstem.report.checks import Cost, Crossed, costs_section, crossed_section, exposure_section
+from voxelstem.report.evidence import Compared, OperatingPoint, Prevalence, Sureness, evidence_sections
 from voxelstem.report.verdict import unmeasured, verdict_section
+from voxelstem.rival import STEPS, UNET, resting_rival, rival_config
 from voxelstem.scoring import REFERENCES, few_label_table, table_of
-from voxelstem.store import Record, Store
-from voxelstem.store.leakage import common
-from voxelstem.truth import Truth, is_aligned, of_contrast, read_truth
-from voxelstem.weights.hub import load
+from voxelstem.spent import Spent
+from voxelstem.store import Store
+from voxelstem.tasks.segment import Segment
+from voxelstem.truth import is_aligned
 
 __all__ = [
     "INITS",
     "Contest",
+    "EvaluateConfig",
     "Evaluation",
     "Outcomes",
     "Repeats",
@@ -55,8 +58,31 @@ __all__ = [
     "table_of",
 ]
 
-RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY, RADIOMICS)
+RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY, RADIOMICS, UNET)
 """Names of baselines, which a run may not carry in the table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is looked at beside the runs' own figures."""
+
+    pretrained_on: tuple[Path, ...] = ()
+    """Stores that the weights were pretrained on, to see whether a test subject was among them."""
+    nested: When = "few"
+    """Whether every labelled subject is cross-fitted too: `few` does where a scan-level run has fewer than 20 test
+    subjects, `always` and `never` as they say."""
+    unet_steps: int = STEPS
+    """Of the U-Net from scratch beside frozen segmentation heads, and 0 for none; beside tuned ones it is the run's own
+    number."""
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: a negative number of steps, or another word for `nested`.
+        """
+        if self.unet_steps < 0 or self.nested not in get_args(When):
+            raise ValueError(f"unet_steps is 0 or more, and nested one of {', '.join(get_args(When))}, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +102,14 @@ class Evaluation:
     """Every two runs of one task on the same subjects."""
     prevalence: tuple[Prevalence, ...] = ()
     """How often each class occurs where a run learned and where it is tested."""
+    exposure: Mapping[str, Exposure] = field(default_factory=dict)
+    """Run to what is known of its weights' pretraining and the test subjects."""
+    points: tuple[OperatingPoint, ...] = ()
+    """Of runs with two classes: what they are worth at a threshold that was fixed before."""
+    crossed: tuple[Nested, ...] = ()
+    """Every labelled subject by a head that had not seen it."""
+    costs: tuple[Cost, ...] = ()
+    """What fitting took."""
 
     @property
     def measured(self) -> dict[str, str]:
@@ -86,6 +120,13 @@ class Evaluation:
         where = "see How sure the runs may be"
         found |= {"calibration": where} if any(one.stated or one.covered for one in self.sureness) else {}
         found |= {"strange": where} if any(one.flagged is not None for one in self.sureness) else {}
+        seen = {one.known for one in self.exposure.values()}
+        found |= {"leakage_pretraining": "; ".join(sorted(seen))} if seen and all(seen) else {}
+        for facet in ("sex", "scanner"):
+            if any(facet in one.by_group for one in (*self.sureness, *self.points)):
+                found[facet] = (
+                    f"figures of each {facet}, with intervals: see How sure the runs may be, At a fixed threshold"
+                )
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -93,27 +134,40 @@ class Evaluation:
         return _plain(dataclasses.asdict(self)) | {"not_measured": list(unmeasured(self.measured))}
 
 
-def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercial: bool = False) -> Evaluation:
+USUAL = EvaluateConfig()
+
+
+def run(
+    runs: Sequence[Path],
+    *,
+    store: Path,
+    labels: Path,
+    out: Path,
+    commercial: bool = False,
+    config: EvaluateConfig = USUAL,
+) -> Evaluation:
     """Score runs of `adapt` on the store's test subjects and write `out`/evaluation.json and index.html.
 
     The baselines are fitted here to the very labels that each run saw: the same network untrained
-    (three seeds), intensity features, and the majority or the nearest atlas.
+    (three seeds), intensity features, the majority or the nearest atlas, and for segmentations a U-Net from scratch.
 
     Raises:
         ConfigError: a run that is none, labels and store that do not fit it, or with `commercial` (here or in `adapt`)
             weights whose licence forbids such use.
-        AuditError: no held-out subject has labels, or a labelled subject is among them.
+        AuditError: no held-out subject has labels, a labelled subject is among them, or one of the stores that the
+            weights were pretrained on holds one among its training subjects.
         CheckpointError: the weights are damaged or `out` cannot be written.
     """
     if not runs:
         raise ConfigError("no run to evaluate", hint="name one or more --out folders of `adapt`")
     opened = Store.open(store)
     finished = [read_run(folder) for folder in runs]
+    entries = [enter(adapted, opened, labels, out / "features", commercial=commercial) for adapted in finished]
+    exposure = _expose(opened, finished, entries, config)
     told: list[_Told] = []
-    known: dict[str, dict[str, Repeats]] = {}
-    for adapted in finished:
-        entry = _enter(adapted, opened, labels, out / "features", commercial=commercial)
-        told.append(_tell(adapted, entry, known))
+    known: dict[str, _Rest] = {}
+    for adapted, entry in zip(finished, entries, strict=True):
+        told.append(_tell(adapted, entry, known, out, config))
     tested = {record.key: record.subject for one in told for record in one.played.contest.tested}
     measured = [one.played for one in told if not one.asked]
     floors = [(one.played.name, one.floor) for one in told if one.floor is not None]
@@ -122,18 +176,57 @@ def run(runs: Sequence[Path], *, store: Path, labels: Path, out: Path, commercia
         test_subjects=len(set(tested.values())),
         test_scans=len(tested),
         checked=(
-            "no subject, scan or identical voxels of this store on both sides of the split; "
-            "what the weights saw elsewhere is not checked",
+            "no subject, scan or identical voxels of this store on both sides of the split; what the weights saw "
+            "before is told under Did pretraining see the test subjects?",
             "baselines fitted to the same labelled scans as each run",
             *_floor(floors),
+            *dict.fromkeys(line for one in told for line in one.lacking),
         ),
         asked=tuple(asked for one in told for asked in one.asked),
         sureness=tuple(map(sureness, measured)),
-        compared=tuple(between([one.played for one in told])),
+        compared=(*between([one.played for one in told]), *(pair for one in told for pair in one.compared)),
         prevalence=tuple(shares for one in told if (shares := prevalence(one.played)) is not None),
+        exposure=exposure,
+        points=tuple(one.point for one in told if one.point is not None),
+        crossed=tuple(one.crossed for one in told if one.crossed is not None),
+        costs=tuple(cost for one in told for cost in one.costs),
     )
     _write(out, evaluation, [section for one in told for section in one.pictures])
     return evaluation
+
+
+def _expose(
+    store: Store, finished: Sequence[Adapted], entries: Sequence[Entry], config: EvaluateConfig
+) -> dict[str, Exposure]:
+    """What is known of each run's pretraining; compared where its stores are named."""
+    names = [_name(adapted) for adapted in finished]
+    if config.pretrained_on:
+        labelled, tested = (
+            list({record.key: record for entry in entries for record in getattr(entry.contest, side)}.values())
+            for side in ("labelled", "tested")
+        )
+        return dict.fromkeys(names, expose(store, config.pretrained_on, labelled, tested))
+    told = [
+        (name, adapted.config.like is not None, adapted.weights) for name, adapted in zip(names, finished, strict=True)
+    ]
+    return {
+        name: told_by_card(dataclasses.replace(read_card(weights), trained=()) if drawn else read_card(weights), store)
+        for name, drawn, weights in told
+    }
+
+
+def _name(adapted: Adapted) -> str:
+    return f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rest:
+    """Baselines that runs of one mark share."""
+
+    repeats: dict[str, Repeats]
+    costs: tuple[Cost, ...]
+    lacking: tuple[str, ...]
+    """Of those that should stand there, which could not be had, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,11 +241,17 @@ class _Told:
     """How it was asked, if it answers by prompts."""
     floor: bool | None
     """Whether volumes of structures were measured beside it; None where they say nothing of its task."""
+    lacking: tuple[str, ...]
+    compared: tuple[Compared, ...]
+    """It and the U-Net from scratch."""
+    point: OperatingPoint | None
+    crossed: Nested | None
+    costs: tuple[Cost, ...]
 
 
-def _tell(adapted: Adapted, entry: _Entry, known: dict[str, dict[str, Repeats]]) -> _Told:
+def _tell(adapted: Adapted, entry: Entry, known: dict[str, _Rest], out: Path, config: EvaluateConfig) -> _Told:
     """Score a run and, unless they are `known` from another run, its baselines."""
-    name = f"{adapted.name} (run)" if adapted.name in RESERVED else adapted.name
+    name = _name(adapted)
     contest, prompts = entry.contest, is_aligned(adapted.task)
     with progress(f"evaluate: {adapted.name}", len(contest.tested)) as advance:
         outcomes = contest.score(adapted.head, counted(entry.features, advance))
@@ -166,76 +265,66 @@ def _tell(adapted: Adapted, entry: _Entry, known: dict[str, dict[str, Repeats]])
     )
     fresh = entry.mark not in known
     if fresh:
-        known[entry.mark] = entry.baselines()
-    repeats = {name: once(outcomes)} | known[entry.mark]
+        known[entry.mark] = _baselines(name, adapted, entry, out, config)
+    rest = known[entry.mark]
+    repeats = {name: once(outcomes)} | rest.repeats
     table = table_of(contest, repeats, task=adapted.config.task, budget=adapted.config.budget)
     return _Told(
         played=played,
         scores=tuple(score for score in table if fresh or score.name == name),
         pictures=() if prompts else tuple(gallery(played, repeats, table, adapted.head)),
         asked=(question(adapted, contest, name),) if prompts else (),
-        floor=None if adapted.task.voxels or prompts else MORPHOMETRY in known[entry.mark],
+        floor=None if adapted.task.voxels or prompts else MORPHOMETRY in rest.repeats,
+        lacking=rest.lacking,
+        compared=tuple(against(played, UNET, rest.repeats[UNET])) if UNET in rest.repeats else (),
+        point=None if prompts else operating_point(played, adapted),
+        crossed=_cross(name, adapted, entry, out, config),
+        costs=(_own_cost(name, adapted), *(rest.costs if fresh else ())) if not prompts else (),
     )
 
 
-def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Record]) -> None:
-    """See that nobody who was learned from is tested on, neither as a subject nor as a copy of a scan.
-
-    This covers the store's own splits: weights that were pretrained on another store cannot be checked here, and near
-    copies under another subject are what `voxelstem show STORE --against STORE` looks for.
-
-    Raises:
-        AuditError: somebody is.
-    """
-    trained = [record for record in store if record.split == "train"]
-    for what, count in common([*labelled, *trained], tested).items():
-        if count:
-            raise AuditError(
-                f"{count} of the test {what} were also trained on: the scores would not be honest",
-                hint="make a new store with `voxelstem ingest`: it splits by subject",
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """A run that takes part."""
-
-    contest: Contest
-    features: FeaturesOf
-    baselines: Callable[[], dict[str, Repeats]]
-    mark: str
-
-
-def _enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commercial: bool) -> _Entry:
-    """Load a run's weights and put its contest together; embeddings rest in `folder`."""
-    if is_aligned(adapted.task):
-        space = open_space(adapted.weights, adapted.config, commercial=commercial)
-        contest = _contest(adapted, store, read_truth(store, labels, adapted.task, space.model.spec))
-        return _Entry(
-            contest=contest,
-            features=projector(space, store, folder),
-            baselines=lambda: zeroshot_baselines(contest, adapted.head, space, folder),
-            # Untrained networks are heard through the heads that were trained: other weights, other baselines.
-            # A file of prompts may have been changed between two runs.
-            mark=_mark(adapted, space.model) + space.sha256 + str(adapted.head.facts["prompts_sha256"]),
-        )
-    model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
-    truth = read_truth(store, labels, adapted.task, model.spec)
-    if adapted.config.full is not None:
-        contest = _contest(adapted, store, of_contrast(truth, adapted.config.full.contrasts))
-        return _Entry(
-            contest=contest,
-            features=speaker(adapted, model, store),
-            baselines=lambda: tuned_baselines(contest, model, adapted.config),
-            mark=_mark(adapted, model),
-        )
-    contest = _contest(adapted, store, truth)
-    return _Entry(
-        contest=contest,
-        features=embedder(model, store, folder, tokens=adapted.tokens, see=adapted.config.see),
-        baselines=lambda: plain_baselines(contest, model, adapted.config.see, folder),
-        mark=_mark(adapted, model),
+def _baselines(name: str, adapted: Adapted, entry: Entry, out: Path, config: EvaluateConfig) -> _Rest:
+    """Everything that a run must beat, the U-Net from scratch included where voxels are labelled."""
+    beside, lacking = entry.baselines(), list[str]()
+    whole = adapted.config.mode in TUNED
+    words = (
+        "the same network, trained from scratch" if whole else f"{INITS} untrained networks: embedding, heads, scores"
     )
+    costs = [_cost(name, who, words, spent) for who, spent in beside.spent.items()]
+    repeats = dict(beside.repeats)
+    if isinstance(adapted.task, Segment):
+        said = "" if whole or config.unet_steps else "0 steps were asked for"
+        try:
+            if not said:
+                full = rival_config(adapted.config, max(config.unet_steps, 1))
+                made = resting_rival(entry.contest, entry.model.spec, full, out / "baselines")
+                repeats[UNET] = once(made.outcomes)
+                words = f"U-Net from scratch, {made.parameters / 1e6:.1f} M parameters, {made.steps} steps"
+                costs.append(_cost(name, UNET, words, made.spent))
+        except (ConfigError, AuditError) as error:
+            said = str(error)
+        except OSError as error:
+            raise CheckpointError(
+                f"the U-Net's answers cannot be written: {error.strerror}", hint="check --out"
+            ) from error
+        lacking += [f"U-Net from scratch beside {name}: NOT MEASURED: {said}"] if said else []
+    return _Rest(repeats=repeats, costs=tuple(costs), lacking=tuple(lacking))
+
+
+def _cross(name: str, adapted: Adapted, entry: Entry, out: Path, config: EvaluateConfig) -> Nested | None:
+    if is_aligned(adapted.task) or not is_wanted(config.nested, adapted, entry.contest):
+        return None
+    return nested(name, adapted, entry.contest, entry.model, out / "features")
+
+
+def _own_cost(name: str, adapted: Adapted) -> Cost:
+    what = "network and head" if adapted.config.mode in TUNED else "head on frozen features"
+    return _cost(name, name, f"{what}, mode {adapted.config.mode}", adapted.spent)
+
+
+def _cost(run: str, name: str, what: str, spent: Spent | None) -> Cost:
+    seconds, peak = (None, None) if spent is None else (spent.seconds, spent.peak_gib)
+    return Cost(run=run, name=name, what=what, seconds=seconds, peak_gib=peak)
 
 
 def _floor(measured: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
@@ -253,50 +342,6 @@ def _floor(measured: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
     return tuple(line.format(f" of {', '.join(names[known])}" * mixed) for known, line in said.items() if names[known])
 
 
-def _contest(adapted: Adapted, store: Store, truth: Truth) -> Contest:
-    """The run's own labelled scans against all labelled test scans, after the check for leakage."""
-    by_key = {record.key: record for record in truth.records}
-    missing = [key for key in adapted.labelled if key not in by_key]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of the scans that '{adapted.name}' learned from are not in this store, or not labelled",
-            hint="evaluate with the store and the labels that `adapt` was given",
-        )
-    classes = adapted.head.classes
-    tested = [
-        record for record in truth.of("test") if _can_be_scored(record, truth, classes, voxels=adapted.task.voxels)
-    ]
-    if not tested:
-        raise AuditError("no held-out test subject has labels", hint="ingest and label more subjects")
-    strange = sorted({truth.labels[record.subject] for record in tested} - set(classes)) if truth.labels else []
-    if strange:
-        raise ConfigError(f"test label '{strange[0]}' is none that '{adapted.name}' knows: {', '.join(classes)}")
-    labelled = tuple(by_key[key] for key in adapted.labelled)
-    check_leakage(store, labelled, tested)
-    return Contest(
-        store=store,
-        truth=truth,
-        task=adapted.task,
-        mode=adapted.config.mode,
-        classes=classes,
-        labelled=labelled,
-        tested=tuple(tested),
-        seed=adapted.config.seed,
-    )
-
-
-def _can_be_scored(record: Record, truth: Truth, classes: tuple[str, ...], *, voxels: bool) -> bool:
-    if voxels:
-        return set(classes) <= set(record.classes.values())
-    return not truth.findings or bool(set(classes) & set(truth.findings[record.subject]))
-
-
-def _mark(adapted: Adapted, model: Model) -> str:
-    """Runs with the same mark share their baselines: same labels, head settings and architecture."""
-    config = dataclasses.replace(adapted.config, like=None, features=None, commercial=False)
-    return repr((config, adapted.labelled, adapted.head.classes, sorted(model.card.architecture.items()), model.spec))
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
@@ -305,12 +350,36 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _crossed(crossed: Sequence[Nested]) -> page.Section:
+    lines = [
+        Crossed(
+            run=one.run,
+            name=score.name,
+            metric=score.metric,
+            value=score.value,
+            over_scratch=score.over_scratch,
+            over_intensity=score.over_intensity,
+        )
+        for one in crossed
+        for score in one.scores
+    ]
+    about = [
+        f"{one.run}: {one.subjects} subjects in {one.folds} folds, parted anew {one.repeats} times"
+        for one in crossed
+        if one.scores
+    ]
+    return crossed_section(lines, about, [f"{one.run}: NOT MEASURED: {one.why}" for one in crossed if one.why])
+
+
 def _write(out: Path, evaluation: Evaluation, pictures: Sequence[page.Section]) -> None:
     sections = [
         page.scores_section(evaluation.scores),
         *([page.asked_section(evaluation.asked)] if evaluation.asked else []),
         *pictures,
-        *evidence_sections(evaluation.sureness, evaluation.compared, evaluation.prevalence),
+        *([_crossed(evaluation.crossed)] if evaluation.crossed else []),
+        *evidence_sections(evaluation.sureness, evaluation.compared, evaluation.prevalence, evaluation.points),
+        exposure_section([f"{name}: {line}" for name, one in evaluation.exposure.items() for line in one.lines]),
+        *([costs_section(evaluation.costs)] if evaluation.costs else []),
         page.section("What was checked", page.bullets(evaluation.checked)),
         verdict_section(evaluation.measured),
         page.limits_section(evaluation.test_subjects),

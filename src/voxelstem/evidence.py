@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,18 @@ import numpy as np
 
 from voxelstem import metrics
 from voxelstem.adapted import Adapted
+from voxelstem.answers import shares
 from voxelstem.assurance import Assurance
 from voxelstem.calibration import CalibrationFigure, wilson_interval
 from voxelstem.contest import Contest, Outcomes, Repeats, once
 from voxelstem.crossfit import rows_of, scale_of
 from voxelstem.features import FeaturesOf
+from voxelstem.groups import groups_of
 from voxelstem.metrics import Interval
 from voxelstem.report.evidence import Compared, Prevalence, Sureness
+from voxelstem.strangeness import KnownClasses, NearestKnown
 from voxelstem.thresholds import coverage
+from voxelstem.vennabers import held_frequency
 
 FIGURES = ("ece", "brier", "slope")
 
@@ -59,6 +63,10 @@ def sureness(played: Played) -> Sureness:
             for side in ("predicted", "truth")
         )
         held = sure.intervals.apply(predicted).holds(truth)
+    by_group: dict[str, Mapping[str, Interval]] = {}
+    if held is not None:
+        told = groups_of(played.contest.tested)
+        by_group |= {f: coverage(held, subjects, groups=[of[s] for s in subjects]).by_group for f, of in told.items()}
     return Sureness(
         run=played.name,
         subjects=sure.subjects,
@@ -67,8 +75,11 @@ def sureness(played: Played) -> Sureness:
         covered=None if held is None else coverage(held, subjects).overall,
         level=None if held is None else _level(sure),
         set_size=size,
-        flagged=_flagged(played),
+        flagged=_flagged(played, played.assurance.known),
         notes=sure.notes,
+        by_group=by_group,
+        **_between(sure, outcomes),
+        flagged_by_centres=_flagged(played, played.assurance.centres),
     )
 
 
@@ -88,17 +99,70 @@ def between(played: Sequence[Played]) -> list[Compared]:
     return found
 
 
+def against(played: Played, name: str, repeats: Repeats) -> list[Compared]:
+    """A run and one of its baselines, in each metric."""
+    found: list[Compared] = []
+    for metric in played.contest.task.metrics:
+        statistic = metrics.averaged(played.contest.task.statistic(metric))
+        sides = (once(played.outcomes), repeats)
+        one, other = reversed(sides) if scale_of(metric).less_is_better else sides
+        difference = metrics.paired_difference(one, other, statistic)
+        found.append(Compared(task=played.task, metric=metric, one=played.name, other=name, difference=difference))
+    return found
+
+
 def prevalence(played: Played) -> Prevalence | None:
-    """Shares of classes among subjects, where scans have one class each."""
+    """Shares of classes among subjects, where scans have one class each, or each class is there or not."""
     told = played.contest.truth.labels
-    if not told or not played.contest.labelled:
+    if not (told or played.contest.truth.findings) or not played.contest.labelled:
         return None
     sides = (sorted({record.subject for record in played.contest.labelled}), played.contest.subjects)
+    if not told:
+        known, names = played.contest.truth.findings, played.contest.classes
+        there = [dict(zip(names, shares([known[subject] for subject in side], names), strict=True)) for side in sides]
+        said = [
+            {name: [known[subject][name] for subject in side if name in known[subject]] for name in names}
+            for side in sides
+        ]
+        shift = {
+            name: difference_of_shares(*((sum(side[name]), len(side[name])) for side in said[::-1]), looks=len(names))
+            for name in names
+            if all(side[name] for side in said)
+        }
+        return Prevalence(run=played.name, labelled=there[0], tested=there[1], shift=shift)
     counts = [Counter(told[subject] for subject in side) for side in sides]
     labelled, tested = (
         {name: count[name] / max(count.total(), 1) for name in played.contest.classes} for count in counts
     )
-    return Prevalence(run=played.name, labelled=labelled, tested=tested)
+    shift = {
+        name: difference_of_shares(
+            (counts[1][name], counts[1].total()),
+            (counts[0][name], counts[0].total()),
+            looks=len(played.contest.classes),
+        )
+        for name in played.contest.classes
+    }
+    return Prevalence(run=played.name, labelled=labelled, tested=tested, shift=shift)
+
+
+def difference_of_shares(one: tuple[int, int], other: tuple[int, int], *, looks: int = 1) -> Interval:
+    """One share minus another, each `(how many, of how many)`, with its 95 % interval.
+
+    Newcombe 1998 (Statistics in Medicine 17:873), method 10, from Wilson's intervals of both. With several `looks` the
+    interval is that wide that all of them hold at once (Bonferroni).
+
+    Raises:
+        ValueError: shares of nobody, or no look.
+    """
+    if min(one[1], other[1], looks) < 1:
+        raise ValueError(f"shares need somebody to count, got {one} and {other}")
+    level = 1 - 0.05 / looks
+    a, b = (wilson_interval(part / whole, whole, level=level) for part, whole in (one, other))
+    assert a.low is not None and a.high is not None and b.low is not None and b.high is not None  # noqa: PT018
+    gap = a.estimate - b.estimate
+    down = ((a.estimate - a.low) ** 2 + (b.high - b.estimate) ** 2) ** 0.5
+    up = ((a.high - a.estimate) ** 2 + (b.estimate - b.low) ** 2) ** 0.5
+    return Interval(estimate=gap, low=gap - down, high=gap + up, subjects=one[1] + other[1], level=level)
 
 
 def question(adapted: Adapted, contest: Contest, name: str) -> dict[str, Any]:
@@ -142,9 +206,19 @@ def _level(sure: Assurance) -> float | None:
     return None if part is None else float(part.thresholds.level)
 
 
-def _flagged(played: Played) -> Interval | None:
+def _between(sure: Assurance, outcomes: Outcomes) -> dict[str, Any]:
+    """How wide the interval of the answer's probability is on average, and whether bins hold what was observed."""
+    if sure.between is None:
+        return {}
+    rows = rows_of(outcomes)
+    answers = np.array([sure.chances(row).argmax() for row in rows.probabilities])
+    ends = np.array([sure.ends(row) for row in rows.probabilities])[np.arange(len(answers)), :, answers]
+    bins = held_frequency(ends[:, 0], ends[:, 1], answers == rows.truth)
+    return {"width": float((ends[:, 1] - ends[:, 0]).mean()), "bins": bins}
+
+
+def _flagged(played: Played, known: NearestKnown | KnownClasses | None) -> Interval | None:
     """A scan at a time: their share, as if each were one more subject."""
-    known = played.assurance.known
     if known is None:
         return None
     rows = np.stack([played.features(record.key).scan for record in played.contest.tested]).astype(np.float64)

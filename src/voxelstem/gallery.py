@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from voxelstem.answers import Answer
 from voxelstem.contest import Repeats
 from voxelstem.evidence import Played
 from voxelstem.features import examples_of
@@ -24,7 +25,8 @@ from voxelstem.store import Record
 from voxelstem.survival import Watched
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.regress import Regress
-from voxelstem.tasks.segment import Segment, numbered
+from voxelstem.tasks.retrieve import Retrieve
+from voxelstem.tasks.segment import Segment, numbered, of_kind
 from voxelstem.tasks.survive import Survive
 
 CASES = 2
@@ -69,14 +71,18 @@ def gallery(played: Played, repeats: Mapping[str, Repeats], table: Sequence[Scor
 
 
 def _of_classes(played: Played, repeats: Mapping[str, Repeats]) -> list[Picture]:
-    """Curves of each class, or of the second where there are two; none of a class that nobody or everybody has."""
+    """Curves of each class, or of the second where there are two; none of a class that nobody or everybody has.
+
+    Where each class is there or not, they are of those of whom that is known.
+    """
     classes = played.contest.classes
     found: list[Picture] = []
-    for at in range(len(classes)) if len(classes) > 2 else (len(classes) - 1,):  # noqa: PLR2004 - the usual yes or no
-        judged = [
-            Judged.of(name, {s: [(o.truth == at, o.scores[at]) for o in own] for s, own in one.items()})
-            for name, one in repeats.items()
-        ]
+    several = len(classes) > 2 or bool(played.contest.truth.findings)  # noqa: PLR2004 - the usual yes or no
+    for at in range(len(classes)) if several else (len(classes) - 1,):
+        told = {name: _told_of(at, one) for name, one in repeats.items()}
+        if not all(told.values()):
+            continue
+        judged = [Judged.of(name, by_subject) for name, by_subject in told.items()]
         if 0 < judged[0].truth.sum() < len(judged[0].truth):
             about = f"{played.name}: {classes[at]}"
             pictures = (roc_picture, precision_recall_picture, reliability_picture)
@@ -84,12 +90,31 @@ def _of_classes(played: Played, repeats: Mapping[str, Repeats]) -> list[Picture]
     return found
 
 
+def _told_of(at: int, repeats: Repeats) -> dict[str, list[tuple[bool, float]]]:
+    """Of subjects of whom it is known: whether a class is true of them, and how probable it was in each repeat."""
+    if not all(isinstance(own[0], Answer) for own in repeats.values()):
+        return {s: [(o.truth == at, o.scores[at]) for o in own] for s, own in repeats.items()}
+    return {
+        s: [(bool(o.truth[at]), o.scores[at]) for o in own]
+        for s, own in repeats.items()
+        if not np.isnan(own[0].truth[at])
+    }
+
+
+def _loss_of(one: Any) -> float:
+    """Minus the logarithm of the probability of what is true; of many classes the mean over those that are known."""
+    if not isinstance(one, Answer):
+        return log_loss(one.truth, one.scores)
+    told = [(int(there), chance) for there, chance in zip(one.truth, one.scores, strict=True) if not np.isnan(there)]
+    return float(np.mean([log_loss(there, (1 - chance, chance)) for there, chance in told])) if told else float("nan")
+
+
 def _of_times(played: Played, head: Any) -> Picture:
     """Groups by the median risk of the labelled subjects, which is fixed before anybody is tested."""
     task: Any = played.contest.task
     known: dict[str, list[float]] = {}
     for record in played.contest.labelled:
-        known.setdefault(record.subject, []).append(task.predict(head, played.features(record.key).scan).risk)
+        known.setdefault(record.subject, []).append(task.answer(head, played.features(record.key)).risk)
     threshold = float(np.median([np.mean(risks) for risks in known.values()]))
     subjects = sorted(played.outcomes)
     return kaplan_meier_picture(
@@ -103,13 +128,15 @@ def _of_times(played: Played, head: Any) -> Picture:
 
 def _figure_of(task: Any) -> _Figure | None:
     if isinstance(task, Classify):
-        return _Figure(name="log loss", of=lambda one: log_loss(one.truth, one.scores), less_is_better=True)
+        return _Figure(name="log loss", of=_loss_of, less_is_better=True)
     if isinstance(task, Regress):
         return _Figure(name="absolute error", of=lambda one: abs(one.truth - one.predicted), less_is_better=True)
+    if isinstance(task, Retrieve):
+        return _Figure(name="average precision", of=lambda one: one.average_precision, less_is_better=False)
     if isinstance(task, Segment):
         return _Figure(
             name="mean Dice",
-            of=lambda one: float(np.mean(list(one.values()))) if one else float("nan"),
+            of=lambda one: float(np.mean(list(of_kind(one, "dice").values()))) if one else float("nan"),
             less_is_better=False,
         )
     return None
@@ -149,8 +176,16 @@ def _case(played: Played, head: Any, record: Record, value: float) -> Case:
     outcome = played.outcomes[record.subject]
     if isinstance(task, Classify):
         chances = dict(zip(contest.classes, outcome.scores, strict=True))
-        return Case(
-            key=record.key, figure=value, scan=scan, chances=chances, true_classes=(contest.classes[outcome.truth],)
+        true = (
+            tuple(name for name, there in zip(contest.classes, outcome.truth, strict=True) if there == 1)
+            if isinstance(outcome, Answer)
+            else (contest.classes[outcome.truth],)
         )
+        return Case(key=record.key, figure=value, scan=scan, chances=chances, true_classes=true)
+    if isinstance(task, Retrieve):
+        near = zip(contest.classes, outcome.shares, strict=True)
+        found = ", ".join(f"{share:.0%} {name}" for name, share in near if share)
+        said = {"true": contest.classes[outcome.truth], f"of the nearest {task.k}": found}
+        return Case(key=record.key, figure=value, scan=scan, said=said)
     said = {"true": f"{outcome.truth:.4g}", "predicted": f"{outcome.predicted:.4g} {task.unit}"}
     return Case(key=record.key, figure=value, scan=scan, said=said)

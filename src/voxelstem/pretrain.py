@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from voxelstem import distributed
+from voxelstem import distributed, seen
 from voxelstem.backbones import BACKBONES
 from voxelstem.backbones.scan_vit import ScanVitConfig
 from voxelstem.card import Card, read_card, write_weights
@@ -328,23 +328,22 @@ def make_loader(config: PretrainConfig, store: Store, chosen: Selection, ranks: 
 
 
 def make_card(config: PretrainConfig, objective: Any, store: Store, chosen: Chosen, parent: Card | None = None) -> Card:
-    """What the weights' folder says of itself; reconstructions of one acquisition count once.
-
-    What grew from other weights keeps their licence, their data and their origin.
-    """
+    """What the weights' folder says of itself; what grew from other weights keeps their licence, data and origin."""
+    # Reconstructions of one acquisition count once.
     scans, keys = chosen.scans, set(chosen.scans.key)
     formats = Counter(record.provenance.source_format for record in store if record.key in keys)
     counts = [f"{count} {config.spec.modality} scans from {name} sources" for name, count in sorted(formats.items())]
     counts.append(f"of {scans.acquisitions()} acquisitions and {scans.subjects()} subjects")
     counts += ["with their reports"] if config.views.report else []
     counts += [f"left out: {count} scans, {reason}" for reason, count in chosen.left_out.items()]
+    counts.append(seen.seen_line(record.key for record in store if record.split == "train"))
     levels = ("block", "scan") if objective.trains_scan_level else ("block",)
     kept = ("block", "scan") if objective.learner.has_scan_level else ("block",)
     return Card(
         architecture=flatten(config.backbone),
         spec=config.spec,
         licence=parent.licence if parent else "other",
-        data=(*(f"before: {line}" for line in (parent.data if parent else ())), *counts),
+        data=(*(f"{seen.BEFORE}{line}" for line in (parent.data if parent else ())), *counts),
         recipe=config.recipe,
         trained=tuple(sorted({*levels, *(level for level in (parent.trained if parent else ()) if level in kept)})),
         parent=config.begun_from,

@@ -21,7 +21,7 @@ COMMANDS = {
     "embed": ["--weights", "--out", "--precision", "--tokens", "--like-spectre", "--spacing", "--pool", "--compile"],
     "search": ["--index", "--add", "--weights", "--top", "--among", "--protocol", "--json"],
     "adapt": ["--weights", "--store", "--labels", "--task", "--mode", "--out", "--budget", "--commercial"],
-    "evaluate": ["--store", "--labels", "--out", "--commercial"],
+    "evaluate": ["--store", "--labels", "--out", "--commercial", "--pretrained-on", "--nested", "--unet-steps"],
 }
 
 

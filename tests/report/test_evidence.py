@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from voxelstem.metrics import Interval
 from voxelstem.report import page
-from voxelstem.report.evidence import Compared, Prevalence, Sureness, evidence_sections
+from voxelstem.report.evidence import Compared, OperatingPoint, Prevalence, Sureness, evidence_sections
+from voxelstem.vennabers import IntervalBin
 
 
 def some(value: float) -> Interval:
@@ -34,9 +35,64 @@ def test_everything_that_is_known_stands_on_the_page_and_nothing_is_markup() -> 
     assert "<b>run</b>" not in text
 
 
+def test_intervals_of_probabilities_are_shown_with_their_width_and_bin_by_bin() -> None:
+    bins = (
+        IntervalBin(rows=12, mean_low=0.5, mean_high=0.7, came_true=some(0.6)),
+        IntervalBin(rows=14, mean_low=0.9, mean_high=0.95, came_true=some(0.3)),
+    )
+    one = replace(SURE, width=0.125, bins=bins, flagged_by_centres=some(0.15))
+    text = page.page("t", evidence_sections([one], [], []))
+    for wanted in (
+        "0.125 wide on average",
+        "in 1 of 2 bins",
+        "0.500 to 0.700",
+        "0.900 to 0.950",
+        "unlike the means of their classes: 0.150",
+    ):
+        assert wanted in text
+    assert "wide on average" not in page.page("t", evidence_sections([SURE], [], []))
+
+
 def test_what_is_not_known_makes_no_section() -> None:
     assert evidence_sections([], [], []) == []
     bare = replace(SURE, subjects=0, covered=None, level=None, set_size=None, flagged=None)
     text = page.page("t", evidence_sections([bare], [], []))
     assert "hold the truth" not in text
     assert "flagged" not in text
+
+
+def test_an_operating_point_names_its_threshold_and_on_whom_it_was_fixed() -> None:
+    share = Interval(estimate=0.8, low=0.6, high=0.9, subjects=21)
+    nobody = Interval(estimate=float("nan"), low=None, high=None, subjects=0, note="nobody")
+    figures = {"sensitivity": share, "specificity": share, "ppv": share, "npv": nobody}
+    point = OperatingPoint(
+        run="run",
+        positive="yes",
+        threshold=0.37,
+        fixed_on="31 validation subjects",
+        figures=figures,
+        by_group={"sex": {"F": figures, "M": figures}},
+    )
+    missing = OperatingPoint(run="other", positive="yes", why="too few <subjects>")
+    (part,) = evidence_sections([], [], [], [point, missing])
+    assert part.title == "At a fixed threshold"
+    assert "from a stated probability of 0.370 on" in part.body
+    assert "31 validation subjects" in part.body
+    assert "sex: F" in part.body
+    assert "0.800 [0.600, 0.900] (n=21)" in part.body
+    assert "nobody to ask (n=0)" in part.body
+    assert "nan" not in part.body
+    assert "operating point NOT MEASURED: too few &lt;subjects&gt;" in part.body
+
+
+def test_a_shift_of_prevalence_is_a_box_only_where_it_is_beyond_chance() -> None:
+    def body(low: float, high: float) -> str:
+        shift = {"yes": Interval(estimate=(low + high) / 2, low=low, high=high, subjects=90)}
+        one = Prevalence(run="run", labelled={"yes": 0.5}, tested={"yes": 0.2}, shift=shift)
+        (part,) = evidence_sections([], [], [one])
+        return part.body
+
+    assert 'class="note"' in body(-0.4, -0.2)
+    assert "&#x27;yes&#x27; 50% to 20%" in body(-0.4, -0.2)
+    assert 'class="note"' not in body(-0.4, 0.2)
+    assert "intervals include zero" in body(-0.4, 0.2)

@@ -31,7 +31,7 @@ CURVE = Curve(
 
 
 def test_every_rung_and_what_labels_buy_stand_on_the_page() -> None:
-    text = ladder_page(CLIMB, CURVE, "")
+    text = ladder_page(CLIMB, CURVE, CLIMB.chosen, "")
     for wanted in (
         "Chosen: probe",
         "two did not pay",
@@ -46,6 +46,11 @@ def test_every_rung_and_what_labels_buy_stand_on_the_page() -> None:
 
 
 def test_without_a_curve_it_says_why() -> None:
-    text = ladder_page(CLIMB, None, "no curve: too dear")
-    assert "no curve: too dear" in text
+    text = ladder_page(CLIMB, None, "", "no curve: too dear")
+    assert "No curve: too dear." in text
     assert "<img" not in text
+
+
+def test_a_curve_of_another_mode_than_the_chosen_says_so() -> None:
+    text = ladder_page(CLIMB, CURVE, "knn", "this curve is of knn: the other one takes hours")
+    assert "This curve is of knn: the other one takes hours." in text

@@ -173,8 +173,30 @@ def adapt(
     return DONE
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judging:
+    """What is looked at beside the runs' own figures."""
+
+    pretrained_on: tuple[Path, ...] = ()
+    """Stores that the weights were pretrained on: refused if a test subject was in a training split there."""
+    nested: str = "few"
+    """Whether every labelled subject is cross-fitted too: `few` (scan-level runs with fewer than 20 test subjects),
+    `always` or `never`."""
+    unet_steps: int = 200
+    """Of the U-Net from scratch beside frozen segmentation heads; 0 for none, which the page then says."""
+    commercial: bool = False
+    """Say that the use is commercial: runs over weights whose licence forbids that are refused."""
+
+
 def evaluate(
-    runs: list[Path], /, *, store: Path, labels: Path, out: Path, commercial: bool = False, json: bool = False
+    runs: list[Path],
+    /,
+    *,
+    store: Path,
+    labels: Path,
+    out: Path,
+    how: Annotated[Judging, Parameter(name="*")] = Judging(),
+    json: bool = False,
 ) -> int:
     """Score adapted runs on held-out subjects, with intervals and beside honest baselines.
 
@@ -182,17 +204,27 @@ def evaluate(
 
         voxelstem evaluate runs/probe --store store --labels labels.csv --out report
 
+        voxelstem evaluate runs/probe --store S --labels labels.csv --pretrained-on pool --nested always --out report
+
     Args:
         runs: Folders of adapted runs.
         store: Folder of the store.
         labels: The file that `adapt` was given, or one of the same form.
         out: Folder of the report.
-        commercial: Say that the use is commercial: runs over weights whose licence forbids that are refused.
+        how: What is looked at.
         json: Answer in JSON.
     """
     from voxelstem import evaluate as verb
 
-    found = verb.run(runs, store=store, labels=labels, out=out, commercial=commercial)
+    try:
+        config = verb.EvaluateConfig(
+            pretrained_on=how.pretrained_on,
+            nested=how.nested,  # pyright: ignore[reportArgumentType]  # it looks for itself
+            unet_steps=how.unet_steps,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error), hint="see `voxelstem evaluate --help`") from error
+    found = verb.run(runs, store=store, labels=labels, out=out, commercial=how.commercial, config=config)
     page = str(out / "index.html")
     answer(found.facts() | {"report": page}, page, as_json=json)
     return DONE

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from voxelstem.metrics import Interval
 from voxelstem.report import page
+from voxelstem.vennabers import IntervalBin
 
+RATES = {
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "ppv": "PPV",
+    "npv": "NPV",
+}
 SAID = {
     "ece": "expected calibration error (0 is best)",
     "brier": "Brier score (0 is best)",
@@ -35,6 +42,14 @@ class Sureness:
     flagged: Interval | None
     """Share of test scans that are unlike the labelled ones."""
     notes: tuple[str, ...]
+    by_group: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
+    """Facet (`sex`, `scanner`) to group to the share of its subjects whose truth was held."""
+    flagged_by_centres: Interval | None = None
+    """The same share as `flagged`, by the distance to the nearest class's mean."""
+    width: float | None = None
+    """Of the interval of the answer's probability, on average."""
+    bins: tuple[IntervalBin, ...] = ()
+    """Subjects of similar intervals, and how often the answer was right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +71,54 @@ class Prevalence:
     run: str
     labelled: Mapping[str, float]
     tested: Mapping[str, float]
+    shift: Mapping[str, Interval] = field(default_factory=dict)
+    """By how much more often the class occurs where it is tested, with an interval for all classes at once."""
+
+    @property
+    def words(self) -> str:
+        """What the shift means; empty where there is nothing to compare."""
+        moved = [name for name, by in self.shift.items() if by.low is not None and by.high is not None]
+        moved = [name for name in moved if (self.shift[name].low or 0.0) > 0 or (self.shift[name].high or 0.0) < 0]
+        if not self.shift:
+            return ""
+        if not moved:
+            return "No class is shown to be more or less common than where it learned: intervals include zero."
+        told = ", ".join(f"'{one}' {self.labelled[one]:.0%} to {self.tested[one]:.0%}" for one in moved)
+        return (
+            f"Prevalence shift beyond chance: {told}. Stated probabilities, predictive values and thresholds that were "
+            "right where it learned need not be right here; AUROC, sensitivity and specificity do not depend on shares."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatingPoint:
+    """What a run's yes and no are worth at one threshold; without one, `why` says why it was not measured."""
+
+    run: str
+    positive: str
+    """The class that is called yes."""
+    threshold: float | None = None
+    """Of its stated probability."""
+    fixed_on: str = ""
+    figures: Mapping[str, Interval] = field(default_factory=dict)
+    """`sensitivity`, `specificity`, `ppv` and `npv` on the test subjects."""
+    by_group: Mapping[str, Mapping[str, Mapping[str, Interval]]] = field(default_factory=dict)
+    """Facet to group to the same figures."""
+    why: str = ""
 
 
 def evidence_sections(
-    sure: Sequence[Sureness], compared: Sequence[Compared], shares: Sequence[Prevalence]
+    sure: Sequence[Sureness],
+    compared: Sequence[Compared],
+    shares: Sequence[Prevalence],
+    points: Sequence[OperatingPoint] = (),
 ) -> list[page.Section]:
     """The sections for which there is something to say."""
     found: list[page.Section] = []
     if sure:
         found.append(page.section("How sure the runs may be", *(part for one in sure for part in _sure(one))))
+    if points:
+        found.append(page.section("At a fixed threshold", *(part for one in points for part in _point(one))))
     if compared:
         rows = [(f"{pair.one} - {pair.other}", pair.task, pair.metric, str(pair.difference)) for pair in compared]
         note = "On the same test subjects, paired by subject; above 0 the first is better, also where less is better."
@@ -89,11 +143,63 @@ def _sure(one: Sureness) -> list[str]:
         what = "sets" if one.set_size is not None else "intervals"
         size = "" if one.set_size is None else f", {one.set_size:.2f} classes in a set on average"
         lines.append(f"{one.run}: {what} made to hold the truth for {one.level:.0%} held it for {one.covered}{size}")
+    if one.covered is not None and not one.by_group:
+        lines.append(f"{one.run}: coverage of each sex or scanner: NOT MEASURED, the store does not tell two apart")
     if one.flagged is not None:
         lines.append(f"{one.run}: flagged as unlike the labelled scans: {one.flagged}")
-    return [*parts, *([page.bullets(lines)] if lines else [])]
+    if one.flagged_by_centres is not None:
+        lines.append(f"{one.run}: flagged as unlike the means of their classes: {one.flagged_by_centres}")
+    if one.width is not None:
+        held = sum(each.held for each in one.bins)
+        lines.append(
+            f"{one.run}: intervals of the answer's probability are {one.width:.3f} wide on average; what was observed "
+            f"may lie within them in {held} of {len(one.bins)} bins"
+        )
+    parts += [page.bullets(lines)] if lines else []
+    if one.bins:
+        told = [
+            (
+                f"{each.mean_low:.3f} to {each.mean_high:.3f}",
+                str(each.rows),
+                str(each.came_true),
+                "yes" if each.held else "no",
+            )
+            for each in one.bins
+        ]
+        head = ("mean interval", "n", "answer was right", "may be so")
+        parts.append(page.table(head, told, caption=f"{one.run}: intervals of probabilities"))
+    for facet, groups in one.by_group.items():
+        held = [(name, str(value.subjects), str(value)) for name, value in groups.items()]
+        parts.append(page.table((facet, "n", "truth held"), held, caption=f"{one.run}: coverage of each {facet}"))
+    return parts
+
+
+def _point(one: OperatingPoint) -> list[str]:
+    if one.threshold is None:
+        return [page.paragraph(f"{one.run}: operating point NOT MEASURED: {one.why}")]
+    told = (
+        f"{one.run}: '{one.positive}' is said from a stated probability of {one.threshold:.3f} on. That was fixed on "
+        f"{one.fixed_on}, for the best balanced accuracy, and no test subject had a say in it."
+    )
+    rows = [("all", *_rates(one.figures))]
+    rows += [
+        (f"{facet}: {name}", *_rates(own)) for facet, groups in one.by_group.items() for name, own in groups.items()
+    ]
+    head = ("test subjects", *(RATES[name] for name in RATES))
+    note = "Each figure has its own n: sensitivity counts those who have it, PPV those of whom it was said."
+    return [page.paragraph(told), page.table(head, rows, caption=one.run), page.paragraph(note)]
+
+
+def _rates(figures: Mapping[str, Interval]) -> list[str]:
+    shown = [figures[name] for name in RATES]
+    return [f"{one} (n={one.subjects})" if one.subjects else "nobody to ask (n=0)" for one in shown]
 
 
 def _shares(one: Prevalence) -> str:
-    rows = [(name, f"{one.labelled[name]:.1%}", f"{one.tested.get(name, 0.0):.1%}") for name in one.labelled]
-    return page.table(("class", "where it learned", "where it is tested"), rows, caption=one.run)
+    rows = [
+        (name, f"{share:.1%}", f"{one.tested.get(name, 0.0):.1%}", str(one.shift[name]) if name in one.shift else "")
+        for name, share in one.labelled.items()
+    ]
+    head = ("class", "where it learned", "where it is tested", "difference")
+    words = page.note(one.words) if "beyond chance" in one.words else page.paragraph(one.words)
+    return page.table(head, rows, caption=one.run) + (words if one.words else "")

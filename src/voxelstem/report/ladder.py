@@ -18,8 +18,9 @@ UNSEEN = (
 )
 
 
-def ladder_page(climb: Climb, curve: Curve | None, why: str) -> str:
-    """The whole page. `why` says why there is no curve."""
+def ladder_page(climb: Climb, curve: Curve | None, curve_of: str, why: str) -> str:
+    """The whole page. `why` says why there is no curve, or why that of another mode than was chosen (`curve_of`)."""
+    told = [page.paragraph(f"{why[:1].upper()}{why[1:]}.")] if why else []
     sections = [
         page.section(
             "Ways to adapt, from cheap to dear",
@@ -29,17 +30,17 @@ def ladder_page(climb: Climb, curve: Curve | None, why: str) -> str:
             ),
             page.paragraph(UNSEEN),
         ),
-        page.section("What labels buy", *(_curve(climb, curve) if curve is not None else [page.paragraph(why)])),
+        page.section("What labels buy", *told, *([] if curve is None else _curve(curve_of, curve))),
     ]
     return page.page("How this run was chosen", sections)
 
 
-def _curve(climb: Climb, curve: Curve) -> list[str]:
+def _curve(mode: str, curve: Curve) -> list[str]:
     scores = [
         Score(
-            name=climb.chosen,
+            name=mode,
             task="labelled subjects, held out in turn",
-            mode=climb.chosen,
+            mode=mode,
             metric=curve.metric,
             budget=point.subjects,
             labelled=point.subjects,
@@ -48,7 +49,7 @@ def _curve(climb: Climb, curve: Curve) -> list[str]:
         )
         for point in curve.points
     ]
-    drawn = label_efficiency_picture(scores, curve.metric, extrapolated=_beyond(climb, curve))
+    drawn = label_efficiency_picture(scores, curve.metric, extrapolated=_beyond(mode, curve))
     rows = [(str(point.subjects), str(point.score)) for point in curve.points]
     return [
         page.paragraph(recommend(curve).capitalize() + "."),
@@ -57,7 +58,7 @@ def _curve(climb: Climb, curve: Curve) -> list[str]:
     ]
 
 
-def _beyond(climb: Climb, curve: Curve) -> list[Extrapolated]:
+def _beyond(mode: str, curve: Curve) -> list[Extrapolated]:
     """What the power law says of more labels than there are; nothing where there is no law, or no interval of it."""
     law = curve.law
     told = [(gain.then, gain.value.low, gain.value.high) for gain in curve.gains]
@@ -75,4 +76,4 @@ def _beyond(climb: Climb, curve: Curve) -> list[Extrapolated]:
     estimate = np.array([here, *(at(then) for then, _, _ in sure)])
     low = np.minimum(np.array([here, *(here + ends.min(axis=1))]), estimate)
     high = np.maximum(np.array([here, *(here + ends.max(axis=1))]), estimate)
-    return [Extrapolated(name=climb.chosen, labelled=labelled, estimate=estimate, low=low, high=high)]
+    return [Extrapolated(name=mode, labelled=labelled, estimate=estimate, low=low, high=high)]

@@ -52,6 +52,7 @@ ul { padding-left:1.2rem; max-width:44rem } li { margin:.35rem 0 }
 
 MEANING = {
     "scratch": "the same network untrained, several seeds averaged: what the architecture knows by itself",
+    "unet": "a U-Net from scratch by nnU-Net's rule, trained on the same labelled scans",
     "intensity": "how bright the body (or each patch) is, and nothing else",
     "atlas": "labels of the most similar labelled scan, laid over so that the bodies' boxes match",
     "majority": "the shares of the classes among the labelled scans, without looking at the scan",
