@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.fewlabelled import FRACTIONS, SPEC, make_store, make_weights
+from tests.fewlabelled import FRACTIONS, QUICK, SPEC, make_store, make_weights
 
 from voxelstem import adapt, evaluate
 from voxelstem.adapted import read_run
@@ -98,6 +98,8 @@ def test_the_run_holds_no_name_of_a_subject_and_no_pickle(place: Path, tmp_path:
         "head.safetensors",
         "assurance.safetensors",
         "adapt.json",
+        "README.md",
+        "SHA256SUMS",
         "weights",
         "features",
     }
@@ -145,10 +147,15 @@ def test_labels_of_strangers_are_refused_without_naming_them(place: Path, tmp_pa
     assert "mueller" not in str(caught.value)
 
 
-def test_labels_without_a_scan_are_counted(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_without_a_scan_are_refused_or_left_out_and_counted(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = (place / "contrast.csv").read_text() + "mueller,yes\nmaier,no\n"
     (tmp_path / "labels.csv").write_text(text)
-    adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="2 of 14 labelled subjects have no CT scan in the store: rows 14, 15"):
+        adapt.run(**arguments(place, tmp_path, labels=tmp_path / "labels.csv"))  # pyright: ignore[reportArgumentType]
+    some = {"labels": tmp_path / "labels.csv", "settings": {"unknown": "left_out"}}
+    adapt.run(**arguments(place, tmp_path, **some))  # pyright: ignore[reportArgumentType]
     assert caplog.messages == ["2 of 14 labelled subjects are not in the store (no CT scan)"]
 
 
@@ -238,7 +245,7 @@ def test_a_whole_network_is_trained_kept_and_scored_beside_itself_from_scratch(
     card = read_card(out / "weights")
     assert card.parent == read_card(weights).sha256
     assert card.spec == SPEC
-    found = evaluate.run([out], store=place / "store", labels=truth, out=tmp_path / "report")
+    found = evaluate.run([out], store=place / "store", labels=truth, out=tmp_path / "report", config=QUICK)
     names = {score.name for score in found.scores}
     assert {"run", "scratch", "intensity"} <= names
     assert any("NOT MEASURED" in line for line in found.checked) == (task != "segment")

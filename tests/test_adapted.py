@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from voxelstem.adapted import AdaptConfig, Made, SeeConfig, read_run, resolve, write_run
+from voxelstem.artefact import SEAL, RunCard, seal
 from voxelstem.assurance import Assurance
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import CheckpointError, ConfigError
@@ -22,7 +27,20 @@ def written(folder: Path) -> AdaptConfig:
     model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
     card = write_weights(folder / "weights", model.backbone.state_dict(), model.card)
     head = Head(mode="probe", classes=("a", "b"), arrays={"weight": np.arange(6.0)}, facts={"strength": 0.1})
-    write_run(folder, config, Made(head=head, records=(), assurance=Assurance(notes=("none",))), card)
+    about = RunCard(task="classify", mode="probe", title="contrast", modality="CT", version="0.11.0")
+    write_run(folder, config, Made(head=head, records=(), assurance=Assurance(notes=("none",)), about=about), card)
+    seal(folder)
+    return config
+
+
+def made_by_0_10_0(folder: Path) -> AdaptConfig:
+    """A run as that version left it: no card in adapt.json, no README.md, no seal."""
+    config = written(folder)
+    facts = json.loads((folder / "adapt.json").read_text())
+    del facts["card"]
+    (folder / "adapt.json").write_text(json.dumps(facts))
+    (folder / "README.md").unlink()
+    (folder / SEAL).unlink()
     return config
 
 
@@ -33,20 +51,59 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read.head.classes == ("a", "b")
     np.testing.assert_array_equal(read.head.arrays["weight"], np.arange(6.0))
     assert read.task.neighbours == 4  # pyright: ignore[reportAttributeAccessIssue]
+    assert read.card.title == "contrast"
+
+
+def test_a_run_of_a_version_without_cards_is_still_read(tmp_path: Path) -> None:
+    config = made_by_0_10_0(tmp_path)
+    read = read_run(tmp_path)
+    assert read.config == config
+    assert read.card == RunCard()
 
 
 def test_a_run_of_a_version_that_saw_tokens_only_is_still_read(tmp_path: Path) -> None:
-    written(tmp_path)
+    made_by_0_10_0(tmp_path)
     config = tmp_path / "config.toml"
     lines = [line for line in config.read_text().splitlines() if not line.startswith("see.")]
     config.write_text("\n".join(lines) + "\n")
     assert read_run(tmp_path).config.see == SeeConfig()
 
 
-def test_a_damaged_run_says_so(tmp_path: Path) -> None:
-    written(tmp_path)
+@pytest.mark.parametrize("make", [written, made_by_0_10_0])
+def test_a_damaged_run_says_so(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path)
     (tmp_path / "head.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="damaged"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["head.json", "head.safetensors", "assurance.safetensors", "config.toml", "adapt.json", "README.md"]
+)
+def test_a_file_that_was_changed_is_named(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name)} of the run .* not the one that adapt wrote"):
+        read_run(tmp_path)
+
+
+def test_another_run_s_head_is_noticed(tmp_path: Path) -> None:
+    written(tmp_path / "one")
+    written(tmp_path / "other")
+    head = {"weight": np.arange(6.0)[::-1].copy()}
+    save_file(head, tmp_path / "other" / "head.safetensors")
+    seal(tmp_path / "other")
+    read_run(tmp_path / "other")
+    (tmp_path / "other" / "head.safetensors").rename(tmp_path / "one" / "head.safetensors")
+    with pytest.raises(CheckpointError, match=r"head\.safetensors of the run 'one'"):
+        read_run(tmp_path / "one")
+
+
+def test_a_run_whose_seal_was_lost_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / SEAL).unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {SEAL}"):
         read_run(tmp_path)
 
 

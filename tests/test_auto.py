@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.fewlabelled import SPEC, make_store, make_weights
@@ -99,6 +100,36 @@ def test_a_network_is_trained_anew_for_every_fold_where_that_rung_is_asked_for(p
     told = json.loads((out / "auto.json").read_text())
     assert [step["mode"] for step in told["climb"]["steps"]] == ["probe", "adapters"]
     assert read_run(out).config.mode in ("probe", "adapters")
+
+
+def tuned_alone(place: Path, out: Path, **settings: object) -> dict[str, Any]:
+    run = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "labels.json",
+        task="segment",
+        mode="auto",
+        out=out,
+        budget=4,
+        settings={
+            "auto.rungs": ("adapters",),
+            "auto.repeats": 1,
+            "auto.curve_repeats": 1,
+            "auto.folds": 2,
+            "full.steps": 1,
+            **{name.replace("__", "."): value for name, value in settings.items()},
+        },
+    )
+    return json.loads((run / "auto.json").read_text())
+
+
+def test_a_mode_that_trains_networks_has_a_curve_where_there_is_time_for_it(place: Path, tmp_path: Path) -> None:
+    told = tuned_alone(place, tmp_path / "run")
+    assert told["curve_of"] == told["climb"]["chosen"] == "adapters"
+    assert [point["subjects"] for point in told["curve"]["points"]] == [1, 2]
+    hasty = tuned_alone(place, tmp_path / "hasty", auto__curve_minutes=0.0)
+    assert hasty["curve"] is None
+    assert hasty["why"].startswith("no curve: a curve of adapters would train 4 networks, about 0 minutes")
 
 
 def test_rungs_go_from_cheap_to_dear_and_a_network_of_convolutions_has_no_adapters(place: Path) -> None:

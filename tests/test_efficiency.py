@@ -327,8 +327,10 @@ def said(estimate: float, low: float | None, high: float | None, note: str = "")
     return Interval(estimate=estimate, low=low, high=high, subjects=40, note=note)
 
 
-def read(value: Interval, *, metric: str = "auroc", margin: float = 0.01, then: int = 50) -> Curve:
-    """A curve from 2 to 32 of 40 labelled subjects that promises this gain."""
+def read(
+    value: Interval, *, far: Interval | None = None, metric: str = "auroc", margin: float = 0.01, then: int = 50
+) -> Curve:
+    """A curve from 2 to 32 of 40 labelled subjects that promises this gain, and this one of 24 more."""
     point = Point(subjects=2, score=said(0.6, 0.5, 0.7), each=(0.6, 0.6))
     return Curve(
         metric=metric,
@@ -338,7 +340,7 @@ def read(value: Interval, *, metric: str = "auroc", margin: float = 0.01, then: 
         points=(point, replace(point, subjects=32)),
         rise=Gain(have=2, then=32, value=said(0.2, 0.1, 0.3)),
         law=Law(asymptote=0.9, drop=0.5, exponent=said(0.5, 0.3, 0.8), at_bound=False),
-        gains=(Gain(have=40, then=then, value=value), Gain(have=40, then=64, value=said(9.0, 8.0, 9.5))),
+        gains=(Gain(have=40, then=then, value=value), Gain(have=40, then=64, value=far or value)),
     )
 
 
@@ -368,7 +370,11 @@ def read(value: Interval, *, metric: str = "auroc", margin: float = 0.01, then: 
         ),
         (
             read(said(0.006, 0.001, 0.02)),
-            "too few to say: by this curve 10 more labelled subjects would improve auroc by 0.006 [0.001, 0.020]",
+            "too few to say: by this curve 24 more labelled subjects would improve auroc by 0.006 [0.001, 0.020]",
+        ),
+        (
+            read(said(0.002, 0.001, 0.003), far=said(0.02, 0.012, 0.03)),
+            "by this curve 24 more labelled subjects would improve auroc by 0.020 [0.012, 0.030]",
         ),
         (
             read(said(0.03, None, None, "undefined in most resamples, no interval")),
@@ -417,3 +423,16 @@ def test_what_is_recommended_word_by_word(curve: Curve, words: str) -> None:
 def test_settings_without_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         CurveConfig(**settings)
+
+
+def test_what_begins_to_rise_late_is_not_carried_on() -> None:
+    def late(kept: frozenset[str], who: str, seed: int) -> float:
+        return 0.5 + 0.2 * (len(kept) > 20) + noisy(len(kept), who, seed, draws=0.002)
+
+    curve = curve_of(late)
+    assert curve.law is None
+    assert curve.gains == ()
+    assert recommend(curve) == (
+        "too few to say: from 20 to 48 labelled subjects dice rose faster than a power law can; "
+        "label more and draw the curve again"
+    )

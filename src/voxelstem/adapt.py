@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from voxelstem import __version__
 from voxelstem.adapted import (
     AUTO,
     TUNED,
@@ -23,23 +27,28 @@ from voxelstem.adapted import (
     tuning_of,
     write_run,
 )
-from voxelstem.assurance import Assurance, assure
+from voxelstem.artefact import CACHE, Calibration, LabelFacts, Parent, RunCard, Split, seal
+from voxelstem.assurance import LEVEL, Assurance, assure, group_of
 from voxelstem.auto import Labelled, choose
-from voxelstem.card import write_weights
-from voxelstem.crossfit import out_of_fold
+from voxelstem.card import Card, read_card, write_weights
+from voxelstem.config import to_toml
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tune
-from voxelstem.folds import draw_folds, strata_of
+from voxelstem.folds import asked_folds, strata_of
 from voxelstem.manifest import write_whole
 from voxelstem.model import Model
-from voxelstem.progress import progress
+from voxelstem.progress import progress, tell
 from voxelstem.protocols import Example, Head, Task
 from voxelstem.report.ladder import ladder_page
+from voxelstem.samepeople import Pairs, same_people
+from voxelstem.spent import Spent
 from voxelstem.store import Record, Store
 from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, of_contrast, read_truth
-from voxelstem.weights.hub import load
+from voxelstem.unseen import hear
+from voxelstem.weights.hub import PREFIX, load
+from voxelstem.weights.known import KNOWN
 
 __all__ = ["read_run", "resolve", "run"]
 
@@ -74,15 +83,18 @@ def run(
             f"'{out.name}' holds a finished run already" if finished else f"'{out.name}' holds other files already",
             hint="choose another --out, or remove this folder first",
         )
-    opened = Store.open(store)
+    began, opened = time.monotonic(), Store.open(store)
     work = out.with_name(f".{out.name}.unfinished")
     try:
-        if config.mode == AUTO:
+        for name in ("auto.json", "index.html"):  # of another run that was interrupted here
+            (work / name).unlink(missing_ok=True)
+        asked = config
+        if asked.mode == AUTO:
             config = _climb(weights, config, opened, labels, work)
-        if config.mode in TUNED:
-            _tune_whole(weights, config, opened, labels, work)
-        else:
-            _fit_head(weights, config, opened, labels, work)
+        finish = _tune_whole if config.mode in TUNED else _fit_head
+        chosen = asked.mode == AUTO
+        finish(_Order(weights=weights, config=config, store=opened, labels=labels, chosen=chosen, began=began), work)
+        seal(work)
         if out.exists():
             out.rmdir()
         work.rename(out)
@@ -93,6 +105,7 @@ def run(
             f"the run '{out.name}' cannot be written: {reason}",
             hint="check the folder's rights and free some space, then run the same command again",
         ) from error
+    tell(f"adapt: {config.task} by {config.mode}, {Spent.since(began)}")
     return out
 
 
@@ -106,25 +119,104 @@ def _climb(weights: str | Path, config: AdaptConfig, store: Store, labels: Path 
     model, truth, records, classes = _labelled(weights, config, store, labels)
     what = Labelled(model=model, store=store, truth=truth, records=records, classes=classes)
     work.mkdir(parents=True, exist_ok=True)
-    rest = Path(config.features) if config.features else work / "features"
+    rest = Path(config.features) if config.features else work / CACHE
     chosen = choose(what, config, rest)
     text = json.dumps(chosen.facts(), indent=2, allow_nan=False) + "\n"
     write_whole(work / "auto.json", text.encode())
-    write_whole(work / "index.html", ladder_page(chosen.climb, chosen.curve, chosen.why).encode())
+    write_whole(work / "index.html", ladder_page(chosen.climb, chosen.curve, chosen.curve_of, chosen.why).encode())
     mode = chosen.climb.chosen
     full = replace(config.full or FinetuneConfig(), changes=tuning_of(mode)) if mode in TUNED else None
     return replace(config, mode=mode, full=full)
 
 
-def _fit_head(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Order:
+    """What a run is told."""
+
+    weights: str | Path
+    config: AdaptConfig
+    store: Store
+    labels: Path | None
+    chosen: bool
+    """Whether `auto` chose the mode."""
+    began: float
+    """A moment of `time.monotonic`."""
+
+    def describe(self, parent: Card, truth: Truth, records: Sequence[Record], own: Card, sure: Assurance) -> RunCard:
+        """What the run will say of itself."""
+        there = [record for record in self.store if record.modality == own.spec.modality]
+        parts = {name: [record for record in there if record.split == name] for name in ("train", "validation", "test")}
+        return RunCard(
+            task=self.config.task,
+            mode=self.config.mode,
+            title=self.config.title or self.config.task,
+            chosen=self.chosen,
+            modality=own.spec.modality,
+            fed=f"fed at {own.spec.grid_in_words}, {own.spec.values_in_words}",
+            licence=parent.licence,
+            parent=_parent(self.weights, parent),
+            weights_sha256=own.sha256,
+            labels=LabelFacts.of(self.labels, truth, records),
+            splits={name: Split.of(some) for name, some in {"learned": records, **parts}.items()},
+            calibration=Calibration.of(sure),
+            command=_command(self.weights, self.config, labelled=self.labels is not None),
+            version=__version__,
+            torch=torch.__version__,
+        )
+
+
+def _named(weights: str | Path) -> str:
+    """What everybody calls these weights; an empty word for a folder of somebody's."""
+    said = str(weights)
+    return said if said == "scratch" or said in KNOWN or said.startswith(PREFIX) else ""
+
+
+def _parent(weights: str | Path, card: Card) -> Parent:
+    """What a run grew from; weights that were only drawn have no digest that anybody could compare."""
+    name, kind = _named(weights), f"{card.architecture.get('name', 'weights')} {card.recipe}".strip()
+    known = KNOWN.get(name)
+    repo = known.repo if known else name.removeprefix(PREFIX).partition("@")[0] if name.startswith(PREFIX) else ""
+    return Parent(
+        name=f"{kind}, untrained" if name == "scratch" else name or kind,
+        sha256="" if name == "scratch" else card.sha256,
+        origin=card.origin,
+        licence=card.licence,
+        repo=repo,
+    )
+
+
+def _command(weights: str | Path, config: AdaptConfig, *, labelled: bool) -> str:
+    """The words that make a run again: all settings but those that a fresh one has, and nobody's folders."""
+    usual = to_toml(resolve(config.task, config.mode, budget=None, settings={})).splitlines()
+    apart = [line for line in to_toml(replace(config, features=None)).splitlines() if line not in usual]
+    changes = dict(line.split(" = ", 1) for line in apart)
+    for name in ("task", "mode", "budget", "commercial"):
+        changes.pop(name, None)
+    changes = {name: '"WEIGHTS"' if name == "like" else _placeless(value) for name, value in changes.items()}
+    words = ["voxelstem", "adapt", *(f"{name}={value}" for name, value in changes.items())]
+    words += ["--weights", _named(weights) or "WEIGHTS", "--store", "STORE", *(["--labels", "LABELS"] * labelled)]
+    words += ["--task", config.task, "--mode", config.mode, "--out", "RUN"]
+    words += [] if config.budget is None else ["--budget", str(config.budget)]
+    return shlex.join([*words, "--commercial"] if config.commercial else words)
+
+
+def _placeless(value: str) -> str:
+    """A setting for others to read: of a file that a user keeps somewhere, its name alone."""
+    return (
+        json.dumps(Path(json.loads(value)).name, ensure_ascii=False) if value.startswith(('"/', '"~', '".')) else value
+    )
+
+
+def _fit_head(order: _Order, work: Path) -> None:
     """Embed the labelled scans, fit the head and write the run."""
+    config = order.config
     fitting = _aligned_fitting if is_aligned(config.head) else _plain_fitting
-    plan = fitting(weights, config, store, labels)
+    plan = fitting(order.weights, config, order.store, order.labels)
     work.mkdir(parents=True, exist_ok=True)
-    rest = Path(config.features) if config.features else work / "features"
+    rest = Path(config.features) if config.features else work / CACHE
     features = plan.features(rest)
     with progress("adapt: embed", len(plan.records)) as advance:
-        taken = examples_of(store, plan.records, plan.truth, features, config.head)
+        taken = examples_of(order.store, plan.records, plan.truth, features, config.head)
         examples = list(_counted(taken, advance))
     try:
         head = plan.fit(examples)
@@ -132,22 +224,26 @@ def _fit_head(weights: str | Path, config: AdaptConfig, store: Store, labels: Pa
         raise AuditError(
             f"nothing can be learned from these labels: {error}", hint="label other subjects, or use another --mode"
         ) from error
-    made = Made(head=head, records=plan.records, assurance=plan.assure(examples))
-    write_run(work, config, made, plan.model.card)
-    keep_weights(work / "weights", weights, plan.model, text=is_aligned(config.head))
+    sure, card = plan.assure(examples, rest), plan.model.card
+    keep_weights(work / "weights", order.weights, plan.model, text=is_aligned(config.head))
+    about = order.describe(card, plan.truth, plan.records, read_card(work / "weights"), sure)
+    spent = Spent.since(order.began)
+    write_run(work, config, Made(head=head, records=plan.records, assurance=sure, about=about, spent=spent), card)
 
 
-def _tune_whole(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None, work: Path) -> None:
+def _tune_whole(order: _Order, work: Path) -> None:
     """Train network and head together and write the run, its weights being the trained ones."""
-    model, truth, records, classes = _labelled(weights, config, store, labels)
+    config = order.config
+    model, truth, records, classes = _labelled(order.weights, config, order.store, order.labels)
     asked, full = Asked.of(config.task, config.head, truth, classes), config.full or FinetuneConfig()
-    head, card, tensors = tune(model, store, records, asked, full, seed=config.seed)
+    head, card, tensors = tune(model, order.store, records, asked, full, seed=config.seed)
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "weights", ignore_errors=True)
     card = write_weights(work / "weights", tensors, card)
-    why = "not calibrated: every fold would have to train the network anew"
-    made = Made(head=head, records=records, assurance=assure({}, (), notes=(why,)))
-    write_run(work, config, made, card)
+    sure = assure({}, (), notes=("not calibrated: every fold would have to train the network anew",))
+    about = order.describe(model.card, truth, records, card, sure)
+    spent = Spent.since(order.began)
+    write_run(work, config, Made(head=head, records=records, assurance=sure, about=about, spent=spent), card)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +255,8 @@ class _Plan:
     records: tuple[Record, ...]
     features: Callable[[Path], FeaturesOf]
     fit: Callable[[Sequence[Example]], Head]
-    assure: Callable[[Sequence[Example]], Assurance]
+    assure: Callable[[Sequence[Example], Path], Assurance]
+    """Given also where features rest, and copies that were found."""
 
 
 def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, labels: Path | None) -> _Plan:
@@ -171,26 +268,54 @@ def _plain_fitting(weights: str | Path, config: AdaptConfig, store: Store, label
         records=records,
         features=lambda folder: embedder(model, store, folder, tokens=needs_tokens(task, config.mode), see=config.see),
         fit=lambda examples: task.fit(examples, classes, mode=config.mode, seed=config.seed),
-        assure=lambda examples: _assure(config, examples, classes),
+        assure=lambda examples, folder: _assure(
+            config, examples, classes, truth, _Kin.of(store, records, folder if config.folds else None)
+        ),
     )
 
 
-def _assure(config: AdaptConfig, examples: Sequence[Example], classes: tuple[str, ...]) -> Assurance:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kin:
+    """Which labelled subjects belong together."""
+
+    together: Pairs
+    """Those who are one person under two names: held out together."""
+    groups: Mapping[str, str]
+    """The group of each subject's scans, where they have one."""
+
+    @staticmethod
+    def of(store: Store, records: Sequence[Record], rest: Path | None) -> _Kin:
+        """Look for copies where anybody is to be held out; what is found rests in `rest`."""
+        told: dict[str, set[str]] = {}
+        for record in records:
+            told.setdefault(record.subject, set()).add(group_of(record.acquisition))
+        groups = {subject: next(iter(own)) for subject, own in told.items() if len(own) == 1}
+        return _Kin(together=() if rest is None else same_people(store, records, rest), groups=groups)
+
+
+def _assure(
+    config: AdaptConfig, examples: Sequence[Example], classes: tuple[str, ...], truth: Truth, kin: _Kin
+) -> Assurance:
     """Cross-fit the labelled subjects, where something can be calibrated by that."""
     task: Task = config.head
     reasons = {
-        "voxels are not calibrated": task.voxels,
         "survival curves are not calibrated": is_survival(task),
         "not calibrated: folds=0": not config.folds,
     }
     if why := next((said for said, holds in reasons.items() if holds), ""):
         return assure({}, examples, notes=(why,))
     try:
-        folds = draw_folds(strata_of(examples, classes), count=config.folds, seed=config.seed)
-        outcomes = out_of_fold(task, examples, classes, mode=config.mode, seed=config.seed, folds=folds)
+        strata = strata_of(examples, classes, together=kin.together)
+        (folds,) = asked_folds(strata, count=config.folds, told=truth.folds, repeats=1, seed=config.seed)
+        heard = hear(task, examples, classes, mode=config.mode, seed=config.seed, folds=folds, level=LEVEL)
     except ValueError as error:
+        if truth.folds or config.folds != "auto":  # what a user asks for is not left out in silence
+            raise AuditError(
+                f"the labelled subjects cannot be cross-fitted: {error}",
+                hint="label more subjects, leave `folds` out, or set folds=0: then nothing is calibrated",
+            ) from error
         return assure({}, examples, notes=(f"not calibrated: {error}",))
-    return assure(outcomes, examples)
+    return assure(heard.outcomes, examples, groups=kin.groups, notes=heard.notes)
 
 
 def _labelled(
@@ -201,7 +326,7 @@ def _labelled(
     if labels is None:
         raise ConfigError(f"{config.task} learns from labels", hint="add --labels")
     model = _model(weights, config)
-    truth = read_truth(store, labels, task, model.spec)
+    truth = read_truth(store, labels, task, model.spec, unknown=config.unknown)
     if config.full is not None:
         truth = of_contrast(truth, config.full.contrasts)
     records = draw(truth, config.budget, config.seed, voxels=task.voxels)
@@ -219,7 +344,7 @@ def _aligned_fitting(weights: str | Path, config: AdaptConfig, store: Store, lab
     space = open_space(weights, config)
     truth = Truth(records=(), labels={}, classes=())
     if labels is not None:
-        truth = read_truth(store, labels, config.head, space.model.spec)
+        truth = read_truth(store, labels, config.head, space.model.spec, unknown=config.unknown)
     records = draw(truth, config.budget, config.seed, voxels=False, split="validation") if calibrated else ()
     classes = truth.classes or tuple(config.head.ask()[1])
     return _Plan(
@@ -228,7 +353,7 @@ def _aligned_fitting(weights: str | Path, config: AdaptConfig, store: Store, lab
         records=records,
         features=lambda folder: projector(space, store, folder),
         fit=lambda examples: config.head.fit(examples, classes, mode=config.mode, seed=config.seed, space=space),
-        assure=lambda _: Assurance(notes=("prompts are calibrated by mode `calibrated`, in their own way",)),
+        assure=lambda _, __: Assurance(notes=("prompts are calibrated by mode `calibrated`, in their own way",)),
     )
 
 

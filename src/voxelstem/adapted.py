@@ -14,16 +14,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from voxelstem.artefact import RunCard, check_seal, page
 from voxelstem.assurance import Assurance
-from voxelstem.card import Card, link_files, members, read_card, write_weights
+from voxelstem.card import README, RUN, Card, is_run, link_files, members, read_card, write_weights
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.efficiency import CurveConfig
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.folds import Count
 from voxelstem.ladder import LadderConfig
 from voxelstem.model import Model
 from voxelstem.protocols import Head, Task
+from voxelstem.spent import Spent
 from voxelstem.store import Record
+from voxelstem.store.labels import Unknown
 from voxelstem.table import closest
 from voxelstem.tasks import TASKS
 from voxelstem.weights.hub import fetch
@@ -62,12 +66,15 @@ class AutoConfig:
 
     rungs: tuple[str, ...] = ()
     """Modes that are tried, from cheap to dear; all that the task and the network have if empty."""
-    folds: int = 5
-    """Of the labelled subjects; as many as the rarest class allows."""
+    folds: Count = "auto"
+    """Of the labelled subjects, as `folds` of the run."""
     repeats: int = 2
     """So often they are parted anew for the climb."""
     curve_repeats: int = 5
-    """And for the curve, which only frozen modes have: with fewer its intervals are too narrow."""
+    """And for the curve: with fewer its intervals are too narrow."""
+    curve_minutes: float = 30.0
+    """Where a curve of the chosen mode would take longer, because each of its points trains networks, that of the best
+    frozen mode is drawn."""
     ladder: LadderConfig = field(default_factory=LadderConfig)
     curve: CurveConfig = field(default_factory=CurveConfig)
 
@@ -77,8 +84,10 @@ class AutoConfig:
         Raises:
             ValueError: fewer than two folds, or no repeat.
         """
-        if self.folds < 2 or min(self.repeats, self.curve_repeats) < 1:  # noqa: PLR2004
+        if (self.folds != "auto" and self.folds < 2) or min(self.repeats, self.curve_repeats) < 1:  # noqa: PLR2004
             raise ValueError(f"auto.folds must be at least 2, repeats 1, got {self.folds} and {self.repeats}")
+        if not self.curve_minutes >= 0:
+            raise ValueError(f"auto.curve_minutes must not be negative, got {self.curve_minutes}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +104,13 @@ class AdaptConfig:
     """Which subjects are drawn, the head's own randomness, and the weights of `scratch`."""
     like: str | None = None
     """With `scratch`, and needed there: a weights folder whose architecture and InputSpec to take."""
-    folds: int = 5
-    """Folds of the labelled subjects by which a frozen network's answers are calibrated; 0 leaves that out."""
+    folds: Count = "auto"
+    """Folds of the labelled subjects by which a frozen network's answers are calibrated; 0 leaves that out. `auto`:
+    those of the label file's column `fold`, else five, or as many as the rarest class allows. A number is taken at its
+    word: where labels are too few for it nothing is fitted."""
+    unknown: Unknown = "refused"
+    """What becomes of labels of subjects who have no scan that can be used: they are refused with their rows, or
+    `left_out`, counted and said."""
     commercial: bool = False
     """Claim commercial use, here and when this run is evaluated: weights whose licence forbids it are refused."""
     features: str | None = None
@@ -118,8 +132,8 @@ class AdaptConfig:
         """
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1 labelled subject, got {self.budget}")
-        if self.folds < 0 or self.folds == 1:
-            raise ValueError(f"folds must be 0, or 2 and more, got {self.folds}")
+        if self.folds != "auto" and (self.folds < 0 or self.folds == 1):
+            raise ValueError(f"folds must be auto, 0, or 2 and more, got {self.folds}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
@@ -140,6 +154,10 @@ class Adapted:
     sha256: str
     assurance: Assurance = field(default_factory=Assurance)
     """How sure it may be of what it says."""
+    card: RunCard = field(default_factory=RunCard)
+    """What the run says of itself; an empty one where a version before 0.11 wrote none."""
+    spent: Spent | None = None
+    """What it took to make; None where a version before 0.11 measured nothing."""
 
     @property
     def tokens(self) -> bool:
@@ -198,16 +216,18 @@ def read_run(folder: Path) -> Adapted:
 
     Raises:
         ConfigError: it is no finished run of `adapt`.
-        CheckpointError: a file in it is damaged.
+        CheckpointError: a file in it is damaged, or another one than `adapt` wrote there.
     """
-    if not (folder / "adapt.json").is_file():
+    if not is_run(folder):
         raise ConfigError(f"'{folder.name}' is not a finished run of adapt", hint="give the --out folder of `adapt`")
     try:
-        facts = json.loads((folder / "adapt.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        _check_spec(folder, facts["spec"])
+        if "card" in facts:  # what versions before 0.11 wrote is taken as it is
+            check_seal(folder, whole=False)
         about = json.loads((folder / "head.json").read_text(encoding="utf-8"))
         arrays = load_file(folder / "head.safetensors")
         settings = read_toml(folder / "config.toml")
-        _check_spec(folder, facts["spec"])
         config = overlay(resolve(str(settings["task"]), str(settings["mode"]), budget=None, settings={}), settings)
         return Adapted(
             name=folder.name,
@@ -219,6 +239,8 @@ def read_run(folder: Path) -> Adapted:
             subjects=tuple(facts["subjects"]),
             sha256=facts["sha256"],
             assurance=_read_assurance(folder, facts),
+            card=RunCard.of(facts.get("card", {})),
+            spent=Spent.of(facts.get("spent") or {}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the run '{folder.name}' is damaged: {error}", hint="adapt again") from error
@@ -250,10 +272,16 @@ class Made:
     records: tuple[Record, ...]
     """The scans that were learned from."""
     assurance: Assurance
+    about: RunCard = field(default_factory=RunCard)
+    spent: Spent | None = None
+    """What all of it cost, the climb of `auto` included; None where nobody measured."""
 
 
 def write_run(folder: Path, config: AdaptConfig, made: Made, card: Card) -> None:
-    """Write everything of a run but its weights: what it was told, the head, and what that was fitted to."""
+    """Write everything of a run but its weights and its seal: what it was told, the head, and what that was fitted to.
+
+    adapt.json and README.md hold one card.
+    """
     head, records = made.head, made.records
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     for name, arrays in {"head": head.arrays, "assurance": made.assurance.arrays()}.items():
@@ -269,8 +297,11 @@ def write_run(folder: Path, config: AdaptConfig, made: Made, card: Card) -> None
         "sha256": card.sha256,
         "spec": dataclasses.asdict(card.spec),
         "assurance": made.assurance.notes,
+        "card": made.about.facts(),
+        "spent": None if made.spent is None else made.spent.facts(),
     }
-    (folder / "adapt.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / README).write_text(page(made.about), encoding="utf-8")
+    (folder / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def keep_weights(folder: Path, weights: str | Path, model: Model, *, text: bool) -> None:

@@ -20,11 +20,12 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import embedder, examples_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
-from voxelstem.folds import Folds, Strata, plan_folds, strata_of
+from voxelstem.folds import Folds, Strata, asked_folds, strata_of
 from voxelstem.ladder import Climb, Rung, Tried, climb
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Task
+from voxelstem.samepeople import same_people
 from voxelstem.store import Record, Store
 from voxelstem.table import closest
 from voxelstem.truth import Truth
@@ -46,17 +47,19 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chosen:
-    """What the climb chose, and the curve of what was chosen."""
+    """What the climb chose, and what labels buy."""
 
     climb: Climb
     curve: Curve | None
-    """None where the labelled subjects are too few for one, or the chosen mode trains a network: `why` says so."""
-    why: str = ""
+    """None where the labelled subjects are too few for one: `why` says so."""
+    curve_of: str
+    """Its mode: the chosen one; a frozen one where a curve of the chosen one would take too long, as `why` says."""
+    why: str
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain data for JSON."""
         curve = None if self.curve is None else self.curve.facts()
-        return {"climb": self.climb.facts(), "curve": curve, "why": self.why}
+        return {"climb": self.climb.facts(), "curve": curve, "curve_of": self.curve_of, "why": self.why}
 
 
 def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
@@ -68,8 +71,11 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
     task, settings = config.head, config.auto
     lookers = _Lookers(what, config, rest)
     try:
-        strata = strata_of(lookers.examples(tokens=False), what.classes)
-        plan = plan_folds(strata, count=settings.folds, repeats=settings.repeats, seed=config.seed)
+        together = same_people(what.store, what.records, rest)
+        strata = strata_of(lookers.examples(tokens=False), what.classes, together=together)
+        plan = asked_folds(
+            strata, count=settings.folds, told=what.truth.folds, repeats=settings.repeats, seed=config.seed
+        )
     except ValueError as error:
         raise AuditError(
             f"the labelled subjects cannot be cross-fitted: {error}", hint="label more subjects, or name a mode"
@@ -90,11 +96,11 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
             f"a fold of the labelled subjects cannot be learned from: {error}",
             hint="label more subjects, or name a mode",
         ) from error
-    if found.chosen in TUNED:
-        why = "no curve: every point would have to train the network anew; the curve of a frozen mode can be asked for"
-        return Chosen(climb=found, curve=None, why=why)
-    drawn = plan_folds(strata, count=settings.folds, repeats=settings.curve_repeats, seed=config.seed)
-    return _with_curve(found, answers[found.chosen], strata, drawn, config)
+    drawn = asked_folds(
+        strata, count=settings.folds, told=what.truth.folds, repeats=settings.curve_repeats, seed=config.seed
+    )
+    mode, why = _of_which(found, strata, plan, drawn, config)
+    return _with_curve(found, mode, answers[mode], strata, drawn, config, why) if mode else _without(found, why)
 
 
 def rungs_of(task: Task, model: Model) -> list[str]:
@@ -106,7 +112,32 @@ def rungs_of(task: Task, model: Model) -> list[str]:
     return [*frozen, *others, *(mode for mode in known if mode in TUNED)]
 
 
-def _with_curve(found: Climb, answer: Answer, strata: Strata, plan: Sequence[Folds], config: AdaptConfig) -> Chosen:
+def _of_which(
+    found: Climb, strata: Strata, plan: Sequence[Folds], drawn: Sequence[Folds], config: AdaptConfig
+) -> tuple[str, str]:
+    """The mode whose curve is drawn, and why it is not the chosen one: every point of a curve is fitted many times."""
+    if found.chosen not in TUNED:
+        return found.chosen, ""
+    settings = dataclasses.replace(config.auto.curve, seed=config.seed)
+    try:
+        count = folds_of_curve(strata, drawn, settings)
+    except ValueError as error:
+        return "", f"no curve: {error}"
+    seconds = next(step.seconds for step in found.steps if step.mode == found.chosen)
+    minutes = count * seconds / sum(len(folds.held) for folds in plan) / 60
+    if minutes <= config.auto.curve_minutes:
+        return found.chosen, ""
+    why = (
+        f"a curve of {found.chosen} would train {count} networks, about {minutes:.0f} minutes; "
+        f"auto.curve_minutes allows {config.auto.curve_minutes:g}"
+    )
+    frozen = [step.mode for step in found.steps if step.taken and step.mode not in TUNED]
+    return (frozen[-1], f"this curve is of {frozen[-1]}: {why}") if frozen else ("", f"no curve: {why}")
+
+
+def _with_curve(
+    found: Climb, mode: str, answer: Answer, strata: Strata, plan: Sequence[Folds], config: AdaptConfig, why: str
+) -> Chosen:
     settings = dataclasses.replace(config.auto.curve, seed=config.seed)
     try:
         count = folds_of_curve(strata, plan, settings)
@@ -115,8 +146,12 @@ def _with_curve(found: Climb, answer: Answer, strata: Strata, plan: Sequence[Fol
                 answer, strata, plan, task=config.head, metric=found.metric, config=settings, advance=advance
             )
     except ValueError as error:  # a draw of few subjects may show too little to be learned from: the page says so
-        return Chosen(climb=found, curve=None, why=f"no curve: {error}")
-    return Chosen(climb=found, curve=curve)
+        return _without(found, f"no curve: {error}")
+    return Chosen(climb=found, curve=curve, curve_of=mode, why=why)
+
+
+def _without(found: Climb, why: str) -> Chosen:
+    return Chosen(climb=found, curve=None, curve_of="", why=why)
 
 
 def _attempt(answer: Answer, plan: Sequence[Folds], config: AdaptConfig, mode: str) -> Callable[[], Tried]:

@@ -222,14 +222,15 @@ def recommend(curve: Curve) -> str:
         return f"too few to say: {curve.why}"
     if not curve.gains:
         return f"too few to say: the curve ends at half of the {curve.labelled} labelled subjects"
-    gain = curve.gains[0]
-    low, high = gain.value.low, gain.value.high
-    would = f"{gain.then - gain.have} more labelled subjects would improve {curve.metric} by"
-    if high is not None and high < curve.margin:
-        return f"the curve is flat: {would} no more than {_number(high, scale)}: {little}"
-    if low is None or low <= 0 or gain.value.estimate < curve.margin:
-        return f"too few to say: by this curve {would} {_in_words(gain.value, scale)}"
-    return f"by this curve {would} {_in_words(gain.value, scale)}"
+    near, far = curve.gains[0], curve.gains[-1]
+    if far.value.high is not None and far.value.high < curve.margin:
+        most = _number(near.value.high or 0.0, scale)
+        return f"the curve is flat: {_would(near, curve.metric)} no more than {most}: {little}"
+    # Where a few more are too few to be noticed, what is told is what twice as many would buy.
+    gain = near if near.value.estimate >= curve.margin else far
+    words = f"by this curve {_would(gain, curve.metric)} {_in_words(gain.value, scale)}"
+    sure = gain.value.low is not None and gain.value.low > 0 and gain.value.estimate >= curve.margin
+    return words if sure else f"too few to say: {words}"
 
 
 def _read(curve: Curve, table: Float[np.ndarray, "draw repeat size"], scale: Scale, config: CurveConfig) -> Curve:
@@ -258,13 +259,20 @@ def _read(curve: Curve, table: Float[np.ndarray, "draw repeat size"], scale: Sca
     if value.low <= 0:
         return replace(curve, why=f"{words}, which may be chance")
     best = -scale.best if scale.less_is_better else scale.best
-    return _extrapolate(curve, sizes, fit_power_laws(sizes, means, _weights(scores[0]), ceiling=best), config)
+    laws = fit_power_laws(sizes, means, _weights(scores[0]), ceiling=best)
+    expected = laws.at(sizes[-1]) - laws.at(sizes[-2])
+    late = _interval(means[:, -1] - means[:, -2] - expected, curve.labelled, config.level)
+    return _extrapolate(curve, sizes, laws, late, config)
 
 
-def _extrapolate(curve: Curve, sizes: Sequence[int], laws: PowerLaws, config: CurveConfig) -> Curve:
-    """What the laws of draws say, of which the first is that of everybody."""
+def _extrapolate(curve: Curve, sizes: Sequence[int], laws: PowerLaws, late: Interval, config: CurveConfig) -> Curve:
+    """What the laws of draws say, of which the first is that of everybody; the last step beats it by `late`."""
     if math.isnan(laws.exponent[0]):
         return replace(curve, why=f"{curve.metric} does not rise from size to size in between")
+    if late.low is not None and late.low > 0 and late.estimate >= curve.margin:
+        # As of heads that are no better than chance until they have seen enough: no power law bends upwards.
+        why = f"from {sizes[-2]} to {sizes[-1]} labelled subjects {curve.metric} rose faster than a power law can"
+        return replace(curve, why=f"{why}; label more and draw the curve again")
     have, farthest = curve.labelled, 2 * sizes[-1]
     gains = tuple(
         Gain(have=have, then=then, value=_interval(laws.at(then) - laws.at(have), have, config.level))
@@ -326,6 +334,10 @@ def _cover(strata: Strata, order: Sequence[str]) -> dict[str, None]:
 def _risen(rise: Gain, metric: str) -> str:
     words = _in_words(rise.value, scale_of(metric))
     return f"from {rise.have} to {rise.then} labelled subjects {metric} got better by {words}"
+
+
+def _would(gain: Gain, metric: str) -> str:
+    return f"{gain.then - gain.have} more labelled subjects would improve {metric} by"
 
 
 def _in_words(value: Interval, scale: Scale) -> str:
