@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from voxelstem.card import Card, write_weights
+from voxelstem.evaluate import EvaluateConfig
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
@@ -23,6 +24,8 @@ ARCHITECTURE = {
     "block.heads": 2,
     "scan.depth": 0,
 }
+QUICK = EvaluateConfig(unet_steps=2)
+"""The U-Net beside segmentations takes two steps: that it is there is what is tested."""
 FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
 
 

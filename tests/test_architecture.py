@@ -111,9 +111,11 @@ def test_every_mirrored_test_has_its_module():
     alone = (
         "architecture",
         "bad_input",
+        "bad_labels",
         "contracts",
         "end_to_end",
         "faults",
+        "modes",
         "parity",
         "phantom_brains",
         "planted",

@@ -70,7 +70,13 @@ def test_organs_are_found_where_they_are(journey: tuple[Path, PhantomFiles]) -> 
 
 def test_the_evaluation_stands_beside_its_baselines(journey: tuple[Path, PhantomFiles]) -> None:
     root, _ = journey
-    found = evaluate.run([root / "adapted"], store=root / "store", labels=root / "labels.json", out=root / "scores")
+    found = evaluate.run(
+        [root / "adapted"],
+        store=root / "store",
+        labels=root / "labels.json",
+        out=root / "scores",
+        config=evaluate.EvaluateConfig(unet_steps=2),
+    )
     names = {score.name for score in found.scores}
     assert {"adapted", "scratch", "intensity", "atlas"} <= names
     lungs = next(score for score in found.scores if score.name == "adapted").parts["lung_left"]

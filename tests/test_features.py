@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.fewlabelled import SPEC, make_store, make_weights
+from tests.fewlabelled import QUICK, SPEC, make_store, make_weights
 
 from voxelstem import adapt, baselines, evaluate
 from voxelstem.adapted import SeeConfig, read_run
@@ -109,7 +109,8 @@ def test_a_run_sees_as_it_was_told_and_so_do_its_baselines(place: Path, tmp_path
     read = read_run(out)
     assert read.config.see == SeeConfig(layers=(1, 2), beside="intensity")
     assert read.head.arrays["weight"].shape[0] == 2 * 24 + 32
-    found = evaluate.run([out], store=place / "store", labels=place / "labels.json", out=tmp_path / "report")
+    labels = place / "labels.json"
+    found = evaluate.run([out], store=place / "store", labels=labels, out=tmp_path / "report", config=QUICK)
     scores = {score.name: score.value.estimate for score in found.scores}
     assert {"run", "scratch", "intensity"} <= set(scores)
     # An untrained network that sees intensity too knows at least as much as intensity does, up to a head's luck.
