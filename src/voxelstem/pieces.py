@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
-from scipy import ndimage
+from jaxtyping import Float, Integer
 
-from voxelstem import geometry
+from voxelstem import components, geometry
 from voxelstem.findings import Finding, Place, Point, Unsaid, Weights
 
 MOST_PARTS = 64
 """Pieces of one class that are listed; noise has thousands, and nobody reads them."""
-_TOUCHING = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: voxels that share a corner belong together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,33 +58,27 @@ def measure(
     if least_mm3 < 0 or most_parts < 0:
         raise ValueError("least_mm3 and most_parts must not be negative")
     voxel_mm3 = float(abs(np.linalg.det(affine_ras[:3, :3])))
-    boxes = ndimage.find_objects(labels, max(classes, default=1))
+    least = _least_voxels(least_mm3, voxel_mm3)
+    found = components.survey(labels, affine_ras[:3, :3].astype(np.float64), least=least, most=most_parts)
     findings: list[Finding] = []
     absent: list[str] = []
     unsaid: list[Unsaid] = []
     for value, name in sorted(classes.items()):
-        box = boxes[value - 1]
-        if box is None:
+        one = found.get(value)
+        if one is None:
             absent.append(name)
             continue
-        mask = labels[box] == value
-        pieces = np.empty(mask.shape, dtype=np.int32)
-        count: Any = ndimage.label(mask, _TOUCHING, output=pieces)
-        sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-        large = np.flatnonzero(sizes * voxel_mm3 >= least_mm3)
-        if not large.size:
-            why = f"its largest piece of {count} has {sizes.max() * voxel_mm3:.4g} mm3, less than {least_mm3:g}"
+        if not one.large:
+            why = f"its largest piece of {one.count} has {one.largest * voxel_mm3:.4g} mm3, less than {least_mm3:g}"
             unsaid.append(Unsaid(what=name, why=why))
             continue
-        listed = large[np.argsort(-sizes[large], kind="stable")][:most_parts]
-        places = [_place(mask, box, affine_ras)]
-        if count > 1:
-            inner = ndimage.find_objects(pieces, count)
-            places += [_place(pieces[inner[n]] == n + 1, _within(box, inner[n]), affine_ras) for n in listed]
-            unsaid += _why(name, least=count - len(large), most=len(large) - len(listed), least_mm3=least_mm3)
+        parts = [one.whole]
+        if one.count > 1:
+            parts += one.listed
+            unsaid += _why(name, least=one.count - one.large, most=one.large - len(one.listed), least_mm3=least_mm3)
         findings += [
-            Finding(name=name, kind="segment", weights=weights, place=place, part=part)
-            for part, place in enumerate(places)
+            Finding(name=name, kind="segment", weights=weights, place=_place(piece, affine_ras), part=part)
+            for part, piece in enumerate(parts)
         ]
     return Pieces(findings=tuple(findings), absent=tuple(absent), unsaid=tuple(unsaid))
 
@@ -118,30 +109,23 @@ def present(labels: Integer[np.ndarray, "i j k"]) -> set[int]:
     return {int(value) for value in np.flatnonzero(seen)} - {0}
 
 
-def _within(box: tuple[slice, ...], inner: tuple[slice, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a.start + b.start, a.start + b.stop) for a, b in zip(box, inner, strict=True))
+def _least_voxels(least_mm3: float, voxel_mm3: float) -> int:
+    """The fewest voxels whose volume is not below a limit."""
+    count = max(int(least_mm3 / voxel_mm3) - 1, 0)
+    while count * voxel_mm3 < least_mm3:
+        count += 1
+    return count
 
 
-def _place(mask: Bool[np.ndarray, "a b c"], box: tuple[slice, ...], affine_ras: Float[np.ndarray, "4 4"]) -> Place:
-    """Volume, centre of mass and box of a mask that was cut out at `box`."""
-    start = np.array([edge.start for edge in box], dtype=np.float64)
-    others = ((1, 2), (0, 2), (0, 1))
-    along = [mask.sum(axis=axes, dtype=np.int64) for axes in others]
-    count = int(along[0].sum())
-    middle = start + [float(counts @ np.arange(counts.size)) / count for counts in along]
-    # In each line of voxels only the first and the last can be the farthest in any direction.
-    lines = mask.any(axis=2)
-    first = mask.argmax(axis=2)[lines]
-    last = mask.shape[2] - 1 - mask[:, :, ::-1].argmax(axis=2)[lines]
-    a, b = np.nonzero(lines)
-    ends = np.concatenate([np.stack([a, b, c], axis=1) for c in (first, last)])
-    corners = geometry.voxel_to_patient(ends + start, affine_ras)
-    half = np.abs(affine_ras[:3, :3]).sum(axis=1) / 2
+def _place(piece: components.Component, affine_ras: Float[np.ndarray, "4 4"]) -> Place:
+    """Volume, centre of mass and box of a piece in the patient."""
+    voxel = affine_ras.astype(np.float64)
+    half = np.abs(voxel[:3, :3]).sum(axis=1) / 2
     return Place(
-        centre_ras_mm=_point(geometry.voxel_to_patient(middle[None], affine_ras)[0]),
-        low_ras_mm=_point(corners.min(axis=0) - half),
-        high_ras_mm=_point(corners.max(axis=0) + half),
-        volume_mm3=count * float(abs(np.linalg.det(affine_ras[:3, :3]))),
+        centre_ras_mm=_point(geometry.voxel_to_patient(np.array([piece.centre_ijk]), voxel)[0]),
+        low_ras_mm=_point(np.array(piece.low) + voxel[:3, 3] - half),
+        high_ras_mm=_point(np.array(piece.high) + voxel[:3, 3] + half),
+        volume_mm3=piece.voxels * float(abs(np.linalg.det(affine_ras[:3, :3]))),
     )
 
 

@@ -83,6 +83,48 @@ def test_rolling_along_any_axis_says_the_same_a_slab_at_a_time(axis: int, shape:
     assert torch.allclose(whole, twin, atol=1e-5)
 
 
+@pytest.mark.parametrize(("axis", "across"), [(0, 1), (0, 2), (1, 0), (2, 1)])
+@pytest.mark.parametrize("shape", [(19, 23, 21), (5, 9, 8)])
+def test_a_stripe_holds_what_all_rows_hold_there(axis: int, across: int, shape: tuple[int, int, int]) -> None:
+    image, seen = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), list[int]()
+
+    def look(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return torch.cat([rows, rows.square()], dim=1)
+
+    whole = slide.slide(look, image, (8, 10, 8), overlap=0.3)
+    everything, size = len(seen), shape[across]
+    for start, stop in ((0, size // 3), (size // 3, size - 1), (size - 1, size), (0, size)):
+        seen.clear()
+        stripe = slide.Stripe(axis=across, start=start, stop=stop)
+        slabs = list(slide.roll(look, image, (8, 10, 8), axis=axis, overlap=0.3, stripe=stripe))
+        found = torch.cat([slab.values for slab in slabs], dim=1 + axis)
+        assert torch.allclose(found, whole.narrow(1 + across, start, stop - start), atol=1e-6)
+        assert len(seen) <= everything
+
+
+def test_a_slab_holds_only_so_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randn(1, 20, 9, 7, generator=torch.Generator().manual_seed(1))
+    whole = slide.slide(lambda rows: rows, image, (8, 8, 7))
+    monkeypatch.setattr(slide, "VALUES_AT_ONCE", 3 * 9 * 7)
+    slabs = list(slide.roll(lambda rows: rows, image, (8, 8, 7), axis=0))
+    assert max(slab.values.numel() for slab in slabs) <= 3 * 9 * 7
+    assert torch.equal(torch.cat([slab.values for slab in slabs], dim=1), whole)
+
+
+@pytest.mark.parametrize(("axis", "start", "stop"), [(0, 0, 2), (1, 3, 10)])
+def test_stripes_along_the_slabs_or_beyond_the_scan_are_refused(axis: int, start: int, stop: int) -> None:
+    stripe = slide.Stripe(axis=axis, start=start, stop=stop)
+    with pytest.raises(ValueError, match="does not lie"):
+        list(slide.roll(lambda rows: rows, torch.zeros(1, 9, 9, 9), (4, 4, 4), axis=0, stripe=stripe))
+
+
+@pytest.mark.parametrize(("axis", "start", "stop"), [(3, 0, 1), (0, 2, 2), (0, -1, 2)])
+def test_stripes_without_rows_are_none(axis: int, start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="a stripe is rows"):
+        slide.Stripe(axis=axis, start=start, stop=stop)
+
+
 @pytest.mark.slow  # importing MONAI's inferers takes longer than all of these tests
 def test_it_agrees_with_monai_where_windows_lie_at_the_same_places() -> None:
     from monai.inferers.utils import sliding_window_inference

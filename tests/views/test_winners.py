@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from voxelstem.views import cells, resample
 from voxelstem.views.slide import Slab
-from voxelstem.views.winners import largest, winners
+from voxelstem.views.winners import largest, shares, winners
 
 Triple = tuple[int, int, int]
 
@@ -52,6 +52,43 @@ def test_slabs_give_what_everything_at_once_gives(
     wanted = twin(logits, grid)
     # Rounding may decide between kinds that are as good as equal.
     assert (found != wanted).mean() <= 0.002
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(st.integers(3, 14), st.integers(3, 14), st.integers(3, 14)),
+    step=st.tuples(*[st.sampled_from([0.4, 0.75, 1.0, 1.7, 2.0, 3.3])] * 3),
+    axes=st.permutations([0, 1, 2]),
+    most=st.integers(1, 12),
+)
+def test_shares_along_another_axis_give_what_the_whole_gives(
+    shape: Triple, step: tuple[float, float, float], axes: list[int], most: int
+) -> None:
+    grid, (axis, across, _) = grid_of(shape, step), axes
+    logits = torch.randn(4, *grid.cells_ijk, generator=torch.Generator().manual_seed(0))
+    half = [grid.cells_ijk[axis] // 2]
+    whole = winners(cut(logits, axis, half), grid, axis=axis)
+    parts = shares(grid, axis=across, most=most)
+    assert [one.voxels.start for one in parts] == [0, *(one.voxels.stop for one in parts[:-1])]
+    assert parts[-1].voxels.stop == shape[across]
+    widest = max(one.cells.stop - one.cells.start for one in parts)
+    assert widest <= most or len(parts) == shape[across]
+    found = [
+        winners(
+            cut(logits.narrow(1 + across, one.cells.start, one.cells.stop - one.cells.start), axis, half),
+            grid,
+            axis=axis,
+            share=one,
+        )
+        for one in parts
+    ]
+    # Rounding may decide between kinds that are as good as equal.
+    assert (np.concatenate(found, axis=across) != whole).mean() <= 0.002
+
+
+def test_what_fits_is_one_share() -> None:
+    (one,) = shares(grid_of((9, 8, 7), (1.0, 1.0, 1.0)), axis=1, most=8)
+    assert (one.cells.start, one.cells.stop, one.voxels.stop) == (0, 8, 8)
 
 
 def test_cells_that_are_voxels_are_not_interpolated() -> None:

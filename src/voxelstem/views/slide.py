@@ -15,6 +15,8 @@ Triple = tuple[int, int, int]
 Look = Callable[[Float[Tensor, "row channel i j k"]], Float[Tensor, "row kind i j k"]]
 SIGMA = 0.125
 """Width of the weights' bell, as a share of the window (nnU-Net, Isensee et al. 2021)."""
+VALUES_AT_ONCE = 1 << 24
+"""How many answers a slab holds (64 MiB), one row at least."""
 LEAST = 1e-3
 """Least weight of a voxel: at the scan's corners nothing else says anything."""
 
@@ -25,6 +27,26 @@ class Slab:
 
     start: int
     values: Float[Tensor, "kind i j k"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stripe:
+    """Some rows of a scan, from `start` up to, but not with, `stop` along one axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        """Guard the numbers.
+
+        Raises:
+            ValueError: no such axis, or no rows.
+        """
+        if self.axis not in range(3) or not 0 <= self.start < self.stop:
+            raise ValueError(
+                f"a stripe is rows along axis 0, 1 or 2, got {self.start} to {self.stop} along {self.axis}"
+            )
 
 
 def starts(size: int, window: int, *, overlap: float) -> list[int]:
@@ -90,39 +112,75 @@ def roll(
     axis: int,
     overlap: float = 0.5,
     outside: float = 0.0,
+    stripe: Stripe | None = None,
 ) -> Iterator[Slab]:
-    """`slide`, a slab at a time along an axis: what no later window sees is given away.
+    """`slide`, a slab at a time along an axis: what no later window sees is given away, few rows at a time.
 
     Never more than a window's length of answers is held, which for a hundred kinds of a long scan is the difference
-    between fitting into memory and not.
+    between fitting into memory and not. Where that is still too much, a `stripe` along another axis holds less: the
+    same windows lie at the same places, so the answers are the same too, and those over an edge are looked at twice.
+
+    Args:
+        look: As for `slide`.
+        image: As for `slide`.
+        window: As for `slide`.
+        axis: Along which slabs follow one another.
+        overlap: As for `slide`.
+        outside: As for `slide`.
+        stripe: The rows that slabs hold along another axis; None for all.
+
+    Raises:
+        ValueError: the stripe runs along `axis` itself, or beyond the scan.
     """
     whole = pad(image, window, outside=outside)
     shape, device = list(whole.shape[1:]), whole.device
     weights = bell(window).to(image)
+    limits = _limits(image, axis, stripe)
     by_start: dict[int, list[Triple]] = {}
     for low in places((shape[0], shape[1], shape[2]), window, overlap=overlap):
         by_start.setdefault(low[axis], []).append(low)
     begins = sorted(by_start)
-    held = [window[place] if place == axis else side for place, side in enumerate(shape)]
+    held = [window[place] if place == axis else high - low for place, (low, high) in enumerate(limits)]
     total, weight = torch.zeros(0, device=device), torch.zeros(held, device=device, dtype=whole.dtype)
     for begin, after in zip(begins, [*begins[1:], shape[axis]], strict=True):
+        limits[axis] = (begin, begin + window[axis])
         for low in by_start[begin]:
+            here, there = zip(*(_common(*place) for place in zip(low, window, limits, strict=True)), strict=True)
+            if any(side.start >= side.stop for side in here):
+                continue
             box = tuple(slice(start, start + side) for start, side in zip(low, window, strict=True))
             said = look(whole[(slice(None), *box)][None])[0].to(whole.dtype)
             if not len(total):
                 total = whole.new_zeros((len(said), *held))
-            here = tuple(slice(0, window[axis]) if place == axis else side for place, side in enumerate(box))
-            total[(slice(None), *here)] += said * weights
-            weight[here] += weights
-        rows = after - begin
-        done = (total.narrow(1 + axis, 0, rows) / weight.narrow(axis, 0, rows))[
-            (slice(None), *(slice(0, min(side, image.shape[1 + place])) for place, side in enumerate(held)))
-        ]
-        length = min(rows, image.shape[1 + axis] - begin)
-        if length > 0:
-            yield Slab(start=begin, values=done.narrow(1 + axis, 0, length))
+            total[(slice(None), *there)].addcmul_(said[(slice(None), *here)], weights[here])
+            weight[there] += weights[here]
+        rows, length = after - begin, min(after, image.shape[1 + axis]) - begin
+        at_once = max(1, VALUES_AT_ONCE // max(1, total.numel() // window[axis]))
+        for start in range(0, length, at_once):
+            count = min(at_once, length - start)
+            done = total.narrow(1 + axis, start, count) / weight.narrow(axis, start, count)
+            yield Slab(start=begin + start, values=done)
         _move_on(total, rows, 1 + axis)
         _move_on(weight, rows, axis)
+
+
+def _limits(image: Float[Tensor, "channel i j k"], axis: int, stripe: Stripe | None) -> list[tuple[int, int]]:
+    """From which row to which answers are held along each axis; along that of the slabs the window says it."""
+    limits = [(0, size) for size in image.shape[1:]]
+    if stripe is not None:
+        if stripe.axis == axis or stripe.stop > limits[stripe.axis][1]:
+            raise ValueError(f"{stripe} does not lie across slabs along axis {axis} of a scan of {image.shape[1:]}")
+        limits[stripe.axis] = (stripe.start, stripe.stop)
+    return limits
+
+
+def _common(start: int, side: int, limits: tuple[int, int]) -> tuple[slice, slice]:
+    """What a window has in common with the rows from one limit to another: its own rows, and which of those they are.
+
+    Where there is nothing in common, the first slice is empty.
+    """
+    low, high = max(start, limits[0]), min(start + side, limits[1])
+    return slice(low - start, high - start), slice(low - limits[0], high - limits[0])
 
 
 def _move_on(held: Tensor, rows: int, axis: int) -> None:
