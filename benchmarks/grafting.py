@@ -43,13 +43,13 @@ from light_heads import Linear
 
 from voxelstem import __version__, pretrain
 from voxelstem.backbones.unet import UNetConfig
-from voxelstem.contest import Contest, Outcomes, Repeats
 from voxelstem.demo import public_key
 from voxelstem.evaluate import table_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.ingest import ingest
 from voxelstem.intake import IntakeConfig
+from voxelstem.judging.contest import Contest, Outcomes, Repeats
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
@@ -101,7 +101,7 @@ def tuned(model: Model, config: FinetuneConfig, name: str, seed: int) -> Contest
 
 def unet(spec: InputSpec, config: FinetuneConfig, seed: int) -> Contestant:
     """The baseline of `evaluate`: a U-Net in nnU-Net's manner, from scratch."""
-    from voxelstem.rival import rival
+    from voxelstem.judging.rival import rival
 
     def compete(contest: Contest) -> Outcomes:
         return rival(dataclasses.replace(contest, task=Segment(), seed=seed), spec, config).outcomes

@@ -10,8 +10,8 @@ import numpy as np
 
 from voxelstem import baselines, metrics, regions
 from voxelstem.adapted import SeeConfig
-from voxelstem.contest import intensity_features
 from voxelstem.features import with_intensity
+from voxelstem.judging.contest import intensity_features
 from voxelstem.metrics import Interval
 from voxelstem.model import Model
 from voxelstem.store import Record, Store

@@ -36,7 +36,6 @@ import voxelstem
 from voxelstem import pretrain, recipes
 from voxelstem.backbones.unet import UNetConfig
 from voxelstem.config import overlay, parse_assignments
-from voxelstem.contest import Contest, Outcomes, Repeats
 from voxelstem.demo import public_key
 from voxelstem.engine.checkpoint import CheckpointConfig
 from voxelstem.engine.monitor import HealthConfig
@@ -44,6 +43,7 @@ from voxelstem.evaluate import check_leakage, table_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.ingest import ingest_studies
+from voxelstem.judging.contest import Contest, Outcomes, Repeats
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load, make_model

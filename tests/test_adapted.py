@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from voxelstem.adapted import AdaptConfig, Made, SeeConfig, read_run, resolve, write_run
 from voxelstem.artefact import SEAL, RunCard, seal
-from voxelstem.assurance import Assurance
 from voxelstem.card import Card, write_weights
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import make_model
 from voxelstem.protocols import Head

@@ -26,8 +26,8 @@ from voxelstem.artefact import (
     seal,
     sealed,
 )
-from voxelstem.assurance import Assurance
-from voxelstem.calibrators import Temperature
+from voxelstem.certainty.assurance import Assurance
+from voxelstem.certainty.calibrators import Temperature
 from voxelstem.errors import CheckpointError
 from voxelstem.store import Store
 from voxelstem.study import Survival

@@ -14,10 +14,10 @@ from voxelstem import adapt, evaluate
 from voxelstem.adapted import read_run
 from voxelstem.baselines import Intensity, intensity
 from voxelstem.card import Card, write_weights
-from voxelstem.contest import Contest
-from voxelstem.entries import contest_of
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import FeaturesOf, embedder
+from voxelstem.judging.contest import Contest
+from voxelstem.judging.entries import contest_of
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write

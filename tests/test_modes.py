@@ -13,7 +13,7 @@ from tests.fewlabelled import QUICK, make_store, make_weights
 
 from voxelstem import adapt, evaluate
 from voxelstem.adapted import AUTO, TUNED, modes_of, read_run
-from voxelstem.crossfit import scale_of
+from voxelstem.certainty.crossfit import scale_of
 from voxelstem.findings import of_json, to_json
 from voxelstem.predict import Predictor
 from voxelstem.sources.phantom import PhantomConfig, phantom

@@ -36,9 +36,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
         make_store(folder, count=24)
         make_weights(folder)
+        (folder / "liver.json").write_text(json.dumps({"classes": {"1": "liver"}}))
         for task, labels, settings in (
             ("segment", "labels.json", {"see.beside": "intensity"}),
             ("classify", "contrast.csv", {"title": "contrast"}),
+            ("detect", "liver.json", {"see.beside": "intensity", "head.background": 2000}),
         ):
             adapt.run(
                 weights=folder / "weights",
@@ -83,6 +85,13 @@ def test_organs_are_marked_where_they_are_and_measured_in_the_patient(place: Pat
         place_ = whole[name].place
         assert place_ is not None
         assert place_.volume_mm3 == pytest.approx((array == number).sum() * voxel_mm3)
+        size = whole[name].quantity
+        assert size is not None
+        assert size.low is not None
+        assert size.high is not None
+        assert size.unit == "mL"
+        assert size.value == pytest.approx(place_.volume_mm3 / 1000)
+        assert size.low < size.value < size.high
         middle = np.argwhere(array == number).mean(axis=0)
         np.testing.assert_allclose(
             place_.centre_ras_mm, volume.affine_ras[:3, :3] @ middle + volume.affine_ras[:3, 3], atol=1e-3
@@ -107,6 +116,7 @@ def test_a_class_comes_with_how_sure_it_is_and_whether_the_scan_is_strange(place
         assert finding.name == "contrast"
         assert finding.certainty is not None
         assert finding.certainty.calibration == "temperature"
+        assert finding.certainty.interval == "venn_abers"
         assert finding.certainty.conformal is not None
         assert finding.novelty is not None
         right += finding.answer == ("yes" if seed % 2 else "no")
@@ -141,6 +151,23 @@ def test_a_dicom_series_gets_its_segmentation_and_report_back(place: Path, tmp_p
     assert set(names) == {"json", "seg", "sr"}
     assert names["sr"].dataset is not None
     assert names["sr"].dataset.VerificationFlag == "UNVERIFIED"
+    for name in ("seg", "sr"):
+        assert clinic.complaints(names[name].files[0]) == []
+
+
+def test_a_class_and_boxes_go_back_to_a_dicom_series_without_a_complaint(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    clinic.save(folder, clinic.series())
+    for task in ("classify", "detect"):
+        config = PredictConfig(formats=("json", "sr"))
+        found = run([folder], weights=place / task, out=tmp_path / task, how=config)
+        assert not found.refusals
+        (one,) = found.findings
+        assert one.findings
+        assert {finding.certainty.interval for finding in one.findings if finding.certainty} == {"venn_abers"}
+        (report,) = [written for written in found.written if written.output == "sr"]
+        assert clinic.complaints(report.files[0]) == []
 
 
 def test_one_bad_scan_never_stops_the_others(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +214,39 @@ def test_more_memory_than_allowed_is_refused_and_the_limit_is_lifted_again() -> 
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+def test_a_scan_that_surely_needs_more_is_refused_before_the_network_sees_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = stranger()
+    scan, need = as_file(study, tmp_path), 4.0 * study.volumes[0].array.size
+    config = PredictConfig(max_ram_gib=64.0)
+    with monkeypatch.context() as less:
+        less.setattr("voxelstem.predict.left_bytes", lambda: need - 1)
+        less.setattr(Predictor, "predict", lambda *_, **__: pytest.fail("the network was asked"))
+        (refused,) = run([scan], weights=place / "segment", out=tmp_path / "found", how=config).refusals
+    assert refused.code == "out-of-memory"
+    assert "64 GiB that --max-ram allows" in refused.reason
+    monkeypatch.setattr("voxelstem.predict.left_bytes", lambda: need)
+    assert not run([scan], weights=place / "segment", out=tmp_path / "found", how=config).refusals
+
+
+def test_one_output_that_is_refused_takes_none_of_the_others_back(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "series"
+    folder.mkdir()
+    clinic.save(folder, clinic.series())
+    monkeypatch.setattr("voxelstem.outputs.seg.left_bytes", lambda: 0.0)
+    config = PredictConfig(formats=("json", "nifti", "seg"))
+    found = run([folder], weights=place / "segment", out=tmp_path / "found", how=config)
+    (refused,) = found.refusals
+    assert refused.code == "does-not-fit"
+    assert "frames" in refused.reason
+    assert [one.output for one in found.written] == ["json", "nifti"]
+    assert len(found.findings) == 1
+    assert sorted(found.files) == sorted(path for path in (tmp_path / "found").rglob("*") if path.is_file())
+
+
 def test_another_modality_is_refused(place: Path) -> None:
     study = stranger()
     other = replace(study, volumes=(replace(study.volumes[0], modality="MR"),))
@@ -195,22 +255,19 @@ def test_another_modality_is_refused(place: Path) -> None:
 
 
 def test_boxes_of_a_detection_are_findings_in_millimetres(place: Path, tmp_path: Path) -> None:
-    (place / "liver.json").write_text(json.dumps({"classes": {"1": "liver"}}))
-    out = adapt.run(
-        weights=place / "weights",
-        store=place / "store",
-        labels=place / "liver.json",
-        task="detect",
-        mode="probe",
-        out=tmp_path / "detect",
-        settings={"see.beside": "intensity"},
-    )
+    out = place / "detect"
     report = evaluate.run([out], store=place / "store", labels=place / "liver.json", out=tmp_path / "report")
     names = {score.name for score in report.scores if score.metric == "froc"}
     assert {"detect", "scratch", "intensity", "atlas"} <= names
     study = stranger()
     found = Predictor(out).predict(study).findings.findings
     assert found
+    sure = [one.certainty for one in found if one.certainty is not None]
+    assert len(sure) == len(found)
+    assert {one.calibration for one in sure} == {"platt"}
+    # The head's own order stays, though its scores are far from shares: nearly all of these boxes find nothing.
+    assert [one.probability for one in sure] == sorted((one.probability for one in sure), reverse=True)
+    assert sum(one.probability for one in sure) < 4
     best = max(found, key=lambda one: one.certainty.probability if one.certainty else 0.0)
     volume = study.volumes[0]
     assert volume.labels is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxelstem.folds import draw_folds, strata_of
+from voxelstem.certainty.folds import draw_folds, strata_of
 from voxelstem.protocols import Example
 from voxelstem.samepeople import same_people
 from voxelstem.sources.phantom import PhantomConfig, phantom

@@ -28,15 +28,16 @@ from voxelstem.adapted import (
     write_run,
 )
 from voxelstem.artefact import CACHE, Calibration, LabelFacts, Parent, RunCard, Split, seal
-from voxelstem.assurance import LEVEL, Assurance, assure, group_of
 from voxelstem.auto import Labelled, choose
 from voxelstem.card import Card, read_card, write_weights
+from voxelstem.certainty.assurance import LEVEL, Assurance, assure, group_of
+from voxelstem.certainty.folds import asked_folds, strata_of
+from voxelstem.certainty.unseen import hear
 from voxelstem.config import to_toml
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tune
-from voxelstem.folds import asked_folds, strata_of
 from voxelstem.manifest import write_whole
 from voxelstem.model import Model
 from voxelstem.progress import progress, tell
@@ -46,7 +47,6 @@ from voxelstem.samepeople import Pairs, same_people
 from voxelstem.spent import Spent
 from voxelstem.store import Record, Store
 from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, of_contrast, read_truth
-from voxelstem.unseen import hear
 from voxelstem.weights.hub import PREFIX, load
 from voxelstem.weights.known import KNOWN
 

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from voxelstem.artefact import RunCard, check_seal, page
-from voxelstem.assurance import Assurance
 from voxelstem.card import README, RUN, Card, is_run, link_files, members, read_card, write_weights
+from voxelstem.certainty.assurance import Assurance
+from voxelstem.certainty.folds import Count
+from voxelstem.choosing.efficiency import CurveConfig
+from voxelstem.choosing.ladder import LadderConfig
 from voxelstem.config import overlay, read_toml, to_toml
-from voxelstem.efficiency import CurveConfig
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.folds import Count
-from voxelstem.ladder import LadderConfig
 from voxelstem.model import Model
 from voxelstem.protocols import Head, Task
 from voxelstem.spent import Spent

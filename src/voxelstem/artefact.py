@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voxelstem.assurance import LEVEL, Assurance
 from voxelstem.card import NOT_STATED, against_commerce, digest, yaml_word
+from voxelstem.certainty.assurance import LEVEL, Assurance
 from voxelstem.errors import CheckpointError
 from voxelstem.store import Record
 from voxelstem.truth import Truth

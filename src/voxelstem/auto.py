@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from voxelstem.adapted import TUNED, AdaptConfig, modes_of, needs_tokens, tuning_of
-from voxelstem.crossfit import Answer, Outcomes, answering, cross_fit
-from voxelstem.efficiency import Curve, folds_of_curve, label_curve
+from voxelstem.certainty.crossfit import Answer, Outcomes, answering, cross_fit
+from voxelstem.certainty.folds import Folds, Strata, asked_folds, strata_of
+from voxelstem.choosing.efficiency import Curve, folds_of_curve, label_curve
+from voxelstem.choosing.ladder import Climb, Rung, Tried, climb
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import embedder, examples_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
-from voxelstem.folds import Folds, Strata, asked_folds, strata_of
-from voxelstem.ladder import Climb, Rung, Tried, climb
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Example, Task

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
-from voxelstem.biomarkers import FEATURES
 from voxelstem.geometry import spacing_mm
-from voxelstem.radiomics import CT_BINS, EVERYTHING, FixedBinNumber, describe
+from voxelstem.radiomics.biomarkers import FEATURES
+from voxelstem.radiomics.radiomics import CT_BINS, EVERYTHING, FixedBinNumber, describe
 from voxelstem.streaming import lay, of_volume
 from voxelstem.study import InputSpec, LabelMap, Volume
 from voxelstem.views import cells

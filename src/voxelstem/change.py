@@ -20,12 +20,12 @@ from torch import Tensor
 
 from voxelstem.backbones.trajectory import FACTS, TENSORS, Trajectory, TrajectoryConfig
 from voxelstem.card import read_tensors, read_text
+from voxelstem.certainty.thresholds import conformal_quantile
 from voxelstem.config import overlay
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.model import load
 from voxelstem.resampling import resample
 from voxelstem.study import InputSpec, Provenance, Volume
-from voxelstem.thresholds import conformal_quantile
 from voxelstem.views.intensity import limits, window
 from voxelstem.views.slide import pad, slide
 

@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from voxelstem.adapted import TUNED, Adapted, read_run
 from voxelstem.card import read_card
-from voxelstem.contest import (
+from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.judging.contest import (
     INITS,
     MORPHOMETRY,
     RADIOMICS,
@@ -23,22 +24,21 @@ from voxelstem.contest import (
     intensity_features,
     once,
 )
-from voxelstem.entries import Entry, check_leakage, enter
-from voxelstem.errors import AuditError, CheckpointError, ConfigError
-from voxelstem.evidence import Played, against, between, prevalence, question, sureness
-from voxelstem.exposure import Exposure, expose, told_by_card
-from voxelstem.gallery import gallery
+from voxelstem.judging.entries import Entry, check_leakage, enter
+from voxelstem.judging.evidence import Played, against, between, prevalence, question, sureness
+from voxelstem.judging.exposure import Exposure, expose, told_by_card
+from voxelstem.judging.gallery import gallery
+from voxelstem.judging.nested import Nested, When, is_wanted, nested
+from voxelstem.judging.operating import operating_point
+from voxelstem.judging.rival import STEPS, UNET, resting_rival, rival_config
+from voxelstem.judging.scoring import REFERENCES, few_label_table, table_of
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
-from voxelstem.nested import Nested, When, is_wanted, nested
-from voxelstem.operating import operating_point
 from voxelstem.progress import progress
 from voxelstem.report import page
 from voxelstem.report.checks import Cost, Crossed, costs_section, crossed_section, exposure_section
 from voxelstem.report.evidence import Compared, OperatingPoint, Prevalence, Sureness, evidence_sections
 from voxelstem.report.verdict import unmeasured, verdict_section
-from voxelstem.rival import STEPS, UNET, resting_rival, rival_config
-from voxelstem.scoring import REFERENCES, few_label_table, table_of
 from voxelstem.spent import Spent
 from voxelstem.store import Store
 from voxelstem.tasks.segment import Segment

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from voxelstem.adapted import TUNED, AdaptConfig, Adapted, read_run
 from voxelstem.artefact import SEAL, check_seal, seal, sealed
-from voxelstem.calibrators import Temperature
 from voxelstem.card import CONFIG, README, check_folder, read_tensors
+from voxelstem.certainty.calibrators import Temperature
 from voxelstem.config import to_toml
 from voxelstem.errors import CheckpointError
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tuned
-from voxelstem.manylabels import answers_each
+from voxelstem.heads.manylabels import answers_each
 from voxelstem.model import Model
 from voxelstem.truth import is_number, is_survival
 from voxelstem.weights import onnx, openvino

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxtyping import Bool
 from voxelstem import __version__
 from voxelstem.adapted import TUNED, Adapted, read_run
 from voxelstem.card import Card
+from voxelstem.certainty.assurance import group_of
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.features import look
 from voxelstem.findings import Finding, Findings, Looked, Unsaid, Weights
@@ -23,11 +23,13 @@ from voxelstem.finetune.cases import SAME_MM
 from voxelstem.finetune.cases import look as lay_out
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, mark, say, tuned
+from voxelstem.heads.manylabels import answers_each
 from voxelstem.outputs import OUTPUTS
 from voxelstem.outputs.result import Mask, Result, Written
 from voxelstem.pieces import measure
 from voxelstem.progress import progress
 from voxelstem.protocols import Features
+from voxelstem.room import GIB, at_most, left_bytes
 from voxelstem.sources import Source, iterate, read_labels
 from voxelstem.store.subjects import site_key, source_name
 from voxelstem.streaming import of_volume
@@ -36,7 +38,8 @@ from voxelstem.table import closest
 from voxelstem.truth import is_aligned
 from voxelstem.weights.hub import load
 
-GIB = 1 << 30
+MARK_BYTES = 4
+"""What labelled voxels take at least: two of the label map, and two while it is measured or written."""
 DICOM = ("seg", "sr")
 """Outputs that go back to the series that was looked at, and so need one."""
 
@@ -130,9 +133,7 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
         for source in found:
             try:
                 with at_most(how.max_ram_gib):
-                    one, files = _answer(predictor, source, out, how)
-                findings.append(one)
-                written += files
+                    _answer(predictor, source, out, how, findings, written)
             except IngestError as error:
                 refusals.append(Refused(relative=source.relative, code=error.code, reason=error.problem))
             except ConfigError as error:
@@ -163,7 +164,8 @@ class Predictor:
         self.model = load(self.adapted.weights, commercial=commercial or self.adapted.config.commercial)
         self.full = self.adapted.config.full or FinetuneConfig()
         config, classes = self.adapted.config, self.adapted.head.classes
-        self._asked = Asked(task=config.task, voxels=self.adapted.task.voxels, classes=classes, targets={})
+        each = answers_each(self.adapted.head)
+        self._asked = Asked(task=config.task, voxels=self.adapted.task.voxels, classes=classes, targets={}, each=each)
         self._net = tuned(self.model, self.adapted.head, self._asked, self.full) if config.mode in TUNED else None
 
     @property
@@ -224,6 +226,8 @@ class Predictor:
         if self._net is None and self.adapted.config.see.region and region is None and not self.task.voxels:
             raise ConfigError("this run looks at a region", hint="give its mask")
         looked = tuple(self._looked(volume) for volume in volumes)
+        sure = self.adapted.assurance.of_group(group_of(first.acquisition))
+        unsure = tuple(Unsaid(what="certainty", why=note) for note in sure.notes)
         if self.marks:
             mask = Mask(labels=self._mark(volumes), affine_ras=first.affine_ras, weights=self.weights)
             found = measure(
@@ -235,15 +239,14 @@ class Predictor:
                 most_parts=most_parts,
             )
             unsaid = (*found.unsaid, *(Unsaid(what=name, why="no voxel of it was found") for name in found.absent))
-            return Predicted(findings=self._told(first, looked, found.findings, unsaid), mask=mask)
+            findings = tuple(sure.sized(finding) for finding in found.findings)
+            return Predicted(findings=self._told(first, looked, findings, (*unsaid, *unsure)), mask=mask)
         said = self._say(volumes, region)
         if hasattr(self.task, "boxes"):
-            boxes = self.task.boxes(self.adapted.head, said, first.affine_ras, first.shape_ijk, self.weights)
-            unsaid = (Unsaid(what="certainty", why="scores of boxes are not calibrated"),)
-            return Predicted(findings=self._told(first, looked, boxes, unsaid))
-        findings = self.task.findings(self.adapted.head, said, self.weights, self.adapted.assurance)
-        unsaid = tuple(Unsaid(what="certainty", why=note) for note in self.adapted.assurance.notes)
-        return Predicted(findings=self._told(first, looked, findings, unsaid))
+            boxes = self.task.boxes(self.adapted.head, said, first.affine_ras, first.shape_ijk, self.weights, sure)
+            return Predicted(findings=self._told(first, looked, boxes, unsure))
+        findings = self.task.findings(self.adapted.head, said, self.weights, sure)
+        return Predicted(findings=self._told(first, looked, findings, unsure))
 
     def _told(
         self, first: Volume, looked: tuple[Looked, ...], findings: Sequence[Finding], unsaid: Sequence[Unsaid]
@@ -308,24 +311,50 @@ class Predictor:
         return Looked(series=_key(volume), modality=volume.modality, spacing_mm=spacing, coverage=seen)
 
 
-def _answer(predictor: Predictor, source: Source, out: Path, how: PredictConfig) -> tuple[Findings, list[Written]]:
-    """Predict one scan and write what was asked for."""
+def _answer(
+    predictor: Predictor,
+    source: Source,
+    out: Path,
+    how: PredictConfig,
+    findings: list[Findings],
+    written: list[Written],
+) -> None:
+    """Predict one scan and write what was asked for; what was written before one output refused counts as told."""
     study = source.read(repair=how.repair)
+    if predictor.marks:
+        _check_room(math.prod(study.volumes[0].shape_ijk) * MARK_BYTES, how)
     region = None if how.region is None else _region(how.region, study)
+    images = _images(source, study) if any(name in DICOM for name in how.formats) else ()
     predicted = predictor.predict(study, region=region, least_mm3=how.least_mm3, most_parts=how.most_parts)
-    back = any(name in DICOM for name in how.formats)
-    images = _images(source, study) if back else ()
+    del study  # of a long scan most of the memory that is held by now, and writing takes some too
     result = Result(findings=predicted.findings, mask=predicted.mask, sources=images)
     folder = out / source_name(source.path.resolve().as_posix() + "\0" + source.series, site_key())
-    written: list[Written] = []
-    for name in sorted(how.formats, key=list(OUTPUTS).index):
-        try:
-            written.append(OUTPUTS[name](result, folder, before=tuple(written)))
-        except OSError as error:
-            raise StoreError(
-                f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
-            ) from error
-    return predicted.findings, written
+    mine: list[Written] = []
+    try:
+        for name in sorted(how.formats, key=list(OUTPUTS).index):
+            mine.append(OUTPUTS[name](result, folder, before=tuple(mine)))
+    except OSError as error:
+        raise StoreError(
+            f"'{out.name}' cannot be written: {error.strerror}", hint="free some space and run again"
+        ) from error
+    finally:
+        written += mine
+        findings += [predicted.findings] if mine else []
+
+
+def _check_room(need: float, how: PredictConfig) -> None:
+    """Refuse a scan at once that surely needs more memory than is left.
+
+    Raises:
+        IngestError: `out-of-memory`.
+    """
+    if need > (left := left_bytes()):
+        raise IngestError(
+            f"it needs {need / GIB:.1f} GiB more where the {how.max_ram_gib:g} GiB that --max-ram allows leave "
+            f"{left / GIB:.1f}",
+            code="out-of-memory",
+            hint="allow more memory, or crop the scan",
+        )
 
 
 def _region(path: Path, study: Study) -> Bool[np.ndarray, "i j k"]:
@@ -352,24 +381,3 @@ def _images(source: Source, study: Study) -> tuple[Any, ...]:
 
 def _key(volume: Volume) -> str:
     return volume.provenance.sha256[:32]
-
-
-@contextmanager
-def at_most(gib: float) -> Generator[None]:
-    """Let the process hold no more memory of its own than this while it lasts; what needs more raises MemoryError.
-
-    Linux counts what is written to and not shared (RLIMIT_DATA); 0 sets no limit.
-    """
-    if not gib:
-        yield
-        return
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * GIB), most))
-    try:
-        yield
-    except RuntimeError as error:  # torch's own word for it
-        if "can't allocate memory" not in str(error):
-            raise
-        raise MemoryError from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, most))

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from voxelstem.certainty.turns import check_kinds, show_both, spread_events, take_turns
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.prompts import Prompts
 from voxelstem.protocols import Task
@@ -29,7 +30,6 @@ from voxelstem.store.labels import (
 from voxelstem.store.subjects import site_key
 from voxelstem.study import InputSpec, Survival
 from voxelstem.table import closest
-from voxelstem.turns import check_kinds, show_both, spread_events, take_turns
 
 _log = logging.getLogger(__name__)
 

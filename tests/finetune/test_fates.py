@@ -14,12 +14,12 @@ from voxelstem.finetune.fates import check, head_of, risk_sets, way_of
 from voxelstem.finetune.loop import fit, in_turns
 from voxelstem.finetune.network import build
 from voxelstem.finetune.tune import Asked, Speaker, tune
+from voxelstem.heads.risks import cox_of_sets
+from voxelstem.heads.survival import Watched, breslow, harrell_c
 from voxelstem.model import Model, make_model
 from voxelstem.protocols import Example
-from voxelstem.risks import cox_of_sets
 from voxelstem.store import Store
 from voxelstem.study import Survival
-from voxelstem.survival import Watched, breslow, harrell_c
 from voxelstem.tasks.survive import Survive
 from voxelstem.truth import Truth
 

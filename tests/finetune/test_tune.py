@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from voxelstem.card import Card
-from voxelstem.contest import Contest
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune.cases import see
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.network import build
 from voxelstem.finetune.tune import WINDOWS, Asked, Speaker, hold_out, mark, say, tune, tuned
+from voxelstem.judging.contest import Contest
 from voxelstem.model import Model, load, make_model
 from voxelstem.protocols import Example, Head
 from voxelstem.store import Record, Store

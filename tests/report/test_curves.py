@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from voxelstem.boxes import Matched
+from voxelstem.heads.boxes import Matched
 from voxelstem.report import curves, sweeps
 from voxelstem.report.figures import Picture
 from voxelstem.report.marks import BAND, MARKS, told

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from voxelstem.certainty.vennabers import IntervalBin
 from voxelstem.metrics import Interval
 from voxelstem.report import page
 from voxelstem.report.evidence import Compared, OperatingPoint, Prevalence, Sureness, evidence_sections
-from voxelstem.vennabers import IntervalBin
 
 
 def some(value: float) -> Interval:

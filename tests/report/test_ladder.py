@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from voxelstem.efficiency import Curve, Gain, Law, Point
-from voxelstem.ladder import Climb, Step
+from voxelstem.choosing.efficiency import Curve, Gain, Law, Point
+from voxelstem.choosing.ladder import Climb, Step
 from voxelstem.metrics import Interval
 from voxelstem.report.ladder import ladder_page
 

@@ -8,9 +8,9 @@ import pytest
 from lifelines import KaplanMeierFitter
 from PIL import Image
 
+from voxelstem.heads.survival import Watched
 from voxelstem.report import survival
 from voxelstem.report.survival import at_risk, kaplan_meier_picture, outlook
-from voxelstem.survival import Watched
 
 
 def watched(seed: int = 0, subjects: int = 40) -> tuple[Watched, np.ndarray]:

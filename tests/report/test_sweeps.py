@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from voxelstem import metrics
-from voxelstem.boxes import RATES, Matched, Sweep
-from voxelstem.calibration import calibration_error, reliability_curve
+from voxelstem.certainty.calibration import calibration_error, reliability_curve
+from voxelstem.heads.boxes import RATES, Matched, Sweep
 from voxelstem.metrics import Interval
 from voxelstem.report import sweeps
 from voxelstem.report.sweeps import Judged, Line

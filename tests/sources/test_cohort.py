@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from voxelstem.errors import VoxelstemError
+from voxelstem.heads.survival import Watched, harrell_c, kaplan_meier
 from voxelstem.sources import nifti
 from voxelstem.sources.cohort import COLUMNS, CohortConfig, Fate, cohort, cohort_files, fate, write_survival
 from voxelstem.sources.phantom import phantom_anatomy
 from voxelstem.store.labels import read_labels
 from voxelstem.store.subjects import pseudonym
-from voxelstem.survival import Watched, harrell_c, kaplan_meier
 
 COARSE = CohortConfig(spacing_mm=(12.0, 12.0, 12.0))
 

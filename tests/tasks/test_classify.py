@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from voxelstem.attending import AttendConfig, score
 from voxelstem.embedding import Embedding
+from voxelstem.heads.attending import AttendConfig, score
 from voxelstem.metrics import averaged
 from voxelstem.protocols import Example, Head
 from voxelstem.tasks.classify import Classify, Guess, balanced_entropy, majority

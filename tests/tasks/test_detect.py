@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from voxelstem import baselines, boxes, metrics
-from voxelstem.boxes import RATES, Matched, Sweep
+from voxelstem import baselines, metrics
+from voxelstem.heads import boxes
+from voxelstem.heads.boxes import RATES, Matched, Sweep
 from voxelstem.protocols import Example, Head, Task
 from voxelstem.sources.anatomy import Lesion
 from voxelstem.sources.phantom import PhantomConfig, phantom, phantom_anatomy

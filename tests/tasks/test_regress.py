@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.attending import AttendConfig, score
+from voxelstem.heads.attending import AttendConfig, score
 from voxelstem.protocols import Example
 from voxelstem.tasks.regress import Measured, Regress, huber, pearson, ridge
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.covariance import ledoit_wolf
 from sklearn.metrics import average_precision_score
 
-from voxelstem.assurance import Assurance
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Weights
 from voxelstem.protocols import Example, Head
 from voxelstem.tasks.retrieve import Retrieve, Retrieved, average_precision, by_chance, whitening

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import ndimage
 
+from voxelstem.heads.queries import QueryConfig
 from voxelstem.protocols import Example, Head
-from voxelstem.queries import QueryConfig
 from voxelstem.study import LabelMap
 from voxelstem.tasks import segment
 from voxelstem.tasks.segment import Segment, argmax_at, compare, numbered

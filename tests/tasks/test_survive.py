@@ -15,17 +15,11 @@ from lifelines import CoxPHFitter
 
 from voxelstem import adapt, evaluate, metrics
 from voxelstem.adapted import read_run
-from voxelstem.attending import AttendConfig
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import AuditError
-from voxelstem.model import make_model
-from voxelstem.protocols import Example, Head
-from voxelstem.risks import Cox, Hazard, Seen, minimised
-from voxelstem.sources.cohort import CohortConfig, cohort, write_survival
-from voxelstem.store import Fractions, Store, write
-from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, Survival
-from voxelstem.survival import (
+from voxelstem.heads.attending import AttendConfig
+from voxelstem.heads.risks import Cox, Hazard, Seen, minimised
+from voxelstem.heads.survival import (
     Watched,
     breslow,
     censoring,
@@ -35,6 +29,12 @@ from voxelstem.survival import (
     kaplan_meier,
     uno_c,
 )
+from voxelstem.model import make_model
+from voxelstem.protocols import Example, Head
+from voxelstem.sources.cohort import CohortConfig, cohort, write_survival
+from voxelstem.store import Fractions, Store, write
+from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.study import InputSpec, Survival
 from voxelstem.tasks.survive import Foretold, Survive
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxelstem.manylabels import chances
+from voxelstem.heads.manylabels import chances
 from voxelstem.protocols import Head
 from voxelstem.tasks.segment import Segment
 from voxelstem.weights.heads import ScanHead, TokenHead

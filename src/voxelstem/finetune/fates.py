@@ -15,10 +15,10 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.finetune.cases import Case
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.loop import Pick, in_turns
+from voxelstem.heads.risks import Loss, cox_of_sets, hazards_of
+from voxelstem.heads.survival import Watched
 from voxelstem.protocols import Head
-from voxelstem.risks import Loss, cox_of_sets, hazards_of
 from voxelstem.study import Survival
-from voxelstem.survival import Watched
 from voxelstem.tasks.survive import Survive
 
 

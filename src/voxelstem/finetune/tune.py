@@ -20,7 +20,7 @@ from voxelstem.finetune.cases import Case, Seen, companions, labelled, see
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.loop import Net, fit, in_turns, loss_of
 from voxelstem.finetune.network import Tuned, build, restore
-from voxelstem.manylabels import FACTS, answers_each
+from voxelstem.heads.manylabels import FACTS, answers_each
 from voxelstem.model import Model
 from voxelstem.progress import progress
 from voxelstem.protocols import Head, Task

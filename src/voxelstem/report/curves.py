@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from voxelstem.boxes import RATES, Matched
+from voxelstem.heads.boxes import RATES, Matched
 from voxelstem.report import sweeps
 from voxelstem.report.figures import INK, Picture, blank, to_png
 from voxelstem.report.marks import BAND, Mark, handle, legend_below, marks_of, plain_axes, told, written

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from voxelstem.certainty.vennabers import IntervalBin
 from voxelstem.metrics import Interval
 from voxelstem.report import page
-from voxelstem.vennabers import IntervalBin
 
 RATES = {
     "sensitivity": "sensitivity",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from voxelstem.crossfit import scale_of
-from voxelstem.efficiency import Curve, recommend
-from voxelstem.ladder import HEAD, Climb
+from voxelstem.certainty.crossfit import scale_of
+from voxelstem.choosing.efficiency import Curve, recommend
+from voxelstem.choosing.ladder import HEAD, Climb
 from voxelstem.metrics import Score
 from voxelstem.report import page
 from voxelstem.report.dots import Extrapolated, label_efficiency_picture

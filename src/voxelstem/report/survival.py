@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.lines import Line2D
 
+from voxelstem.heads.survival import Watched, kaplan_meier
 from voxelstem.report.agreement import NORMAL_95
 from voxelstem.report.figures import INK, Picture, blank, to_png
 from voxelstem.report.marks import BAND, MARKS, Mark, handle, legend_below, plain_axes, written
-from voxelstem.survival import Watched, kaplan_meier
 
 GROUPS = ("higher risk", "lower risk")
 _MARKS = {GROUPS[0]: MARKS[1], GROUPS[1]: MARKS[0]}

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from voxelstem import metrics
-from voxelstem.boxes import RATES, Matched, Sweep
-from voxelstem.calibration import ReliabilityBin, check_chances, reliability_curve, wilson_interval
+from voxelstem.certainty.calibration import ReliabilityBin, check_chances, reliability_curve, wilson_interval
+from voxelstem.heads.boxes import RATES, Matched, Sweep
 from voxelstem.metrics import FEWEST_SUBJECTS, Interval
 
 DRAWS, LEVEL = 1000, 0.95

@@ -18,11 +18,12 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn import functional as F
 
-from voxelstem import attending, manylabels, metrics
+from voxelstem import metrics
 from voxelstem.answers import Answer, Figure
-from voxelstem.assurance import Assurance
-from voxelstem.bags import bag_of, kind_of
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Weights
+from voxelstem.heads import attending, manylabels
+from voxelstem.heads.bags import bag_of, kind_of
 from voxelstem.protocols import Example, Features, Head
 
 RULED_OUT = -1e4

@@ -7,10 +7,9 @@ here is learned but a matrix, so what it can do shows what the tokens know.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,11 +19,12 @@ from jaxtyping import Float, Int, Int8
 from scipy.special import expit
 from torch import Tensor
 
-from voxelstem import boxes, metrics
-from voxelstem.anchors import HALF, Anchors, surroundings
-from voxelstem.assurance import Assurance
-from voxelstem.boxes import Box, Hit, Kind, Matched, Sweep
+from voxelstem import metrics
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Place, Weights
+from voxelstem.heads import boxes
+from voxelstem.heads.anchors import HALF, Anchors, surroundings
+from voxelstem.heads.boxes import Box, Hit, Kind, Matched, Sweep
 from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import LabelMap
 
@@ -260,7 +260,7 @@ class Detect:
 
         solver.step(closure)
         learned = {"weight": weight.detach().numpy(), "bias": bias.detach().numpy()}
-        return dataclasses.replace(head, arrays=head.arrays | learned)
+        return replace(head, arrays=head.arrays | learned)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
-from voxelstem import attending, metrics
-from voxelstem.assurance import Assurance
-from voxelstem.bags import bag_of, kind_of
+from voxelstem import metrics
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Weights
-from voxelstem.neighbours import nearest, unit
+from voxelstem.heads import attending
+from voxelstem.heads.bags import bag_of, kind_of
+from voxelstem.heads.neighbours import nearest, unit
 from voxelstem.protocols import Example, Features, Head
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from voxelstem import metrics
-from voxelstem.assurance import Assurance
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import LONGEST_NAME, Finding, Quantity, Weights
-from voxelstem.neighbours import nearest, unit
+from voxelstem.heads.neighbours import nearest, unit
 from voxelstem.protocols import Example, Features, Head
 
 LEAST_SHRUNK = 0.01

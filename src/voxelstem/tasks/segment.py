@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from voxelstem import geometry, metrics, queries
+from voxelstem import geometry, metrics
+from voxelstem.heads import queries
 from voxelstem.protocols import Example, Features, Head
 from voxelstem.study import LabelMap
 from voxelstem.surfaces import surface_dice

@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from voxelstem import attending, metrics
-from voxelstem.assurance import Assurance
-from voxelstem.bags import bag_of, kind_of
+from voxelstem import metrics
+from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Weights
-from voxelstem.losses.survival import Ties, cox_loss
-from voxelstem.neighbours import nearest, unit
-from voxelstem.protocols import Example, Features, Head
-from voxelstem.risks import (
+from voxelstem.heads import attending
+from voxelstem.heads.bags import bag_of, kind_of
+from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.risks import (
     Concordance,
     Cox,
     Foretold,
@@ -31,8 +30,7 @@ from voxelstem.risks import (
     judged_by,
     minimised,
 )
-from voxelstem.study import Survival
-from voxelstem.survival import (
+from voxelstem.heads.survival import (
     Curve,
     Watched,
     breslow,
@@ -42,6 +40,9 @@ from voxelstem.survival import (
     spans,
     uno_weights,
 )
+from voxelstem.losses.survival import Ties, cox_loss
+from voxelstem.protocols import Example, Features, Head
+from voxelstem.study import Survival
 
 STEEPEST = 50.0
 """Log risks are cut off here for curves: e^50 times a hazard is certainty."""

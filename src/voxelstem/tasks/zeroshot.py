@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.special import expit, softmax
 
 from voxelstem.answers import HALF, Answer, Figure, best_threshold, truth_of
-from voxelstem.calibrators import best_line, best_temperature
+from voxelstem.certainty.calibrators import best_line, best_temperature
 from voxelstem.errors import ConfigError
 from voxelstem.prompts import Ensemble, Prompts, read_prompts
 from voxelstem.protocols import Example, Head

@@ -1,0 +1,1 @@
+"""What mode `auto` goes by: the ladder of modes and the curve of what labels buy."""

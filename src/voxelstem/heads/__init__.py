@@ -1,0 +1,1 @@
+"""What stands above frozen features: attention, queries, boxes, neighbours, many labels, and risks."""

@@ -1,0 +1,128 @@
+"""Who takes part in an evaluation: a run read back, its contest, and how what it must beat is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxelstem.adapted import Adapted
+from voxelstem.errors import AuditError, ConfigError
+from voxelstem.features import FeaturesOf, embedder, open_space, projector, speaker
+from voxelstem.judging.contest import Beside, Contest, plain_baselines, tuned_baselines, zeroshot_baselines
+from voxelstem.model import Model
+from voxelstem.store import Record, Store
+from voxelstem.store.leakage import common
+from voxelstem.truth import Truth, is_aligned, of_contrast, read_truth
+from voxelstem.weights.hub import load
+
+
+def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Record]) -> None:
+    """See that nobody who was learned from is tested on, neither as a subject nor as a copy of a scan.
+
+    This covers the store's own splits: weights that were pretrained on another store cannot be checked here, and near
+    copies under another subject are what `voxelstem show STORE --against STORE` looks for.
+
+    Raises:
+        AuditError: somebody is.
+    """
+    trained = [record for record in store if record.split == "train"]
+    for what, count in common([*labelled, *trained], tested).items():
+        if count:
+            raise AuditError(
+                f"{count} of the test {what} were also trained on: the scores would not be honest",
+                hint="make a new store with `voxelstem ingest`: it splits by subject",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A run that takes part."""
+
+    contest: Contest
+    features: FeaturesOf
+    baselines: Callable[[], Beside]
+    mark: str
+    """Entries with the same mark share their baselines."""
+    model: Model
+
+
+def enter(adapted: Adapted, store: Store, labels: Path, folder: Path, *, commercial: bool) -> Entry:
+    """Load a run's weights and put its contest together; embeddings rest in `folder`."""
+    unknown = adapted.config.unknown
+    if is_aligned(adapted.task):
+        space = open_space(adapted.weights, adapted.config, commercial=commercial)
+        contest = contest_of(adapted, store, read_truth(store, labels, adapted.task, space.model.spec, unknown=unknown))
+        return Entry(
+            contest=contest,
+            features=projector(space, store, folder),
+            baselines=lambda: Beside(repeats=zeroshot_baselines(contest, adapted.head, space, folder)),
+            # Untrained networks are heard through the heads that were trained: other weights, other baselines.
+            # A file of prompts may have been changed between two runs.
+            mark=_mark(adapted, space.model) + space.sha256 + str(adapted.head.facts["prompts_sha256"]),
+            model=space.model,
+        )
+    model = load(adapted.weights, commercial=commercial or adapted.config.commercial)
+    truth = read_truth(store, labels, adapted.task, model.spec, unknown=unknown)
+    if adapted.config.full is not None:
+        contest = contest_of(adapted, store, of_contrast(truth, adapted.config.full.contrasts))
+        return Entry(
+            contest=contest,
+            features=speaker(adapted, model, store),
+            baselines=lambda: tuned_baselines(contest, model, adapted.config),
+            mark=_mark(adapted, model),
+            model=model,
+        )
+    contest = contest_of(adapted, store, truth)
+    return Entry(
+        contest=contest,
+        features=embedder(model, store, folder, tokens=adapted.tokens, see=adapted.config.see),
+        baselines=lambda: plain_baselines(contest, model, adapted.config.see, folder),
+        mark=_mark(adapted, model),
+        model=model,
+    )
+
+
+def contest_of(adapted: Adapted, store: Store, truth: Truth) -> Contest:
+    """The run's own labelled scans against all labelled test scans, after the check for leakage."""
+    by_key = {record.key: record for record in truth.records}
+    missing = [key for key in adapted.labelled if key not in by_key]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of the scans that '{adapted.name}' learned from are not in this store, or not labelled",
+            hint="evaluate with the store and the labels that `adapt` was given",
+        )
+    classes = adapted.head.classes
+    tested = [
+        record for record in truth.of("test") if _can_be_scored(record, truth, classes, voxels=adapted.task.voxels)
+    ]
+    if not tested:
+        raise AuditError("no held-out test subject has labels", hint="ingest and label more subjects")
+    strange = sorted({truth.labels[record.subject] for record in tested} - set(classes)) if truth.labels else []
+    if strange:
+        raise ConfigError(f"test label '{strange[0]}' is none that '{adapted.name}' knows: {', '.join(classes)}")
+    labelled = tuple(by_key[key] for key in adapted.labelled)
+    check_leakage(store, labelled, tested)
+    return Contest(
+        store=store,
+        truth=truth,
+        task=adapted.task,
+        mode=adapted.config.mode,
+        classes=classes,
+        labelled=labelled,
+        tested=tuple(tested),
+        seed=adapted.config.seed,
+    )
+
+
+def _can_be_scored(record: Record, truth: Truth, classes: tuple[str, ...], *, voxels: bool) -> bool:
+    if voxels:
+        return set(classes) <= set(record.classes.values())
+    return not truth.findings or bool(set(classes) & set(truth.findings[record.subject]))
+
+
+def _mark(adapted: Adapted, model: Model) -> str:
+    """Runs with the same mark share their baselines: same labels, head settings and architecture."""
+    config = dataclasses.replace(adapted.config, like=None, features=None, commercial=False)
+    return repr((config, adapted.labelled, adapted.head.classes, sorted(model.card.architecture.items()), model.spec))

@@ -1,0 +1,1 @@
+"""First-order, shape and region features by IBSI's definitions."""

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.fewlabelled import make_store, make_weights
+
+from voxelstem import adapt
+from voxelstem.adapted import read_run
+from voxelstem.errors import AuditError, ConfigError
+from voxelstem.judging.entries import contest_of, enter
+from voxelstem.store import Store
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("entries")
+    with pytest.MonkeyPatch.context() as patch:
+        key = tmp_path_factory.getbasetemp() / "entries.key"
+        key.write_text("5a" * 32)
+        patch.setenv("VOXELSTEM_KEY", str(key))
+        make_store(folder, 12)
+        make_weights(folder)
+        for mode in ("probe", "knn"):
+            adapt.run(
+                weights=folder / "weights",
+                store=folder / "store",
+                labels=folder / "contrast.csv",
+                task="classify",
+                mode=mode,
+                out=folder / mode,
+                budget=4,
+            )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_key(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOXELSTEM_KEY", str(place.parent / "entries.key"))
+
+
+def test_an_entry_brings_the_run_s_own_labelled_scans_against_all_labelled_test_scans(place: Path) -> None:
+    adapted, store = read_run(place / "probe"), Store.open(place / "store")
+    entry = enter(adapted, store, place / "contrast.csv", place / "features", commercial=False)
+    assert tuple(record.key for record in entry.contest.labelled) == adapted.labelled
+    assert {record.split for record in entry.contest.tested} == {"test"}
+    assert set(entry.contest.subjects) == set(store.subjects("test"))
+    assert entry.model.spec == adapt.load(adapted.weights).spec
+    # Another mode has other baselines.
+    other = enter(read_run(place / "knn"), store, place / "contrast.csv", place / "features", commercial=False)
+    assert other.mark != entry.mark
+
+
+def test_labels_that_no_longer_fit_the_run_are_refused(place: Path) -> None:
+    adapted, store = read_run(place / "probe"), Store.open(place / "store")
+    entry = enter(adapted, store, place / "contrast.csv", place / "features", commercial=False)
+    truth = entry.contest.truth
+    fewer = replace(truth, records=truth.of("test"))
+    with pytest.raises(ConfigError, match="4 of the scans that 'probe' learned from are not in this store"):
+        contest_of(adapted, store, fewer)
+    with pytest.raises(AuditError, match="no held-out test subject"):
+        contest_of(adapted, store, replace(truth, records=truth.of("train")))
+    strange = replace(truth, labels=dict.fromkeys(truth.labels, "perhaps"))
+    with pytest.raises(ConfigError, match="test label 'perhaps' is none that 'probe' knows"):
+        contest_of(adapted, store, strange)

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from voxelstem.certainty.assurance import Assurance, assure
+from voxelstem.certainty.thresholds import coverage
+from voxelstem.judging.contest import Contest
+from voxelstem.judging.evidence import Played, against, between, difference_of_shares, prevalence, sureness
+from voxelstem.protocols import Example
+from voxelstem.store import Record
+from voxelstem.study import Acquisition
+from voxelstem.tasks.classify import Classify, Guess
+from voxelstem.tasks.regress import Measured, Regress
+from voxelstem.truth import Truth
+
+
+@dataclass(frozen=True)
+class Seen:
+    scan: np.ndarray
+    tokens: None = None
+    tokens_affine_ras: None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is asked of a record here."""
+
+    key: str
+    subject: str
+    labels: dict[str, str] = field(default_factory=dict)
+    acquisition: Acquisition = field(default_factory=Acquisition)
+
+
+def contest(task: Any, tested: int, labels: dict[str, str] | None = None, labelled: tuple[str, ...] = ()) -> Contest:
+    return Contest(
+        store=cast(Any, None),
+        truth=Truth(records=(), labels=labels or {}, classes=("no", "yes")),
+        task=task,
+        mode="probe",
+        classes=("no", "yes"),
+        labelled=tuple(cast(Record, Line(key=name, subject=name)) for name in labelled),
+        tested=tuple(cast(Record, Line(key=f"t{place}", subject=f"t{place}")) for place in range(tested)),
+        seed=0,
+    )
+
+
+def guesses(count: int, seed: int, boast: float, prefix: str) -> dict[str, Guess]:
+    rng = np.random.default_rng(seed)
+    chance = rng.uniform(0.1, 0.9, count)
+    truth = rng.random(count) < chance
+    odds = (chance / (1 - chance)) ** boast
+    said = odds / (1 + odds)
+    return {
+        f"{prefix}{place}": Guess(truth=int(there), scores=(1 - share, share))
+        for place, (there, share) in enumerate(zip(truth, said.tolist(), strict=True))
+    }
+
+
+def scans(count: int, middle: float = 2.0) -> dict[str, np.ndarray]:
+    rows = np.random.default_rng(7).normal(size=(count, 5)) + middle
+    return {f"t{place}": row for place, row in enumerate(rows)}
+
+
+def played(outcomes: dict[str, Any], sure: Assurance, task: Any, name: str = "run") -> Played:
+    rows = scans(len(outcomes))
+    return Played(
+        name=name,
+        task="classify",
+        contest=contest(task, len(outcomes)),
+        outcomes=outcomes,
+        assurance=sure,
+        features=lambda key: cast(Any, Seen(scan=rows[key])),
+    )
+
+
+def known(count: int = 40) -> list[Example]:
+    rows = np.random.default_rng(3).normal(size=(count, 5)) + 2.0
+    return [
+        Example(subject=f"k{place}", key=f"k{place}", features=Seen(scan=row), affine_ras=np.eye(4))
+        for place, row in enumerate(rows)
+    ]
+
+
+def test_calibration_is_measured_before_and_after_and_sets_by_how_often_they_hold_the_truth() -> None:
+    sure = assure(guesses(300, 1, 3.0, "k"), known())
+    found = sureness(played(guesses(200, 2, 3.0, "t"), sure, Classify()))
+    assert found.subjects == 300
+    assert found.calibrated["ece"].estimate < found.stated["ece"].estimate
+    assert found.calibrated["brier"].estimate < found.stated["brier"].estimate
+    assert found.stated["slope"].estimate < 0.5
+    assert abs(found.calibrated["slope"].estimate - 1) < abs(found.stated["slope"].estimate - 1)
+    assert found.covered is not None
+    assert found.covered.low is not None
+    assert found.covered.high is not None
+    assert found.covered.low <= 0.93
+    assert found.covered.high >= 0.87
+    assert found.level == pytest.approx(0.9)
+    assert found.set_size is not None
+    assert 1.0 <= found.set_size <= 2.0
+    assert found.flagged is not None
+    assert found.flagged.estimate < 0.25
+    assert found.flagged_by_centres is not None
+    assert found.flagged_by_centres.estimate < 0.25
+    assert found.width is not None
+    assert 0.01 < found.width < 0.3
+    assert sum(each.rows for each in found.bins) == 200
+    assert sum(each.held for each in found.bins) >= len(found.bins) - 1
+
+
+def test_a_run_without_assurance_has_stated_figures_only() -> None:
+    found = sureness(played(guesses(50, 2, 1.0, "t"), Assurance(notes=("not calibrated: too few",)), Classify()))
+    assert set(found.stated) == {"ece", "brier", "slope"}
+    assert not found.calibrated
+    assert found.covered is None
+    assert found.level is None
+    assert found.flagged is None
+    assert found.width is None
+    assert found.bins == ()
+    assert found.notes == ("not calibrated: too few",)
+
+
+def test_intervals_of_numbers_are_held_to_their_word() -> None:
+    rng = np.random.default_rng(0)
+
+    def measured(prefix: str, count: int) -> dict[str, Measured]:
+        truth, error = rng.normal(50, 10, count), rng.normal(0, 3, count)
+        return {
+            f"{prefix}{place}": Measured(truth=float(value), predicted=float(value + gap))
+            for place, (value, gap) in enumerate(zip(truth, error, strict=True))
+        }
+
+    found = sureness(played(measured("t", 200), assure(measured("k", 100), known()), Regress()))
+    assert not found.stated
+    assert found.covered is not None
+    assert abs(found.covered.estimate - 0.9) < 0.07
+    assert found.set_size is None
+
+
+def test_two_runs_are_compared_subject_by_subject_and_the_better_one_is_above_zero() -> None:
+    good, bad = guesses(120, 2, 1.0, "t"), guesses(120, 2, 1.0, "t")
+    rng = np.random.default_rng(9)
+    bad = {name: replace(one, scores=tuple(rng.permutation(one.scores).tolist())) for name, one in bad.items()}
+    one, other = (played(some, Assurance(), Classify(), name) for name, some in (("good", good), ("bad", bad)))
+    found = {pair.metric: pair for pair in between([one, other])}
+    assert set(found) == {"auroc", "balanced_accuracy"}
+    assert found["auroc"].difference.low is not None
+    assert found["auroc"].difference.low > 0
+    assert (found["auroc"].one, found["auroc"].other) == ("good", "bad")
+    apart = replace(other, outcomes={name: bad[name] for name in list(bad)[:100]})
+    assert between([one, apart]) == []
+
+
+def test_of_errors_less_is_better() -> None:
+    truth = {f"t{place}": float(place) for place in range(30)}
+    near = {name: Measured(truth=value, predicted=value + 1) for name, value in truth.items()}
+    far = {name: Measured(truth=value, predicted=value + 5) for name, value in truth.items()}
+    runs = [played(cast(Any, some), Assurance(), Regress(), name) for name, some in (("near", near), ("far", far))]
+    (mae,) = [pair for pair in between(runs) if pair.metric == "mae"]
+    assert mae.difference.estimate == pytest.approx(4.0)
+
+
+def test_shares_of_classes_are_those_of_subjects() -> None:
+    labels = {"a": "yes", "b": "no", "t0": "yes", "t1": "no", "t2": "no", "t3": "no"}
+    one = replace(
+        played(guesses(4, 0, 1.0, "t"), Assurance(), Classify()), contest=contest(Classify(), 4, labels, ("a", "b"))
+    )
+    found = prevalence(one)
+    assert found is not None
+    assert found.labelled == {"no": 0.5, "yes": 0.5}
+    assert found.tested == {"no": 0.75, "yes": 0.25}
+    assert prevalence(played(guesses(4, 0, 1.0, "t"), Assurance(), Classify())) is None
+    assert prevalence(replace(one, contest=contest(Classify(), 4, labels, ()))) is None
+
+
+def test_a_shift_of_shares_is_told_where_it_is_beyond_chance_and_not_where_it_is_not() -> None:
+    def shift(yes_labelled: int, yes_tested: int) -> str:
+        labels = {f"a{place}": "yes" if place < yes_labelled else "no" for place in range(100)}
+        labels |= {f"t{place}": "yes" if place < yes_tested else "no" for place in range(100)}
+        learned = tuple(name for name in labels if name.startswith("a"))
+        one = replace(
+            played(guesses(100, 0, 1.0, "t"), Assurance(), Classify()),
+            contest=contest(Classify(), 100, labels, learned),
+        )
+        found = prevalence(one)
+        assert found is not None
+        assert found.shift["yes"].estimate == pytest.approx((yes_tested - yes_labelled) / 100)
+        return found.words
+
+    assert "beyond chance: 'no' 50% to 80%, 'yes' 50% to 20%" in shift(50, 20)
+    assert "intervals include zero" in shift(50, 44)
+
+
+def test_the_interval_of_a_difference_of_shares_is_newcombe_s() -> None:
+    # Newcombe 1998, table II, method 10: 56/70 - 48/80, 9/10 - 3/10 and 10/10 - 0/20.
+    for one, other, low, high in (
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+    ):
+        found = difference_of_shares(one, other)
+        assert found.low == pytest.approx(low, abs=6e-5)
+        assert found.high == pytest.approx(high, abs=6e-5)
+    wide = difference_of_shares((9, 10), (3, 10), looks=3)
+    assert wide.level == pytest.approx(1 - 0.05 / 3)
+    assert wide.low is not None
+    assert wide.low < 0.1705
+    with pytest.raises(ValueError, match="somebody"):
+        difference_of_shares((0, 0), (1, 2))
+
+
+# fairlearn 0.15.0, MetricFrame(metrics=mean of held, sensitive_features=sex).by_group on subjects 0..39 with
+# held = place % 7 > 0 and sex = F where place % 3 == 0, else M.
+FAIRLEARN_HELD = {"F": 0.8571428571428571, "M": 0.8461538461538461}
+
+
+def test_coverage_is_told_of_each_sex_as_fairlearn_s_metric_frame_does() -> None:
+    sure = assure(guesses(300, 1, 1.0, "k"), known())
+    outcomes = guesses(40, 2, 1.0, "t")
+    one = played(outcomes, sure, Classify())
+    lines = tuple(
+        cast(
+            Record,
+            Line(key=f"t{at}", subject=f"t{at}", acquisition=Acquisition(sex="F" if at % 3 == 0 else "M")),
+        )
+        for at in range(40)
+    )
+    found = sureness(replace(one, contest=replace(one.contest, tested=lines)))
+    assert set(found.by_group) == {"sex"}
+    groups = found.by_group["sex"]
+    assert {name: value.subjects for name, value in groups.items()} == {"F": 14, "M": 26}
+    assert found.covered is not None
+    mean = (14 * groups["F"].estimate + 26 * groups["M"].estimate) / 40
+    assert mean == pytest.approx(found.covered.estimate)
+    assert not sureness(one).by_group
+    held = np.array([at % 7 > 0 for at in range(40)])
+    sexes = ["F" if at % 3 == 0 else "M" for at in range(40)]
+    by_group = coverage(held, [str(at) for at in range(40)], groups=sexes).by_group
+    assert {name: value.estimate for name, value in by_group.items()} == pytest.approx(FAIRLEARN_HELD, abs=1e-6)
+
+
+def test_a_run_is_put_beside_a_baseline_and_above_zero_is_better() -> None:
+    near = {f"t{place}": Measured(truth=float(place), predicted=place + 1.0) for place in range(30)}
+    far = {name: (replace(one, predicted=one.truth + 5),) for name, one in near.items()}
+    (mae,) = [pair for pair in against(played(near, Assurance(), Regress()), "unet", far) if pair.metric == "mae"]
+    assert (mae.one, mae.other) == ("run", "unet")
+    assert mae.difference.estimate == pytest.approx(4.0)
