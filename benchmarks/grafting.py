@@ -6,7 +6,8 @@ DIR holds `starter/`, `ct/` and `sts/`. Tables (n is how many people, or structu
 
 - `ct`: the tumours of the sarcoma CTs. The patients are cut into three folds; a seed's pretraining and its heads have
   not seen the fold that they are asked about, and learn from all patients of the other two.
-- `mr`: the same for the T1 MRs, with the brain recipe pretrained on the other folds' MRs.
+- `organs`: organs of the two CTs that have many of them, each learned from the other one; printed for each scan.
+- `mr`: the same as `ct` for the T1 MRs, with the brain recipe pretrained on the other folds' MRs.
 - `structures`: two CTs with many structures. A structure of one of them is named by the structures of the other: the
   tokens that lie in it are pooled (`see.region` of `adapt`), and the most similar answer counts. Intervals are over
   structures, not over people: there are two.
@@ -41,17 +42,18 @@ from grafting_structures import structures
 from hippocampus import pretraining
 from light_heads import Linear
 
-from voxelstem import __version__, pretrain
+from voxelstem import __version__, metrics, pretrain
 from voxelstem.backbones.unet import UNetConfig
-from voxelstem.demo import public_key
+from voxelstem.demo import ORGANS, public_key
 from voxelstem.evaluate import table_of
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.ingest import ingest
 from voxelstem.intake import IntakeConfig
 from voxelstem.judging.contest import Contest, Outcomes, Repeats
+from voxelstem.judging.rival import rival
 from voxelstem.manifest import write_whole
-from voxelstem.metrics import Score
+from voxelstem.metrics import Interval, Score
 from voxelstem.model import Model, load
 from voxelstem.store import Store
 from voxelstem.store.subjects import pseudonym, site_key
@@ -65,6 +67,8 @@ MAE = Variant.read("MAE=tiny.mae,spec.low_hu=-200,steps=300,layers=1+2+3+4,besid
 ASTRA = InputSpec(spacing_mm=(1.5, 1.5, 3.0), low_hu=-1000.0, high_hu=1000.0, block_ijk=(128, 128, 64))
 TUNING = FinetuneConfig(steps=200, batch=2, lr=1e-3, schedule="warm_up", warm_up=0.1, layer_decay=0.75)
 LOW_RANK = dataclasses.replace(TUNING, changes="low_rank", layer_decay=1.0)
+UNET = "U-Net"
+TABLES = ("ct", "organs", "mr", "structures")
 BRAIN = FinetuneConfig(steps=200, batch=2, lr=1e-2, schedule="warm_up", warm_up=0.1, sizes="drawn", layer_decay=0.75)
 COARSE = InputSpec(modality="MR", spacing_mm=(3.0, 3.0, 3.0), block_ijk=(32, 32, 32), normalisation="zscore")
 """Tumours are a hand wide: a network of four levels sees enough of them at 3 mm."""
@@ -80,6 +84,15 @@ class Row:
     """One for each round."""
     under: str = ""
     """The row that this one is put beside: the same network untrained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Told:
+    """A row with what came out."""
+
+    row: Row
+    score: Score
+    over_unet: Interval | None
 
 
 def tuned(model: Model, config: FinetuneConfig, name: str, seed: int) -> Contestant:
@@ -100,8 +113,7 @@ def tuned(model: Model, config: FinetuneConfig, name: str, seed: int) -> Contest
 
 
 def unet(spec: InputSpec, config: FinetuneConfig, seed: int) -> Contestant:
-    """The baseline of `evaluate`: a U-Net in nnU-Net's manner, from scratch."""
-    from voxelstem.judging.rival import rival
+    """The U-Net of `evaluate`, from scratch, with the steps, batch and schedule of what is tuned here."""
 
     def compete(contest: Contest) -> Outcomes:
         return rival(dataclasses.replace(contest, task=Segment(), seed=seed), spec, config).outcomes
@@ -134,8 +146,28 @@ def question_of(store: Store, held_out: Sequence[frozenset[str]], seeds: Sequenc
     return Question(task="tumours", mode=mode, budget=few, repeats=len(seeds), rounds=tuple(rounds))
 
 
-def scored(out: Path, rows: Sequence[Row], ask: Callable[[str], Question]) -> list[tuple[Row, Score]]:
-    """Answer all rounds of every row; scores are paired with the row that stands under each."""
+def each_from_the_other(store: Store, seeds: Sequence[int], mode: str) -> Question:
+    """Every scan is asked about once, and learned from is what is left: every seed does the same."""
+    truth = Truth(records=tuple(store), labels={}, classes=ORGANS)
+    heats = []
+    for asked in store:
+        contest = Contest(
+            store=store,
+            truth=truth,
+            task=Linear() if mode == "probe" else Segment(),
+            mode=mode,
+            classes=ORGANS,
+            labelled=tuple(record for record in store if record.subject != asked.subject),
+            tested=(asked,),
+            seed=0,
+        )
+        heats.append((contest, contest))
+    rounds = tuple(tuple((dataclasses.replace(one, seed=seed),) * 2 for one, _ in heats) for seed in seeds)
+    return Question(task="organs", mode=mode, budget=1, repeats=len(seeds), rounds=rounds)
+
+
+def scored(out: Path, rows: Sequence[Row], ask: Callable[[str], Question]) -> list[Told]:
+    """Answer all rounds of every row; scores are paired with the row under each, with intensity and with the U-Net."""
     found: dict[str, Repeats] = {}
     for row in rows:
         question = ask(row.mode if row.mode in ("probe", "attention") else "full")
@@ -144,14 +176,19 @@ def scored(out: Path, rows: Sequence[Row], ask: Callable[[str], Question]) -> li
             several.append(answer(out / "answers", contestant, [(question, place)])[question.mark(place)])
         found[label(row)] = by_subject(several)
     plain = next((label(row) for row in rows if row.name == "intensity"), "")
-    told: list[tuple[Row, Score]] = []
+    unets = next((found[label(row)] for row in rows if row.name == UNET), None)
+    contest = ask("probe").contest
+    told: list[Told] = []
     for row in rows:
         repeats = {"run": found[label(row)]}
         repeats |= {"scratch": found[row.under]} if row.under else {}
         repeats |= {"intensity": found[plain]} if plain and plain != label(row) else {}
-        contest = ask("probe").contest
         score = next(one for one in table_of(contest, repeats, task="tumours", budget=None) if one.name == "run")
-        told.append((row, score))
+        over = None
+        if unets is not None and row.name != UNET:
+            dice = metrics.averaged(contest.task.statistic("dice"))
+            over = metrics.paired_difference(found[label(row)], unets, dice)
+        told.append(Told(row=row, score=score, over_unet=over))
     return told
 
 
@@ -193,7 +230,7 @@ def ct_rows(asked: argparse.Namespace, stores: Collection) -> list[Row]:
     rows.append(Row(name="atlas", mode="none", team=tuple(Contestant.atlas(first) for _ in seeds)))
     if asked.unet:
         config = dataclasses.replace(TUNING, lr=1e-2, optimiser="sgd", layer_decay=1.0)
-        rows.append(Row(name="U-Net", mode="scratch", team=tuple(unet(first.spec, config, seed) for seed in seeds)))
+        rows.append(Row(name=UNET, mode="scratch", team=tuple(unet(first.spec, config, seed) for seed in seeds)))
     return rows
 
 
@@ -268,19 +305,20 @@ def mr_rows(asked: argparse.Namespace, stores: Magnets) -> list[Row]:
         team_of = tuple(tuned(model, BRAIN, f"{who}, full", seed) for model, seed in paired)
         under = "brain recipe untrained, full" if who == "brain recipe" else ""
         rows.append(Row(name=who, mode="full", team=team_of, under=under))
-    plain = dataclasses.replace(models[0])
+    plain = models[0]
     rows.append(Row(name="intensity", mode="probe", team=tuple(Contestant.intensity(plain) for _ in asked.seeds)))
     rows.append(Row(name="atlas", mode="none", team=tuple(Contestant.atlas(plain) for _ in asked.seeds)))
     if asked.unet:
         config = dataclasses.replace(BRAIN, optimiser="sgd", layer_decay=1.0, sizes="kept")
-        rows.append(Row(name="U-Net", mode="scratch", team=tuple(unet(COARSE, config, s) for s in asked.seeds)))
+        rows.append(Row(name=UNET, mode="scratch", team=tuple(unet(COARSE, config, s) for s in asked.seeds)))
     return rows
 
 
-def table(told: Sequence[tuple[Row, Score]]) -> str:
-    lines = ["| weights | head | Dice | - untrained | - intensity |", "|---|---|---|---|---|"]
-    for row, score in told:
-        cells = [row.name, row.mode, figure(score), gain(score.over_scratch), gain(score.over_intensity)]
+def table(told: Sequence[Told]) -> str:
+    lines = ["| weights | head | Dice | - untrained | - intensity | - U-Net |", "|---|---|---|---|---|---|"]
+    for one in told:
+        gains = (one.score.over_scratch, one.score.over_intensity, one.over_unet)
+        cells = [one.row.name, one.row.mode, figure(one.score), *map(gain, gains)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -291,7 +329,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/few_labels"))
     parser.add_argument("--wheels", type=Path, help="folder with the three wheels of I3ResNet-152")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=("ct", "mr", "structures"), default=["ct", "mr", "structures"])
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--no-unet", dest="unet", action="store_false")
     asked = parser.parse_args()
     print(f"voxelstem {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -317,12 +355,18 @@ def main() -> None:
             told = scored(
                 asked.out, ct_rows(asked, stores), lambda m: question_of(sarcomas, stores.held_out, asked.seeds, m)
             )
-            facts["ct"] = [[label(row), dataclasses.asdict(score)] for row, score in told]
+            facts["ct"] = [[label(one.row), dataclasses.asdict(one.score)] for one in told]
             print(f"\n## Tumours of the sarcoma CTs (n={len(sarcomas)})\n\n" + table(told), flush=True)
+        if "organs" in asked.only:
+            many = Store.open(stores.organs or Path())
+            rows = [row for row in ct_rows(asked, stores) if row.mode in ("probe", "none", "scratch")]
+            told = scored(asked.out, rows, lambda m: each_from_the_other(many, asked.seeds, m))
+            facts["organs"] = [[label(one.row), dataclasses.asdict(one.score)] for one in told]
+            print(f"\n## Organs of the two CTs (n={len(many)})\n\n" + table(told), flush=True)
         if "mr" in asked.only:
             mr = magnets(asked)
             told = scored(asked.out, mr_rows(asked, mr), lambda m: question_of(mr.tested, mr.held_out, asked.seeds, m))
-            facts["mr"] = [[label(row), dataclasses.asdict(score)] for row, score in told]
+            facts["mr"] = [[label(one.row), dataclasses.asdict(one.score)] for one in told]
             print(f"\n## Tumours of the sarcoma MRs (n={len(mr.tested)})\n\n" + table(told), flush=True)
     write_whole(asked.out / f"grafting-{'-'.join(asked.only)}.json", json.dumps(facts, indent=1, default=str).encode())
 

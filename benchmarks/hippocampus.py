@@ -209,7 +209,7 @@ def tables(scores: Sequence[Score], beside: dict[str, Any]) -> str:
         "|---:|---|---|---|---|---|---|---|",
     ]
     for budget in dict.fromkeys(score.budget for score in scores):
-        one = {score.name: score for score in scores if score.budget == budget}
+        one = {score.name: score for score in scores if (score.budget, score.metric) == (budget, "dice")}
         over = one["pretrained"].over_scratch
         assert over is not None
         sure = over.low is not None and (over.low > 0 or (over.high or 0) < 0)

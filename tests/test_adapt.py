@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from tests.fewlabelled import FRACTIONS, QUICK, SPEC, make_store, make_weights
 
 from voxelstem import adapt, evaluate
-from voxelstem.adapted import read_run
+from voxelstem.adapt import command_of
+from voxelstem.adapted import read_run, resolve
 from voxelstem.card import Card, read_card, write_weights
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import embedder, examples_of
@@ -265,3 +267,22 @@ def test_a_run_whose_weights_say_another_spacing_is_refused(place: Path, tmp_pat
 def test_a_task_that_cannot_train_whole_networks_says_which_modes_it_has(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="zeroshot has no mode 'full'"):
         adapt.run(**arguments(place, tmp_path, task="zeroshot", mode="full"))
+
+
+def test_the_command_that_makes_a_run_again_names_no_place_of_whoever_made_it() -> None:
+    settings = {
+        "head.prompts": "klinik-bern/alice/p.toml",
+        "head.tokenizer": "C:\\alice\\tokens",
+        "features": "alice/cache",
+        "like": "alice/weights",
+        "title": "late phase",
+        "seed": 3,
+    }
+    config = resolve("zeroshot", "prompts", budget=None, settings=settings)
+    words = shlex.split(command_of("scratch", config, labelled=False))
+    assert 'head.prompts="p.toml"' in words
+    assert 'head.tokenizer="tokens"' in words
+    assert 'like="WEIGHTS"' in words
+    assert {'title="late phase"', "seed=3"} <= set(words)
+    assert not any("alice" in word or word.startswith("features") for word in words)
+    assert len([word for word in words if "=" in word]) == 5

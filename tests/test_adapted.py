@@ -78,7 +78,7 @@ def test_a_damaged_run_says_so(tmp_path: Path, make: Callable[[Path], object]) -
 
 
 @pytest.mark.parametrize(
-    "name", ["head.json", "head.safetensors", "assurance.safetensors", "config.toml", "adapt.json", "README.md"]
+    "name", ["head.json", "head.safetensors", "assurance.safetensors", "config.toml", "adapt.json"]
 )
 def test_a_file_that_was_changed_is_named(tmp_path: Path, name: str) -> None:
     written(tmp_path)
@@ -86,6 +86,18 @@ def test_a_file_that_was_changed_is_named(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(CheckpointError, match=f"^{re.escape(name)} of the run .* not the one that adapt wrote"):
         read_run(tmp_path)
+
+
+def test_a_page_that_somebody_edited_is_no_matter(tmp_path: Path) -> None:
+    config = written(tmp_path)
+    (tmp_path / "README.md").write_text("ours, and a name of the study")
+    assert read_run(tmp_path).config == config
+
+
+@pytest.mark.parametrize("title", ["T2: lesion", "/data/run", "~/run", "a\\b", "x" * 65, "two\nlines"])
+def test_a_title_that_findings_refuse_is_refused_before_anything_is_read(title: str) -> None:
+    with pytest.raises(ConfigError, match="title must"):
+        resolve("classify", "probe", budget=None, settings={"title": title})
 
 
 def test_another_run_s_head_is_noticed(tmp_path: Path) -> None:

@@ -229,6 +229,44 @@ def test_tensors_of_weights_are_left_to_those_who_load_them(tmp_path: Path):
         check_seal(folder, whole=True)
 
 
+def test_what_systems_and_editors_leave_behind_does_not_damage_a_run(tmp_path: Path):
+    folder = sealed_run(tmp_path / "run")
+    named = sealed(folder)
+    strays = (".DS_Store", ".auto.json.123.unfinished", "weights/.nfs0001", "README.md~", "a copy.txt", "features/a b")
+    for stray in strays:
+        (folder / stray).write_bytes(b"x")
+    check_seal(folder, whole=True)  # what comes later is no matter
+    seal(folder)  # nor what was there before
+    assert sealed(folder) == named
+    check_seal(folder, whole=True)
+    left = {stray for stray in strays if (folder / stray).exists()}
+    assert left == set(strays) - {"README.md~", "a copy.txt"}
+
+
+def test_weights_lose_no_file_whose_name_cannot_be_sealed(tmp_path: Path):
+    folder = sealed_run(tmp_path / "run")
+    (folder / "weights" / "merges 2.txt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"the weights hold 'merges 2\.txt'"):
+        seal(folder)
+    assert (folder / "weights" / "merges 2.txt").exists()
+
+
+def test_who_edits_the_page_can_still_read_the_run(tmp_path: Path):
+    folder = sealed_run(tmp_path / "run")
+    (folder / "README.md").write_text("ours")
+    seal(folder)
+    (folder / "README.md").write_text("ours, and a name of the study")
+    check_seal(folder, whole=False)
+    with pytest.raises(CheckpointError, match=r"README\.md of the run 'run' is damaged"):
+        check_seal(folder, whole=True)
+
+
+def test_of_voxels_the_page_says_where_a_structure_was_looked_for_and_not_who_shows_it():
+    text = page(dataclasses.replace(FULL, labels=LabelFacts(kind="voxels", scans=3, subjects=3, classes={"tumour": 3})))
+    assert "`tumour`: looked for in 3 subjects" in text
+    assert "Fewer than 10 subjects show" not in text
+
+
 @pytest.mark.parametrize("text", ["", "no digest\n", f"{'a' * 64}  ../outside\n", f"{'a' * 64}  /root\n"])
 def test_a_damaged_seal_says_so(tmp_path: Path, text: str):
     (tmp_path / SEAL).write_text(text)

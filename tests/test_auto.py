@@ -9,14 +9,16 @@ from tests.fewlabelled import SPEC, make_store, make_weights
 
 from voxelstem import adapt, evaluate
 from voxelstem.adapted import AutoConfig, read_run, resolve
-from voxelstem.auto import rungs_of
+from voxelstem.auto import Labelled, allowed_rungs, rungs_of
 from voxelstem.card import Card
 from voxelstem.errors import AuditError, ConfigError
+from voxelstem.features import embedder
 from voxelstem.model import load, make_model
 from voxelstem.store import Store
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.segment import Segment
+from voxelstem.truth import Truth
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def test_nobody_who_is_tested_on_takes_part_in_the_choice(place: Path, tmp_path:
     turned = [labels[0]]
     for line in labels[1:]:
         subject, label = line.split(",")
-        other = {"portal": "none", "none": "portal"}.get(label, label)
+        other = {"yes": "no", "no": "yes"}[label]
         turned.append(f"{subject},{other if pseudonym(subject, site_key()) in tested else label}")
     (place / "turned.csv").write_text("\n".join(turned) + "\n")
     again = climbed(place, tmp_path / "again", task="classify", labels="turned.csv", auto__rungs=("knn",))
@@ -130,6 +132,76 @@ def test_a_mode_that_trains_networks_has_a_curve_where_there_is_time_for_it(plac
     hasty = tuned_alone(place, tmp_path / "hasty", auto__curve_minutes=0.0)
     assert hasty["curve"] is None
     assert hasty["why"].startswith("no curve: a curve of adapters would train 4 networks, about 0 minutes")
+
+
+def test_a_fold_on_which_a_network_cannot_be_trained_costs_that_rung_and_not_the_run(
+    place: Path, tmp_path: Path
+) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "labels.json",
+        task="segment",
+        mode="auto",
+        out=tmp_path / "run",
+        budget=3,
+        # Of the two subjects that a fold leaves a fifth is nobody.
+        settings={"auto.rungs": ("probe", "full"), "auto.repeats": 1, "auto.folds": 3, "full.held": 0.2},
+    )
+    probe, full = json.loads((out / "auto.json").read_text())["climb"]["steps"]
+    assert (probe["taken"], full["taken"]) == (True, False)
+    assert full["why"] == "in one of the folds nothing could be learned: full.held=0.2 of 2 labelled subjects is nobody"
+    assert full["why"] in (out / "index.html").read_text()
+    assert read_run(out).config.mode == "probe"
+
+
+def test_a_curve_on_whose_draws_a_network_cannot_be_trained_is_left_out(place: Path, tmp_path: Path) -> None:
+    told = tuned_alone(place, tmp_path / "run", full__held=0.4)
+    assert told["climb"]["chosen"] == "adapters"
+    assert told["curve"] is None
+    assert told["why"] == "no curve: full.held=0.4 of 1 labelled subjects is nobody"
+
+
+def test_rungs_that_the_settings_do_not_allow_are_left_out_before_anything_is_tried(
+    place: Path, tmp_path: Path
+) -> None:
+    who = [line.split(",")[0] for line in (place / "contrast.csv").read_text().splitlines()[1:]]
+    rows = [f"{one},{9 + 7 * at},{int(at % 3 > 0)}" for at, one in enumerate(who)]
+    (place / "times.csv").write_text("\n".join(["subject,time,event", *rows]) + "\n")
+    settings = {"head__kind": "hazard", "head__by_interval": True, "head__intervals": 2}
+    with pytest.raises(ConfigError, match="one risk for all intervals"):
+        climbed(place, tmp_path / "no", task="survive", labels="times.csv", auto__rungs=("probe", "full"), **settings)
+    config = resolve("survive", "auto", budget=None, settings={"head.kind": "hazard", "head.by_interval": True})
+    model, store = load(place / "weights"), Store.open(place / "store")
+    truth = Truth(records=(), labels={}, classes=())
+    what = Labelled(model=model, store=store, truth=truth, records=(), classes=())
+    modes, left_out = allowed_rungs(what, config)
+    assert modes == ["knn", "probe", "attention"]
+    assert set(left_out) == {"adapters", "full"}
+    assert "one risk for all intervals" in left_out["full"]
+    plain = resolve("survive", "auto", budget=None, settings={"head.kind": "hazard"})
+    assert allowed_rungs(what, plain) == (["knn", "probe", "attention", "adapters", "full"], {})
+
+
+def test_voxel_tasks_hold_their_tokens_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def counted(*args: Any, tokens: bool, **settings: Any) -> Any:
+        asked.append(tokens)
+        return embedder(*args, tokens=tokens, **settings)
+
+    monkeypatch.setattr("voxelstem.auto.embedder", counted)
+    adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "labels.json",
+        task="segment",
+        mode="auto",
+        out=tmp_path / "run",
+        budget=3,
+        settings={"auto.rungs": ("probe",), "auto.repeats": 1, "auto.curve_repeats": 1, "auto.folds": 3, "folds": 0},
+    )
+    assert asked == [True]
 
 
 def test_rungs_go_from_cheap_to_dear_and_a_network_of_convolutions_has_no_adapters(place: Path) -> None:

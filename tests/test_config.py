@@ -186,3 +186,21 @@ def test_a_setting_that_toml_cannot_hold_is_refused():
 def test_settings_for_others_name_a_folder_and_not_where_it_lies():
     settings = {"objective.text.source": "/srv/someone/qwen", "loader.source": "blosc2", "source.seed": 3, "lr": 0.1}
     assert without_places(settings) == settings | {"objective.text.source": "qwen"}
+
+
+def test_settings_for_others_name_no_file_of_a_user_wherever_it_lies():
+    settings = {
+        "features": "cache/of/alice",
+        "like": "C:\\klinik\\alice\\weights",
+        "head.prompts": "klinik-bern/alice/p.toml",
+        "head.tokenizer": "~/tokens",
+        "some.other": "/srv/alice/file.csv",
+        "another": "D:/alice/x",
+        "see.region": "left/right lung",
+        "title": "ratio 1:2",
+        "seed": 3,
+    }
+    told = {"features": "alice", "like": "weights", "head.prompts": "p.toml", "head.tokenizer": "tokens"}
+    assert without_places(settings) == settings | told | {"some.other": "file.csv", "another": "x"}
+    everybodys = {"like": "hub:owner/name@v1", "head.prompts": "ct_rate", "head.tokenizer": None}
+    assert without_places(everybodys) == everybodys

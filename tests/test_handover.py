@@ -8,20 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tests.fewlabelled import SPEC, make_store, make_weights
 
 import voxelstem as vs
 from voxelstem import adapt
-from voxelstem.adapted import read_run
-from voxelstem.artefact import SEAL, check_seal
+from voxelstem.adapted import read_run, resolve
+from voxelstem.artefact import SEAL, check_seal, seal
 from voxelstem.card import Card, write_weights
+from voxelstem.certainty.assurance import Assurance
+from voxelstem.certainty.yesno import Told, fit_yesno
 from voxelstem.cli import run as command
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.features import embedder
 from voxelstem.finetune.cases import see
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tuned
-from voxelstem.handover import export_run
+from voxelstem.handover import export_run, placeless
 from voxelstem.model import load, make_model
 from voxelstem.store import Store
 from voxelstem.study import InputSpec
@@ -174,8 +177,43 @@ def test_the_temperature_of_the_run_is_in_the_graph(place: Path, tmp_path: Path)
     told = json.loads((export_run("openvino", folder, tmp_path / "out") / "answers.json").read_text())
     calibrator = read_run(folder).assurance.calibrator
     assert told["temperature"] == (1.0 if calibrator is None else calibrator.temperature)
+    assert told["calibration"] == ("none" if calibrator is None else "temperature")
     assert told["classes"] == ["no", "yes"]
     assert "preliminary" in told["notice"]
+
+
+def test_yes_and_no_to_each_class_leave_with_the_run_s_calibration(place: Path, tmp_path: Path) -> None:
+    needs_openvino()
+    rows = [line.split(",") for line in (place / "contrast.csv").read_text().splitlines()[1:]]
+    table = [f"{who},{int(label == 'yes')},{at // 2 % 2}" for at, (who, label) in enumerate(rows)]
+    (place / "each.csv").write_text("\n".join(["subject,late,bright", *table]) + "\n")
+    folder = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "each.csv",
+        task="classify",
+        mode="probe",
+        out=tmp_path / "run",
+    )
+    bare = json.loads((export_run("openvino", folder, tmp_path / "bare") / "answers.json").read_text())
+    assert bare["calibration"] == {"bright": "none", "late": "none"}
+    rng = np.random.default_rng(0)
+    there = np.arange(40) % 2 == 0
+    known = {"late": Told(chance=np.clip(0.4 + 0.2 * there + 0.2 * rng.normal(size=40), 0.01, 0.99), there=there)}
+    yesno = fit_yesno(known, fewest=10).yesno
+    arrays = Assurance(yesno=yesno, subjects=40).arrays()
+    save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, folder / "assurance.safetensors")
+    seal(folder)
+    out = export_run("openvino", folder, tmp_path / "out")
+    assert json.loads((out / "answers.json").read_text())["calibration"] == {"bright": "none", "late": "platt"}
+    read, task = read_run(folder), read_run(folder).task
+    scan = embedder(load(read.weights), Store.open(place / "store"), tmp_path / "f", tokens=False)
+    features = scan(next(iter(Store.open(place / "store"))).key)
+    _, said = compute(out / "head.xml", {"scan": torch.from_numpy(features.scan[None])})
+    raw: Any = task.answer(read.head, features)  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = [read.assurance.present(name, p).probability for name, p in zip(read.head.classes, raw, strict=True)]
+    np.testing.assert_allclose(said[0].numpy(), wanted, atol=1e-4)
+    assert abs(wanted[read.head.classes.index("late")] - raw[read.head.classes.index("late")]) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -254,6 +292,45 @@ def test_a_whole_copy_is_a_run_without_features_and_without_anybody_s_folders(pl
     assert other.card == one.card
     np.testing.assert_array_equal(one.head.arrays["weight"], other.head.arrays["weight"])
     assert isinstance(vs.load(out), vs.AdaptedModel)
+
+
+def test_settings_of_a_copy_name_no_place_of_whoever_made_the_run() -> None:
+    files = {"head.prompts": "klinik-bern/alice/p.toml", "head.tokenizer": "C:\\alice\\tokens", "seed": 3}
+    config = placeless(resolve("zeroshot", "prompts", budget=None, settings=files | {"features": "alice"}))
+    assert config == resolve(
+        "zeroshot", "prompts", budget=None, settings={"head.prompts": "p.toml", "head.tokenizer": "tokens", "seed": 3}
+    )
+    kept = resolve("classify", "probe", budget=None, settings={"like": "hub:owner/name"})
+    assert placeless(kept) == kept
+
+
+def test_a_copy_that_does_not_match_leaves_nothing_behind(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(place, "regress", "probe")
+
+    def damaged(looked: Path, *, whole: bool) -> None:
+        if looked != folder:
+            raise CheckpointError("damaged on its way")
+        check_seal(looked, whole=whole)
+
+    monkeypatch.setattr("voxelstem.handover.check_seal", damaged)
+    with pytest.raises(CheckpointError, match="on its way"):
+        export_run("hub", folder, tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_below_the_temporary_folder_is_said(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_openvino()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("voxelstem.handover.tempfile.TemporaryDirectory", full)
+    with pytest.raises(CheckpointError, match="'out' could not be written: No space left on device"):
+        export_run("openvino", made(place, "regress", "probe"), tmp_path / "out")
 
 
 def test_a_run_whose_weights_were_damaged_is_not_copied(place: Path, tmp_path: Path) -> None:

@@ -230,6 +230,17 @@ def test_a_scan_that_surely_needs_more_is_refused_before_the_network_sees_it(
     assert not run([scan], weights=place / "segment", out=tmp_path / "found", how=config).refusals
 
 
+def test_a_machine_without_memory_is_said_and_not_taken_for_a_limit_that_nobody_set(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 10 bytes.")
+
+    monkeypatch.setattr(Predictor, "predict", starved)
+    (refused,) = run([as_file(stranger(), tmp_path)], weights=place / "segment", out=tmp_path / "found").refusals
+    assert (refused.code, refused.reason) == ("out-of-memory", "it needs more than the memory there is here")
+
+
 def test_one_output_that_is_refused_takes_none_of_the_others_back(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -341,3 +341,11 @@ def _trained(place: Path, count: int) -> list[str]:
     train = set(Store.open(place / "store").subjects("train"))
     names = [f"phantom-{n:04d}" for n in range(12)]
     return [f"{name},3,1\n" for name in names if pseudonym(name, site_key()) in train][:count]
+
+
+@pytest.mark.parametrize("name", ["a" * 65, "late\nphase", " late", ""])
+def test_a_class_that_findings_could_not_name_is_refused_before_anything_is_read(name: str) -> None:
+    truth = Truth(records=(), labels={}, classes=("liver", name))
+    for voxels in (True, False):
+        with pytest.raises(ConfigError, match=r"the name of the class '.{0,64}' must be 1 to 64 printable characters"):
+            class_names(truth, (), voxels=voxels)

@@ -33,7 +33,7 @@ from voxelstem.card import Card, read_card, write_weights
 from voxelstem.certainty.assurance import LEVEL, Assurance, assure, group_of
 from voxelstem.certainty.folds import asked_folds, strata_of
 from voxelstem.certainty.unseen import hear
-from voxelstem.config import to_toml
+from voxelstem.config import flatten, spelt, without_places
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
 from voxelstem.finetune.config import FinetuneConfig
@@ -159,7 +159,7 @@ class _Order:
             labels=LabelFacts.of(self.labels, truth, records),
             splits={name: Split.of(some) for name, some in {"learned": records, **parts}.items()},
             calibration=Calibration.of(sure),
-            command=_command(self.weights, self.config, labelled=self.labels is not None),
+            command=command_of(self.weights, self.config, labelled=self.labels is not None),
             version=__version__,
             torch=torch.__version__,
         )
@@ -185,26 +185,19 @@ def _parent(weights: str | Path, card: Card) -> Parent:
     )
 
 
-def _command(weights: str | Path, config: AdaptConfig, *, labelled: bool) -> str:
+def command_of(weights: str | Path, config: AdaptConfig, *, labelled: bool) -> str:
     """The words that make a run again: all settings but those that a fresh one has, and nobody's folders."""
-    usual = to_toml(resolve(config.task, config.mode, budget=None, settings={})).splitlines()
-    apart = [line for line in to_toml(replace(config, features=None)).splitlines() if line not in usual]
-    changes = dict(line.split(" = ", 1) for line in apart)
+    usual = spelt(flatten(resolve(config.task, config.mode, budget=None, settings={})))
+    told = spelt(without_places(flatten(replace(config, features=None))))
+    changes = {name: value for name, value in told.items() if usual.get(name) != value}
     for name in ("task", "mode", "budget", "commercial"):
         changes.pop(name, None)
-    changes = {name: '"WEIGHTS"' if name == "like" else _placeless(value) for name, value in changes.items()}
+    changes |= {"like": '"WEIGHTS"'} if "like" in changes else {}
     words = ["voxelstem", "adapt", *(f"{name}={value}" for name, value in changes.items())]
     words += ["--weights", _named(weights) or "WEIGHTS", "--store", "STORE", *(["--labels", "LABELS"] * labelled)]
     words += ["--task", config.task, "--mode", config.mode, "--out", "RUN"]
     words += [] if config.budget is None else ["--budget", str(config.budget)]
     return shlex.join([*words, "--commercial"] if config.commercial else words)
-
-
-def _placeless(value: str) -> str:
-    """A setting for others to read: of a file that a user keeps somewhere, its name alone."""
-    return (
-        json.dumps(Path(json.loads(value)).name, ensure_ascii=False) if value.startswith(('"/', '"~', '".')) else value
-    )
 
 
 def _fit_head(order: _Order, work: Path) -> None:

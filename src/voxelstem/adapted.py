@@ -22,6 +22,7 @@ from voxelstem.choosing.efficiency import CurveConfig
 from voxelstem.choosing.ladder import LadderConfig
 from voxelstem.config import overlay, read_toml, to_toml
 from voxelstem.errors import CheckpointError, ConfigError
+from voxelstem.findings import check_weights_name
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.model import Model
 from voxelstem.protocols import Head, Task
@@ -128,8 +129,10 @@ class AdaptConfig:
         """Guard the numbers.
 
         Raises:
-            ValueError: a budget below 1 or a negative seed.
+            ValueError: a budget below 1, a negative seed, or a title that findings could not carry.
         """
+        if self.title:
+            check_weights_name("title", self.title)
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1 labelled subject, got {self.budget}")
         if self.folds != "auto" and (self.folds < 0 or self.folds == 1):

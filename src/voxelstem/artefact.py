@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voxelstem.card import NOT_STATED, against_commerce, digest, yaml_word
+from voxelstem.card import NOT_STATED, README, against_commerce, digest, yaml_word
 from voxelstem.certainty.assurance import LEVEL, Assurance
 from voxelstem.errors import CheckpointError
 from voxelstem.store import Record
@@ -24,7 +24,8 @@ from voxelstem.whole import write_whole
 SEAL = "SHA256SUMS"
 CACHE = "features"
 """Folder inside a run that is no part of it: features of scans, which can be made again."""
-_LINE = re.compile(r"([0-9a-f]{64})  (\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ({_NAME.pattern})", re.ASCII)
 _PIPELINES = {"classify": "image-classification", "segment": "image-segmentation", "detect": "object-detection"}
 """The Hub's words for what a model does, where it has one."""
 _MADE = f"made to hold the truth for {LEVEL:.0%} of new subjects"
@@ -68,7 +69,7 @@ class LabelFacts:
     scans: int = 0
     subjects: int = 0
     classes: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Subjects of each class; of findings those who have it, of voxels those whose mask names it."""
+    """Subjects of each class; of findings those who have it, of voxels those in whom it was looked for."""
     low: float | None = None
     high: float | None = None
     """Range of numbers or of times, in the label file's unit."""
@@ -131,7 +132,7 @@ class Calibration:
     """How sure a run may be of what it says."""
 
     subjects: int = 0
-    """LabelFacts subjects, each unseen by the head that answered, whom it was fitted to."""
+    """Labelled subjects, each unseen by the head that answered, whom it was fitted to."""
     parts: tuple[str, ...] = ()
     """What could be fitted: the names of `Assurance`'s parts."""
     notes: tuple[str, ...] = ()
@@ -208,11 +209,25 @@ def _filled(kind: Any, said: Mapping[str, Any]) -> Any:
 def seal(folder: Path) -> None:
     """Write down the digest of every file of a finished run; its cache of features is no part of it.
 
+    What a system or an editor leaves there is none either: files whose names begin with a dot stay, and those whose
+    names a seal cannot spell go.
+
     Raises:
+        CheckpointError: the weights hold a file whose name a seal cannot spell.
         OSError: a file cannot be read, or the disk does not take it.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = [name for name in names if name != SEAL and not name.startswith(f"{CACHE}/")]
+    own = [name for name in names if name != SEAL and not name.startswith(f"{CACHE}/")]
+    seen = [name for name in own if not any(part.startswith(".") for part in name.split("/"))]
+    kept = [name for name in seen if _NAME.fullmatch(name)]
+    for name in sorted(set(seen) - set(kept)):
+        if name.startswith("weights/"):  # what weights are made of is not thrown away
+            raise CheckpointError(
+                f"the weights hold {name.removeprefix('weights/')!r}, and a run's files are named by letters, digits, "
+                "'.', '-' and '_'",
+                hint="rename it in the weights folder, and adapt again",
+            )
+        (folder / name).unlink()
     write_whole(folder / SEAL, "".join(f"{digest(folder / name)}  {name}\n" for name in kept).encode())
 
 
@@ -236,7 +251,9 @@ def sealed(folder: Path) -> dict[str, str]:
 
 
 def check_seal(folder: Path, *, whole: bool) -> None:
-    """Compare the files of a run with their digests; without `whole`, not the weights' tensors, which `load` checks.
+    """Compare the files of a run with their digests; without `whole`, those alone that decide what is said of a scan.
+
+    Then README.md may be edited, and the weights' tensors are left to `load`. Files that came later are no matter.
 
     Raises:
         CheckpointError: a file is absent or another one than `adapt` wrote; it is named.
@@ -244,6 +261,8 @@ def check_seal(folder: Path, *, whole: bool) -> None:
     for name, wanted in sealed(folder).items():
         if not whole and name.startswith("weights/") and name != "weights/config.json":
             continue  # that config.json holds their digests, and is checked here
+        if not whole and name == README:
+            continue
         if not (folder / name).is_file():
             raise CheckpointError(f"the run '{folder.name}' has no {name}", hint="copy the whole run folder again")
         if digest(folder / name) != wanted:
@@ -326,7 +345,8 @@ def _forbidden(card: RunCard) -> str:
 
 
 def _limits(card: RunCard) -> list[str]:
-    rare = [name for name, count in card.labels.classes.items() if count < 10]  # noqa: PLR2004 - as `assurance.FEWEST`
+    shown = {} if card.labels.kind == "voxels" else card.labels.classes  # of voxels nobody counted who shows it
+    rare = [name for name, count in shown.items() if count < 10]  # noqa: PLR2004 - as `assurance.FEWEST`
     many = f"{card.labels.subjects} labelled subject{'s' if card.labels.subjects != 1 else ''} of one store"
     lines = [f"It learned from {many}; how it does elsewhere is not known."]
     lines += [f"Fewer than 10 subjects show: {', '.join(_line(name) for name in rare)}."] if rare else []
@@ -339,7 +359,8 @@ def _told(labels: LabelFacts) -> list[str]:
     words |= {"times": "a time, with or without event", "voxels": "voxel masks", "none": "none: prompts alone"}
     lines = [f"Kind: {words.get(labels.kind, _line(labels.kind))}; {labels.scans} scans of {labels.subjects} subjects"]
     lines += [f"Label file: sha256 `{labels.sha256}`"] if labels.sha256 else []
-    lines += [f"`{_line(name)}`: {count} subjects" for name, count in labels.classes.items()]
+    looked = "looked for in " if labels.kind == "voxels" else ""
+    lines += [f"`{_line(name)}`: {looked}{count} subjects" for name, count in labels.classes.items()]
     lines += [f"{labels.left_out} more were labelled and left out"] if labels.left_out else []
     if labels.low is not None and labels.high is not None:
         lines.append(f"From {labels.low:g} to {labels.high:g}, in the label file's unit")

@@ -17,9 +17,10 @@ from voxelstem.adapted import TUNED, AdaptConfig, modes_of, needs_tokens, tuning
 from voxelstem.certainty.crossfit import Answer, Outcomes, answering, cross_fit
 from voxelstem.certainty.folds import Folds, Strata, asked_folds, strata_of
 from voxelstem.choosing.efficiency import Curve, folds_of_curve, label_curve
-from voxelstem.choosing.ladder import Climb, Rung, Tried, climb
+from voxelstem.choosing.ladder import CANNOT, Climb, Rung, Tried, climb, said
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import embedder, examples_of
+from voxelstem.finetune import fates
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.model import Model
@@ -28,6 +29,7 @@ from voxelstem.protocols import Example, Task
 from voxelstem.samepeople import same_people
 from voxelstem.store import Record, Store
 from voxelstem.table import closest
+from voxelstem.tasks.survive import Survive
 from voxelstem.truth import Truth
 
 CHEAP_FIRST = ("knn", "probe", "attention", *TUNED)
@@ -66,9 +68,11 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
     """Climb the ladder on the labelled subjects alone; features rest in `rest`.
 
     Raises:
-        AuditError: the labelled subjects are too few to hold any out.
+        AuditError: the labelled subjects are too few to hold any out, or nothing can be learned on the first rung.
+        ConfigError: a rung is asked for that the task, the network or the other settings do not allow.
     """
     task, settings = config.head, config.auto
+    modes, left_out = allowed_rungs(what, config)
     lookers = _Lookers(what, config, rest)
     try:
         together = same_people(what.store, what.records, rest)
@@ -80,17 +84,11 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
         raise AuditError(
             f"the labelled subjects cannot be cross-fitted: {error}", hint="label more subjects, or name a mode"
         ) from error
-    # Beside one vector for the scan there is nothing to attend to.
-    bare = task.voxels or not (config.see.region or config.see.beside != "nothing")
-    known = [mode for mode in rungs_of(task, what.model) if bare or mode != "attention"]
-    if odd := sorted(set(settings.rungs) - set(known)):
-        raise ConfigError(f"auto.rungs: '{odd[0]}' is no rung of {config.task} here", hint=closest(odd[0], known))
-    modes = [mode for mode in known if not settings.rungs or mode in settings.rungs]
     metric = task.metrics[0]
     answers = {mode: lookers.answer(mode) for mode in modes}
     rungs = [Rung(mode=mode, attempt=_attempt(answers[mode], plan, config, mode)) for mode in modes]
     try:
-        found = climb(rungs, task=task, metric=metric, config=settings.ladder)
+        found = climb(rungs, task=task, metric=metric, config=settings.ladder, left_out=left_out)
     except ValueError as error:
         raise AuditError(
             f"a fold of the labelled subjects cannot be learned from: {error}",
@@ -101,6 +99,29 @@ def choose(what: Labelled, config: AdaptConfig, rest: Path) -> Chosen:
     )
     mode, why = _of_which(found, strata, plan, drawn, config)
     return _with_curve(found, mode, answers[mode], strata, drawn, config, why) if mode else _without(found, why)
+
+
+def allowed_rungs(what: Labelled, config: AdaptConfig) -> tuple[list[str], dict[str, str]]:
+    """The rungs to climb, and why others are left out.
+
+    Raises:
+        ConfigError: a rung is asked for by name that the task, the network or the other settings do not allow.
+    """
+    task, asked = config.head, config.auto.rungs
+    # Beside one vector for the scan there is nothing to attend to.
+    bare = task.voxels or not (config.see.region or config.see.beside != "nothing")
+    known = [mode for mode in rungs_of(task, what.model) if bare or mode != "attention"]
+    if odd := sorted(set(asked) - set(known)):
+        raise ConfigError(f"auto.rungs: '{odd[0]}' is no rung of {config.task} here", hint=closest(odd[0], known))
+    modes = [mode for mode in known if not asked or mode in asked]
+    try:
+        if isinstance(task, Survive):
+            fates.check(task, config.full or FinetuneConfig())
+    except ConfigError as error:
+        if set(asked) & set(TUNED):
+            raise
+        return [mode for mode in modes if mode not in TUNED], {m: error.problem for m in modes if m in TUNED}
+    return modes, {}
 
 
 def rungs_of(task: Task, model: Model) -> list[str]:
@@ -145,8 +166,8 @@ def _with_curve(
             curve = label_curve(
                 answer, strata, plan, task=config.head, metric=found.metric, config=settings, advance=advance
             )
-    except ValueError as error:  # a draw of few subjects may show too little to be learned from: the page says so
-        return _without(found, f"no curve: {error}")
+    except CANNOT as error:  # a draw of few subjects may show too little to be learned from: the page says so
+        return _without(found, f"no curve: {said(error)}")
     return Chosen(climb=found, curve=curve, curve_of=mode, why=why)
 
 
@@ -173,9 +194,10 @@ class _Lookers:
 
     def examples(self, *, tokens: bool) -> list[Example]:
         """The labelled scans with their frozen features."""
+        what, task = self.what, self.config.head
+        tokens = tokens or task.voxels
         if tokens not in self._examples:
-            what, task = self.what, self.config.head
-            features = embedder(what.model, what.store, self.rest, tokens=tokens or task.voxels, see=self.config.see)
+            features = embedder(what.model, what.store, self.rest, tokens=tokens, see=self.config.see)
             with progress("auto: embed", len(what.records)) as advance:
                 found: list[Example] = []
                 for example in examples_of(what.store, what.records, what.truth, features, task):

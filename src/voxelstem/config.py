@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from voxelstem.errors import ConfigError
@@ -20,6 +21,9 @@ from voxelstem.table import closest
 
 Config = TypeVar("Config")
 NoneType = type(None)
+PLACES = ("features", "like", "head.prompts", "head.tokenizer")
+"""Settings of runs that may name a file or folder of a user."""
+_ROOTED = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")
 
 
 def overlay(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -171,13 +175,32 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings for others to read: of a folder that a user keeps somewhere (`….source`), its name alone."""
-    return {name: Path(value).name if name.endswith(".source") else value for name, value in settings.items()}
+    """Flat settings for others to read: of what a user keeps somewhere (`PLACES`, `….source`), its name alone.
+
+    So of every other text that begins as a path does, here or under Windows. `hub:owner/name` is everybody's.
+    """
+
+    def told(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value.startswith("hub:"):
+            return value
+        kept = name in PLACES or name.endswith(".source") or _ROOTED.match(value)
+        return PureWindowsPath(value).name if kept else value  # it parts at both kinds of slash
+
+    return {name: told(name, value) for name, value in settings.items()}
 
 
 def to_toml(config: Any) -> str:
     """Write every setting, one a line, spelt as on the command line; `read_toml` and `overlay` replay it exactly."""
-    return "".join(f"{name} = {_write_value(value)}\n" for name, value in flatten(config).items())
+    return "".join(f"{name} = {text}\n" for name, text in spelt(flatten(config)).items())
+
+
+def spelt(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The values of flat settings as TOML and the command line spell them.
+
+    Raises:
+        ConfigError: a value that cannot be written.
+    """
+    return {name: _write_value(value) for name, value in settings.items()}
 
 
 def _write_value(value: Any) -> str:

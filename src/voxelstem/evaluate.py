@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from voxelstem.adapted import TUNED, Adapted, read_run
 from voxelstem.card import read_card
+from voxelstem.certainty.crossfit import as_facts
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.judging.contest import (
     INITS,
@@ -131,7 +132,7 @@ class Evaluation:
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain data for JSON; an undefined figure becomes None."""
-        return _plain(dataclasses.asdict(self)) | {"not_measured": list(unmeasured(self.measured))}
+        return as_facts(self) | {"not_measured": list(unmeasured(self.measured))}
 
 
 USUAL = EvaluateConfig()
@@ -158,6 +159,9 @@ def run(
             weights were pretrained on holds one among its training subjects.
         CheckpointError: the weights are damaged or `out` cannot be written.
     """
+    twice = [name for name, count in Counter(folder.name for folder in runs).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two runs are called '{twice[0]}': their lines could not be told apart", hint="rename one")
     if not runs:
         raise ConfigError("no run to evaluate", hint="name one or more --out folders of `adapt`")
     opened = Store.open(store)
@@ -277,7 +281,7 @@ def _tell(adapted: Adapted, entry: Entry, known: dict[str, _Rest], out: Path, co
         floor=None if adapted.task.voxels or prompts else MORPHOMETRY in rest.repeats,
         lacking=rest.lacking,
         compared=tuple(against(played, UNET, rest.repeats[UNET])) if UNET in rest.repeats else (),
-        point=None if prompts else operating_point(played, adapted),
+        point=None if prompts else operating_point(played, adapted, out / "features"),
         crossed=_cross(name, adapted, entry, out, config),
         costs=(_own_cost(name, adapted), *(rest.costs if fresh else ())) if not prompts else (),
     )
@@ -292,6 +296,8 @@ def _baselines(name: str, adapted: Adapted, entry: Entry, out: Path, config: Eva
     )
     costs = [_cost(name, who, words, spent) for who, spent in beside.spent.items()]
     repeats = dict(beside.repeats)
+    if not adapted.task.voxels and not is_aligned(adapted.task) and RADIOMICS not in repeats:
+        lacking.append(f"{RADIOMICS} beside {name}: NOT MEASURED, a scan lacks one of the features: see the log")
     if isinstance(adapted.task, Segment):
         said = "" if whole or config.unet_steps else "0 steps were asked for"
         try:
@@ -340,14 +346,6 @@ def _floor(measured: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
     names = {known: [name for name, floor in measured if floor is known] for known in said}
     mixed = all(names.values())
     return tuple(line.format(f" of {', '.join(names[known])}" * mixed) for known, line in said.items() if names[known])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _crossed(crossed: Sequence[Nested]) -> page.Section:

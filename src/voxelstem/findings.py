@@ -176,6 +176,17 @@ class Novelty:
         check_share("p", self.p)
 
 
+def check_weights_name(name: str, text: str) -> None:
+    """Accept what weights, and so the titles of runs, may be called.
+
+    Raises:
+        ValueError: it is not one printable line of 1 to 64 characters, or could be a place on a disk.
+    """
+    check_name(name, text)
+    if text[0] in "/~." or "\\" in text or ":" in text:
+        raise ValueError(f"{name} must not be a path: no '/', '~' or '.' in front, and no '\\' or ':' at all")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
     """Which weights said it."""
@@ -188,10 +199,8 @@ class Weights:
         """Refuse what is no SHA-256, and a name that is a place on a disk."""
         if not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
-        check_name("name", self.name)
+        check_weights_name("name", self.name)
         check_name("licence", self.licence)
-        if self.name[0] in "/~." or "\\" in self.name or ":" in self.name:
-            raise ValueError("the name of weights must not be a path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

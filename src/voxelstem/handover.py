@@ -22,8 +22,8 @@ from torch import Tensor
 from voxelstem.adapted import TUNED, AdaptConfig, Adapted, read_run
 from voxelstem.artefact import SEAL, check_seal, seal, sealed
 from voxelstem.card import CONFIG, README, check_folder, read_tensors
-from voxelstem.certainty.calibrators import Temperature
-from voxelstem.config import to_toml
+from voxelstem.certainty.calibrators import Platt, Temperature
+from voxelstem.config import flatten, overlay, to_toml, without_places
 from voxelstem.errors import CheckpointError
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.tune import Asked, tuned
@@ -32,7 +32,7 @@ from voxelstem.model import Model
 from voxelstem.truth import is_number, is_survival
 from voxelstem.weights import onnx, openvino
 from voxelstem.weights.heads import OUTPUTS, Crops, Kind, ScanHead, TokenHead
-from voxelstem.weights.hub import PREFIX, load
+from voxelstem.weights.hub import load
 from voxelstem.weights.levels import Level, check_new, drawn, levels_of, most_of, need, rows_to_try, write
 from voxelstem.weights.nnunet import Trained, export_nnunet
 
@@ -88,15 +88,18 @@ def export_whole(folder: Path, out: Path) -> Path:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, unfinished / name)
         check_seal(unfinished, whole=True)
-        (unfinished / "config.toml").write_text(to_toml(_placeless(adapted.config)), encoding="utf-8")
+        (unfinished / "config.toml").write_text(to_toml(placeless(adapted.config)), encoding="utf-8")
         seal(unfinished)
         unfinished.rename(out)
     except OSError as error:
+        raise _unwritten(out, error) from error
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
-            f"'{out.name}' could not be written: {error.strerror}", hint="free some space and run again"
-        ) from error
     return out
+
+
+def _unwritten(out: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"'{out.name}' could not be written: {error.strerror}", hint="free some space and run again")
 
 
 def export_graphs(folder: Path, out: Path, *, kind: str) -> Path:
@@ -113,13 +116,16 @@ def export_graphs(folder: Path, out: Path, *, kind: str) -> Path:
     adapted = read_run(folder)
     run = _Run.of(adapted)
     levels = [_network(run)] if adapted.config.mode in TUNED else [*levels_of(adapted.weights), _head(run)]
-    with tempfile.TemporaryDirectory(prefix="voxelstem-") as place:
-        told = Path(place) / ANSWERS
-        told.write_text(json.dumps(_told(run), indent=2) + "\n", encoding="utf-8")
-        beside = {CONFIG: adapted.weights / CONFIG, ANSWERS: told}
-        beside |= {README: folder / README} if (folder / README).is_file() else {}
-        way = onnx if kind == "onnx" else openvino
-        return write(levels, out, beside=beside, kind=kind, save=way.save, run=openvino.run)
+    beside = {CONFIG: adapted.weights / CONFIG}
+    beside |= {README: folder / README} if (folder / README).is_file() else {}
+    way = onnx if kind == "onnx" else openvino
+    try:
+        with tempfile.TemporaryDirectory(prefix="voxelstem-") as place:
+            beside[ANSWERS] = Path(place) / ANSWERS
+            beside[ANSWERS].write_text(json.dumps(_told(run), indent=2) + "\n", encoding="utf-8")
+            return write(levels, out, beside=beside, kind=kind, save=way.save, run=openvino.run)
+    except OSError as error:  # of the folder for what is on its way
+        raise _unwritten(out, error) from error
 
 
 def export_tuned_unet(folder: Path, out: Path) -> Path:
@@ -158,6 +164,8 @@ class _Run:
     kind: Kind | None
     """What its head says of a scan; None where it labels voxels."""
     temperature: float
+    lines: tuple[Platt | None, ...]
+    """Of classes that do not exclude each other, how the log-odds of each become a probability, where that is known."""
 
     @classmethod
     def of(cls, adapted: Adapted) -> _Run:
@@ -185,12 +193,28 @@ class _Run:
             kind = None if adapted.task.voxels else "value"
         calibrator = adapted.assurance.calibrator
         scaled = kind == "one" and isinstance(calibrator, Temperature)
+        yesno = adapted.assurance.yesno
+        known = {} if yesno is None else dict(zip(yesno.names, yesno.lines, strict=True))
         return cls(
             adapted=adapted,
             model=load(adapted.weights),
             kind=kind,
             temperature=calibrator.temperature if scaled and calibrator is not None else 1.0,
+            lines=tuple(known.get(name) for name in head.classes) if kind == "each" else (),
         )
+
+    @property
+    def calibration(self) -> str | dict[str, str]:
+        """How what the graphs say became probabilities; of classes that do not exclude each other, class by class."""
+        if self.kind == "each":
+            how = ("none" if line is None else "platt" for line in self.lines)
+            return dict(zip(self.adapted.head.classes, how, strict=True))
+        return "temperature" if self.kind == "one" and self.adapted.assurance.calibrator is not None else "none"
+
+    def scan_head(self, kind: Kind) -> ScanHead:
+        """Its head, calibrated as the run is."""
+        lines = [(1.0, 0.0) if line is None else (line.scale, line.shift) for line in self.lines]
+        return ScanHead(self.adapted.head, kind, temperature=self.temperature, lines=lines)
 
     @property
     def answer(self) -> tuple[int, int] | None:
@@ -219,7 +243,7 @@ def _head(run: _Run) -> Level:
         module, name, outputs = TokenHead(head), "tokens", ("logits",)
         wanted, answer = (_cells(run, rows),), (0, 4)
     else:
-        module, name, outputs = ScanHead(head, run.kind, temperature=run.temperature), "scan", OUTPUTS[run.kind]
+        module, name, outputs = run.scan_head(run.kind), "scan", OUTPUTS[run.kind]
         wanted, answer = _said(run, rows), run.answer
     return Level(
         name="head",
@@ -243,7 +267,7 @@ def _network(run: _Run) -> Level:
     net = tuned(run.model, head, asked, full)
     rows = rows_to_try(spec.block_ijk)
     crops = drawn(2 + rows, full.channels, spec, spec.block_ijk)
-    above = None if run.kind is None else ScanHead(head, run.kind, temperature=run.temperature)
+    above = None if run.kind is None else run.scan_head(run.kind)
     said = net(crops[2:])
     module = Crops(copy.deepcopy(net), above).eval()
     return Level(
@@ -274,7 +298,12 @@ def _said(run: _Run, rows: Float[Tensor, "row dim"]) -> tuple[Tensor, ...]:
             return (_stacked([one.curve.value for one in answers]),)
         case "each":
             odds = [np.log(one) - np.log1p(-one) for one in answers]
-            return _stacked(odds), _stacked(answers)
+            sure = run.adapted.assurance
+            told = [
+                [sure.present(n, float(p)).probability for n, p in zip(head.classes, one, strict=True)]
+                for one in answers
+            ]
+            return _stacked(odds), _stacked(told)
         case _:
             # A softmax keeps all but a constant: that is what a linear map gives beyond it.
             array = {name: np.asarray(head.arrays[name], dtype=np.float64) for name in ("middle", "scale", "weight")}
@@ -324,6 +353,9 @@ def _told(run: _Run) -> dict[str, Any]:
         )
     if run.kind == "one":
         facts["temperature"] = run.temperature
+    if run.kind == "each":
+        facts["yes"] = "a logit above 0; calibration changes how sure an answer is, and no answer"
+    facts["calibration"] = run.calibration
     if run.kind == "value":
         facts["unit"] = getattr(run.adapted.task, "unit", "1")
     for name in ("time", "edges"):
@@ -332,8 +364,8 @@ def _told(run: _Run) -> dict[str, Any]:
     return facts
 
 
-def _placeless(config: AdaptConfig) -> AdaptConfig:
-    """The settings without folders of whoever made the run."""
-    like = config.like
-    kept = like if like is None or like.startswith(PREFIX) else Path(like).name
-    return replace(config, features=None, like=kept)
+def placeless(config: AdaptConfig) -> AdaptConfig:
+    """The settings without folders of whoever made the run: of their files the names alone."""
+    plain = replace(config, features=None)
+    settings = flatten(plain)
+    return overlay(plain, {name: told for name, told in without_places(settings).items() if told != settings[name]})

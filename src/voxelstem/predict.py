@@ -139,7 +139,7 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
             except ConfigError as error:
                 refusals.append(Refused(relative=source.relative, code="does-not-fit", reason=error.problem))
             except MemoryError:
-                reason = f"it needs more than the {how.max_ram_gib:g} GiB that --max-ram allows"
+                reason = f"it needs more than {_allowed(how)}"
                 refusals.append(Refused(relative=source.relative, code="out-of-memory", reason=reason))
             advance(1, note="refused" if refusals and refusals[-1].relative == source.relative else "")
     return PredictReport(findings=tuple(findings), written=tuple(written), refusals=tuple(refusals))
@@ -324,7 +324,7 @@ def _answer(
     if predictor.marks:
         _check_room(math.prod(study.volumes[0].shape_ijk) * MARK_BYTES, how)
     region = None if how.region is None else _region(how.region, study)
-    images = _images(source, study) if any(name in DICOM for name in how.formats) else ()
+    images = _images(source) if any(name in DICOM for name in how.formats) else ()
     predicted = predictor.predict(study, region=region, least_mm3=how.least_mm3, most_parts=how.most_parts)
     del study  # of a long scan most of the memory that is held by now, and writing takes some too
     result = Result(findings=predicted.findings, mask=predicted.mask, sources=images)
@@ -350,11 +350,15 @@ def _check_room(need: float, how: PredictConfig) -> None:
     """
     if need > (left := left_bytes()):
         raise IngestError(
-            f"it needs {need / GIB:.1f} GiB more where the {how.max_ram_gib:g} GiB that --max-ram allows leave "
-            f"{left / GIB:.1f}",
+            f"it needs {need / GIB:.1f} GiB more, and of {_allowed(how)} {left / GIB:.1f} GiB are left",
             code="out-of-memory",
             hint="allow more memory, or crop the scan",
         )
+
+
+def _allowed(how: PredictConfig) -> str:
+    """Whose limit of memory it is."""
+    return f"the {how.max_ram_gib:g} GiB that --max-ram allows" if how.max_ram_gib else "the memory there is here"
 
 
 def _region(path: Path, study: Study) -> Bool[np.ndarray, "i j k"]:
@@ -366,7 +370,7 @@ def _region(path: Path, study: Study) -> Bool[np.ndarray, "i j k"]:
     return grid.array > 0
 
 
-def _images(source: Source, study: Study) -> tuple[Any, ...]:
+def _images(source: Source) -> tuple[Any, ...]:
     """The headers of the series that was looked at."""
     if source.kind != "dicom" or source.members:
         raise ConfigError(
@@ -375,7 +379,6 @@ def _images(source: Source, study: Study) -> tuple[Any, ...]:
             else "DICOM goes back to a series in files, and the scan lies in a zip",
             hint="use --format nifti,json, or give the folder of the series",
         )
-    del study
     return tuple(pydicom.dcmread(path, stop_before_pixels=True) for path in source.all_files())
 
 

@@ -190,7 +190,7 @@ def _pooled_ranks(
     targets: Float[np.ndarray, "scan out"],
     groups: Int64[np.ndarray, "group pool"],
 ) -> Float[np.ndarray, " scan"]:
-    """The rank of each scan within its pool; infinite where it is in none this time, which `_recall` leaves out."""
+    """The rank of each scan within its pool; NaN where it is in none this time, which `_recall` leaves out."""
     within = np.full(len(targets), math.nan)
     for group in groups:
         within[group] = ranks(queries[group], targets[group])

@@ -11,7 +11,14 @@ from pathlib import Path
 GIB = 1 << 30
 LIBRARIES = 1 << 27
 """Pages of libraries that are resident only once they are used, beyond those that are when a limit is set."""
-_FAILED = ("can't allocate memory", "could not create a memory", "could not create a primitive", "bad_alloc")
+_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a memory",
+    "could not create a primitive",
+    "bad_alloc",
+)
 """What torch and the libraries below it say where memory was refused them."""
 
 
@@ -20,14 +27,13 @@ def at_most(gib: float) -> Generator[None]:
     """Let the process hold no more memory than this while it lasts; what needs more raises MemoryError.
 
     Linux refuses what is written to and not shared (RLIMIT_DATA). Pages of files, libraries above all, are resident
-    beside that: room for them is taken off, so that the resident size stays below the limit. 0 sets no limit.
+    beside that: room for them is taken off, so that the resident size stays below the limit. 0 sets no limit; what
+    torch says where there is no memory left becomes MemoryError all the same.
     """
-    if not gib:
-        yield
-        return
     before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = max(int(gib * GIB) - _status("RssFile", "RssShmem") - LIBRARIES, 0)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
+    if gib:
+        wanted = max(int(gib * GIB) - _status("RssFile", "RssShmem") - LIBRARIES, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
     try:
         yield
     except RuntimeError as error:
@@ -35,7 +41,8 @@ def at_most(gib: float) -> Generator[None]:
             raise
         raise MemoryError from error
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
+        if gib:
+            resource.setrlimit(resource.RLIMIT_DATA, (before, most))
 
 
 def left_bytes() -> float:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from voxelstem.allowed import LONGEST_NAME, check_name
 from voxelstem.certainty.turns import check_kinds, show_both, spread_events, take_turns
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.prompts import Prompts
@@ -185,7 +186,18 @@ def class_names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tup
 
     Raises:
         AuditError: the drawn scans have no organ in common.
+        ConfigError: a name that findings could not carry.
     """
+    names = _names(truth, records, voxels=voxels)
+    for name in names:
+        try:
+            check_name(f"the name of the class {name[:LONGEST_NAME]!r}", name)
+        except ValueError as error:
+            raise ConfigError(str(error), hint="give it a shorter name in the labels") from error
+    return names
+
+
+def _names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tuple[str, ...]:
     if not voxels or truth.classes:
         return truth.classes
     shared = set.intersection(*(set(record.classes.values()) for record in records))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from voxelstem.answers import Answer
-from voxelstem.certainty.assurance import LEVEL, Assurance, assure
+from voxelstem.certainty.assurance import LEVEL, Assurance, assure, group_of, groups_each
 from voxelstem.certainty.vennabers import fit_venn_abers
 from voxelstem.certainty.volumes import Sizes
 from voxelstem.findings import Finding, Place, Weights
 from voxelstem.heads.boxes import Matched
 from voxelstem.protocols import Example
+from voxelstem.study import Acquisition
 from voxelstem.tasks.classify import Guess
 from voxelstem.tasks.detect import Detected
 from voxelstem.tasks.regress import Measured
@@ -173,6 +174,58 @@ def test_groups_with_enough_subjects_have_sets_and_intervals_of_their_own() -> N
     assert assure(numbers, examples(40), groups=dict.fromkeys(list(numbers)[:50], "A")).group_intervals is None
 
 
+def test_who_is_of_no_one_group_is_left_out_of_the_groups_and_takes_theirs_from_nobody() -> None:
+    easy, hard = guesses(60, 1, boast=1.0), guesses(60, 2, boast=1.0)
+    hard = {f"h{name}": Guess(truth=1 - one.truth, scores=one.scores) for name, one in hard.items()}
+    odd = {f"o{name}": one for name, one in guesses(7, 3).items()}
+    groups = dict.fromkeys(easy, "A") | dict.fromkeys(hard, "B")
+    alone = assure(easy | hard, examples(40), groups=groups)
+    found = assure(easy | hard | odd, examples(40), groups=groups | {next(iter(odd)): ""})
+    assert found.sets is not None
+    assert found.group_sets is not None
+    assert alone.group_sets is not None
+    assert found.sets.thresholds.subjects == (127,)
+    assert found.group_sets.thresholds.groups == ("A", "B")
+    assert found.group_sets.thresholds.subjects == alone.group_sets.thresholds.subjects == (60, 60)
+    numbers = {f"s{at}": Measured(truth=0.0, predicted=float(at % 7) * (1 + at // 50)) for at in range(103)}
+    told = assure(numbers, examples(40), groups={f"s{at}": "AB"[at // 50] for at in range(100)})
+    assert [told.of_group(group).quantity(0.0, "1").high for group in "AB"] == [6.0, 12.0]
+
+
+def of_maker(name: str) -> Acquisition:
+    return Acquisition(facts={"Manufacturer": name} if name else {})
+
+
+def test_a_maker_is_one_group_under_all_its_names() -> None:
+    for names, group in (
+        (("SIEMENS", "Siemens", "Siemens Healthineers", " siemens, AG"), "siemens"),
+        (("GE MEDICAL SYSTEMS", "GE", "Ge-Healthcare"), "ge"),
+        (("TOSHIBA", "TOSHIBA_MEC"), "toshiba"),
+        (("", " ", "--"), ""),
+    ):
+        assert {group_of(of_maker(name)) for name in names} == {group}
+
+
+def test_a_subject_is_of_a_group_if_all_its_scans_are() -> None:
+    scans = [("a", "SIEMENS"), ("a", "Siemens Healthineers"), ("b", "GE"), ("b", "Philips"), ("c", "GE"), ("c", "")]
+    scans += [("d", ""), ("e", "Philips")]
+    found = groups_each((subject, of_maker(name)) for subject, name in scans)
+    assert found == {"a": "siemens", "e": "philips"}
+
+
+def test_a_scan_without_a_vector_is_left_out_of_all_that_is_held_against_new_ones() -> None:
+    blank = [
+        Example(subject="x", key="x", features=Seen(scan=np.zeros(0)), affine_ras=np.eye(4), label="a"),
+        *(replace(one, label="ab"[at % 2]) for at, one in enumerate(examples(60))),
+    ]
+    found, alone = assure({}, blank), assure({}, blank[1:])
+    assert found.notes == ()
+    assert found.known is not None
+    assert found.centres is not None
+    assert alone.centres is not None
+    np.testing.assert_array_equal(found.centres.means, alone.centres.means)
+
+
 def test_boxes_are_told_as_shares_of_such_boxes_that_are_right() -> None:
     rng = np.random.default_rng(0)
 
@@ -219,6 +272,35 @@ def test_a_no_is_as_sure_as_the_yes_is_not() -> None:
     assert there.high is not None
     assert (sure.probability, sure.low, sure.high) == (1 - there.probability, 1 - there.high, 1 - there.low)
     assert found.answered("nodule", 0.95) == (True, found.present("nodule", 0.95))
+
+
+def test_a_yes_is_what_the_head_says_and_its_probability_how_often_that_is_so() -> None:
+    """A head that lets yes and no weigh alike, of something that one in ten has."""
+    rng = np.random.default_rng(0)
+
+    def drawn(count: int) -> dict[str, Answer]:
+        found: dict[str, Answer] = {}
+        for at in range(count):
+            there = bool(rng.random() < 0.1)
+            # The truth says +1 or -1 of a score of spread one: balanced, the log-odds are twice that score.
+            chance = 1 / (1 + math.exp(-2 * rng.normal(1.0 if there else -1.0)))
+            found[f"s{at}"] = Answer(classes=("gas",), truth=(float(there),), scores=(chance,), thresholds=(0.5,))
+        return found
+
+    sure = assure(drawn(1500), examples(40))
+    told = [(one, *sure.answered("gas", one.scores[0], threshold=one.thresholds[0])) for one in drawn(4000).values()]
+    assert [yes for _, yes, _ in told] == [one.scores[0] >= one.thresholds[0] for one, _, _ in told]
+    sides: dict[bool, list[tuple[float, bool]]] = {True: [], False: []}
+    for one, yes, certainty in told:
+        assert certainty.low is not None
+        assert certainty.high is not None
+        assert certainty.low <= certainty.probability <= certainty.high
+        sides[yes].append((certainty.probability, (one.truth[0] == 1) == yes))
+    for pairs in sides.values():
+        said, right = np.array(pairs).T
+        assert said.mean() == pytest.approx(right.mean(), abs=0.05)
+    assert min(said for said, _ in sides[True]) < 0.3
+    assert not sure.answered("gas", 0.6, threshold=0.7)[0]
 
 
 def test_volumes_have_intervals_that_hold_the_truth_as_often_as_they_say_where_enough_show_the_structure() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from scipy.optimize import isotonic_regression
 from sklearn.isotonic import IsotonicRegression
 
-from voxelstem.certainty.vennabers import VennAbers, fit_venn_abers, held_frequency
+from voxelstem.certainty.vennabers import VennAbers, fit_venn_abers, held_frequency, steps_of
 
 
 def rows_of(chance: np.ndarray) -> np.ndarray:
@@ -87,6 +89,36 @@ def test_ends_are_sorted_rise_with_the_score_and_leave_room_for_one_more(pairs: 
     assert (np.diff(said.high[:, 0]) >= 0).all()
     # Of n rows, one more answer moves a mean by 1 / (n + 1) at least.
     assert (said.high - said.low >= 1 / (len(pairs) + 1) - 1e-9).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 25), st.booleans()), min_size=1, max_size=60))
+def test_one_pass_says_what_an_isotonic_regression_for_each_score_and_answer_says(
+    pairs: list[tuple[int, bool]],
+) -> None:
+    scores, there = np.array([pair[0] for pair in pairs]) / 25, np.array([pair[1] for pair in pairs])
+    found = steps_of([(scores, there)])
+    values, of = np.unique(scores, return_inverse=True)
+    np.testing.assert_array_equal(found.scores, values)
+    for at in range(len(values)):
+        for answer, side in ((0, found.low), (1, found.high)):
+            rows, hits = np.bincount(of).astype(np.float64), np.bincount(of, there)
+            rows[at], hits[at] = rows[at] + 1, hits[at] + answer
+            assert side[at] == pytest.approx(isotonic_regression(hits / rows, weights=rows).x[at], abs=1e-12)
+
+
+def test_twice_as_many_scores_take_about_twice_as_long() -> None:
+    def seconds(count: int) -> float:
+        stated, there = drawn(count, 0)
+        took = []
+        for _ in range(5):
+            begun = time.process_time()
+            steps_of([(stated, there)])
+            took.append(time.process_time() - begun)
+        return min(took)
+
+    # Four times with time that grows by the square of the scores: 16.
+    assert seconds(16_000) < 8 * seconds(4_000)
 
 
 def test_no_of_two_classes_is_yes_of_the_other() -> None:

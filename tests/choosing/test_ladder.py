@@ -12,6 +12,7 @@ from tests.madeup import Counting, example
 from voxelstem.certainty.crossfit import CrossFitted, Unseen, answering, cross_fit
 from voxelstem.certainty.folds import plan_folds, strata_of
 from voxelstem.choosing.ladder import HEAD, Climb, LadderConfig, Rung, Tried, climb, decide
+from voxelstem.errors import AuditError, ConfigError
 from voxelstem.metrics import Interval
 from voxelstem.tasks.classify import Classify
 
@@ -194,6 +195,41 @@ def test_a_real_ladder_climbs_to_the_probe_where_neighbours_see_noise() -> None:
     found = climb([rung("knn"), rung("probe")], task=task, metric="auroc", config=LadderConfig())
     assert found.chosen == "probe"
     assert found.steps[1].figure.estimate > found.steps[0].figure.estimate + 0.1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("one class"), AuditError("nothing to compare", hint="label more"), ConfigError("nobody is left")],
+)
+def test_a_rung_on_which_nothing_can_be_learned_did_not_pay_and_says_why(error: Exception) -> None:
+    stairs = Stairs(0.5, 0.6, 0.7)
+    rungs = [Rung(mode=MODES[place], attempt=stairs.attempt(place)) for place in range(3)]
+
+    def fails() -> Tried:
+        raise error
+
+    rungs[1] = Rung(mode="probe", attempt=fails)
+    found = climb(rungs, task=TASK, metric="dice", config=LadderConfig())
+    assert found.chosen == "attention"
+    assert stairs.tried == ["knn", "attention"]
+    step = found.steps[1]
+    assert (step.taken, step.gain, step.against) == (False, None, "knn")
+    assert step.why == f"in one of the folds nothing could be learned: {error.args[0]}"
+    assert found.rows()[1][:3] == ("probe", "", "")
+    facts = json.loads(json.dumps(found.facts(), allow_nan=False))
+    assert facts["steps"][1]["figure"]["estimate"] is None
+    # It counts among those that did not pay, and on the first rung there is nothing to fall back on.
+    strict = climb(rungs, task=TASK, metric="dice", config=LadderConfig(grace=0))
+    assert (strict.chosen, strict.untried) == ("knn", ("attention",))
+    with pytest.raises(type(error), match=str(error.args[0])):
+        climb(rungs[1:], task=TASK, metric="dice", config=LadderConfig())
+
+
+def test_what_the_settings_do_not_allow_is_told_beside_the_rungs() -> None:
+    rungs = [Rung(mode="knn", attempt=Stairs(0.5).attempt(0))]
+    found = climb(rungs, task=TASK, metric="dice", config=LadderConfig(), left_out={"full": "by these settings"})
+    assert found.rows()[-1] == ("full", "", "", "", "not tried: by these settings")
+    assert found.facts()["left_out"] == {"full": "by these settings"}
 
 
 def test_rungs_of_other_folds_are_refused() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import voxelstem
+from voxelstem.artefact import seal
 from voxelstem.card import Card, write_weights
 from voxelstem.ingest import ingest
 from voxelstem.model import make_model
@@ -85,6 +86,7 @@ def test_a_run_that_claimed_commercial_use_keeps_to_it_when_it_is_evaluated(
     card = json.loads(kept.read_text()) | {"licence": "cc-by-nc-4.0"}
     kept.unlink()  # a link to the first
     kept.write_text(json.dumps(card))
+    seal(tmp_path / "run")
     where = ["--store", tmp_path / "store", "--labels", tmp_path / "contrast.csv", "--out", tmp_path / "report"]
     code, _, err = say("evaluate", tmp_path / "run", *where)
     assert code == 2

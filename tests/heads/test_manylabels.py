@@ -16,8 +16,10 @@ from tests.fewlabelled import make_store, make_weights
 from voxelstem import adapt, evaluate
 from voxelstem.adapted import read_run
 from voxelstem.answers import Answer
+from voxelstem.certainty.assurance import assure
 from voxelstem.embedding import Embedding
 from voxelstem.errors import AuditError
+from voxelstem.findings import Weights
 from voxelstem.heads.attending import AttendConfig
 from voxelstem.heads.manylabels import about, answers_each, asks_each, balanced_loss, truths
 from voxelstem.metrics import averaged, bootstrap_interval
@@ -220,3 +222,34 @@ def test_folds_that_leave_a_class_unlearned_name_it(place: Path, tmp_path: Path)
             settings={"folds": 2},
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_findings_say_yes_where_the_scored_answer_says_yes_whatever_the_calibration() -> None:
+    """Of something rare the calibrated probability of a yes is below one half long after the answer is yes."""
+    task, known = Classify(), patients(120, seed=3)
+    rare = [replace(one, findings={"gas": place % 8 == 0}) for place, one in enumerate(known)]
+    head = task.fit(rare, ("gas",), mode="probe", seed=0)
+    rng = np.random.default_rng(0)
+    chance = rng.uniform(0.02, 0.98, 400)
+    sure = assure(
+        {
+            f"s{at}": Answer(classes=("gas",), truth=(float(rng.random() < p / 4),), scores=(p,), thresholds=(0.5,))
+            for at, p in enumerate(chance.tolist())
+        },
+        [],
+    )
+    assert sure.present("gas", 0.9).probability < 0.4
+    weights = Weights(sha256="ab" * 32, name="w", licence="l")
+    scored, said = set[bool](), set[bool]()
+    for one in rare:
+        outcome = task.outcome(head, one)
+        assert isinstance(outcome, Answer)
+        (finding,) = task.findings(head, one.features, weights, sure)
+        yes = outcome.scores[0] >= outcome.thresholds[0]
+        assert finding.answer == ("yes" if yes else "no")
+        assert finding.certainty is not None
+        there = sure.present("gas", outcome.scores[0]).probability
+        assert finding.certainty.probability == pytest.approx(there if yes else 1 - there)
+        scored.add(yes)
+        said.add(finding.certainty.probability < 0.5)
+    assert scored == said == {True, False}

@@ -1,19 +1,33 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from voxelstem.answers import Answer
 from voxelstem.certainty.assurance import Assurance, assure
+from voxelstem.certainty.calibration import CalibrationFigure
 from voxelstem.certainty.thresholds import coverage
+from voxelstem.certainty.volumes import Sizes
+from voxelstem.heads.boxes import Matched
 from voxelstem.judging.contest import Contest
-from voxelstem.judging.evidence import Played, against, between, difference_of_shares, prevalence, sureness
+from voxelstem.judging.evidence import (
+    CalibrationOfEach,
+    Played,
+    against,
+    between,
+    difference_of_shares,
+    prevalence,
+    sureness,
+)
 from voxelstem.protocols import Example
 from voxelstem.store import Record
 from voxelstem.study import Acquisition
 from voxelstem.tasks.classify import Classify, Guess
+from voxelstem.tasks.detect import Detected
 from voxelstem.tasks.regress import Measured, Regress
 from voxelstem.truth import Truth
 
@@ -138,6 +152,145 @@ def test_intervals_of_numbers_are_held_to_their_word() -> None:
     assert found.covered is not None
     assert abs(found.covered.estimate - 0.9) < 0.07
     assert found.set_size is None
+
+
+def of_makers(one: Played, makers: dict[str, str]) -> Played:
+    """The same, with scans of these makers."""
+    lines = tuple(
+        cast(
+            Record,
+            Line(key=name, subject=name, acquisition=Acquisition(facts={"Manufacturer": maker} if maker else {})),
+        )
+        for name, maker in makers.items()
+    )
+    return replace(one, contest=replace(one.contest, tested=lines))
+
+
+def test_sets_and_intervals_are_measured_as_each_maker_s_subjects_would_get_them() -> None:
+    rng = np.random.default_rng(0)
+
+    def measured(prefix: str, count: int) -> dict[str, Measured]:
+        """The first half errs by 1 at most, the second by 10."""
+        return {
+            f"{prefix}{at:03d}": Measured(
+                truth=0.0, predicted=float(rng.uniform(-1, 1)) * (1 if at < count // 2 else 10)
+            )
+            for at in range(count)
+        }
+
+    def makers(names: list[str]) -> dict[str, str]:
+        return {name: "GE" if at < len(names) // 2 else "Siemens" for at, name in enumerate(names)}
+
+    learned, tested = measured("k", 400), measured("t", 400)
+    known_of = {name: maker.lower() for name, maker in makers(list(learned)).items()}
+    sure = assure(learned, known(), groups=known_of)
+    one = replace(played({name: tested[name] for name in tested}, sure, Regress()), features=lambda _: None)  # type: ignore[arg-type, return-value]
+    one = replace(one, assurance=replace(sure, known=None, centres=None))
+    found = sureness(of_makers(one, makers(list(tested))))
+    held = [
+        sure.of_group(maker.lower()).quantity(tested[name].predicted, "1")
+        for name, maker in makers(list(tested)).items()
+    ]
+    told = [q.low is not None and q.high is not None and q.low <= 0.0 <= q.high for q in held]
+    assert found.covered is not None
+    assert found.covered.estimate == pytest.approx(np.mean(told))
+    groups = found.by_group["scanner"]
+    assert groups["ge"].estimate == pytest.approx(0.9, abs=0.06)  # by the common threshold all 200 would be held
+    assert groups["siemens"].estimate == pytest.approx(0.9, abs=0.06)
+
+    easy, hard = guesses(300, 1, 1.0, "e"), guesses(300, 2, 1.0, "h")
+    hard = {name: Guess(truth=1 - said.truth, scores=said.scores) for name, said in hard.items()}
+    sets = assure(easy | hard, [], groups=dict.fromkeys(easy, "ge") | dict.fromkeys(hard, "siemens"))
+    new = {name: said for at, (name, said) in enumerate((easy | hard).items()) if at % 3 == 0}
+    of = {name: {"e": "GE MEDICAL SYSTEMS", "h": "SIEMENS"}[name[0]] for name in new}
+    of[min(new)] = ""
+    judged = sureness(of_makers(replace(one, outcomes=new, assurance=sets, task="classify"), of))
+    kept = [
+        (
+            sets.of_group({"e": "ge", "h": "siemens"}[name[0]] if maker else "")
+            .certainty(("no", "yes"), np.array(new[name].scores))[1]
+            .conformal
+            or ()
+        )
+        for name, maker in of.items()
+    ]
+    assert judged.covered is not None
+    truths = [("no", "yes")[said.truth] for said in new.values()]
+    assert judged.covered.estimate == pytest.approx(np.mean([t in own for t, own in zip(truths, kept, strict=True)]))
+    assert judged.set_size == pytest.approx(np.mean([len(own) for own in kept]))
+
+
+def answers(count: int, seed: int, prefix: str) -> dict[str, Answer]:
+    """Two classes that boast, the second known of every other subject, and one of whom nobody knows."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Answer] = {}
+    for at in range(count):
+        chance = rng.uniform(0.1, 0.9, 2)
+        truth = (rng.random(2) < chance).astype(float)
+        odds = (chance / (1 - chance)) ** 3.0
+        said = odds / (1 + odds)
+        found[f"{prefix}{at}"] = Answer(
+            classes=("a", "b", "c"),
+            truth=(float(truth[0]), math.nan if at % 2 else float(truth[1]), math.nan),
+            scores=(float(said[0]), float(said[1]), 0.5),
+            thresholds=(0.5, 0.5, 0.5),
+        )
+    return found
+
+
+def test_yes_and_no_of_many_classes_are_measured_before_and_after_like_one_class_of_two() -> None:
+    sure, new = assure(answers(400, 1, "k"), known()), answers(300, 2, "t")
+    assert sure.yesno is not None
+    found = sureness(played(new, sure, Classify()))
+    for kind in ("ece", "brier", "slope"):
+        for side, calibrated in ((found.stated, False), (found.calibrated, True)):
+            each: list[float] = []
+            for at, name in enumerate(("a", "b")):
+                rows = [one for one in new.values() if not math.isnan(one.truth[at])]
+                said = [
+                    sure.present(name, one.scores[at]).probability if calibrated else one.scores[at] for one in rows
+                ]
+                alone = [Guess(truth=int(one.truth[at]), scores=(1 - p, p)) for one, p in zip(rows, said, strict=True)]
+                each.append(CalibrationFigure(kind=cast(Any, kind))(alone))
+            assert side[kind].estimate == pytest.approx(np.mean(each))
+            assert side[kind].low is not None
+    assert found.calibrated["ece"].estimate < found.stated["ece"].estimate
+    assert abs(found.calibrated["slope"].estimate - 1) < abs(found.stated["slope"].estimate - 1)
+    assert found.covered is None
+    assert found.unmeasured == ("intervals of the probability of yes or no",)
+    assert not sureness(played(new, Assurance(), Classify())).calibrated
+    assert not sureness(played(new, Assurance(), Classify())).unmeasured
+
+
+def test_draws_in_which_nobody_of_a_class_is_leave_that_class_out() -> None:
+    sample = list(answers(4, 3, "t").values())
+    figure = CalibrationOfEach(figure=CalibrationFigure(kind="brier"))
+    found = figure.resampled(sample, np.array([[0, 1, 2, 3], [1, 1, 3, 3]]))
+    assert found[1] == pytest.approx(np.mean([(one.scores[0] - one.truth[0]) ** 2 for one in sample[1::2]]))
+    assert not np.isnan(found[0])
+    nobody = [replace(one, truth=(math.nan,) * 3) for one in sample]
+    assert math.isnan(figure(nobody))
+    assert math.isnan(figure([]))
+
+
+def test_what_is_stated_of_boxes_and_volumes_and_not_measured_is_said() -> None:
+    rng = np.random.default_rng(0)
+    sizes = {
+        f"k{at}": Sizes(predicted_mm3={"liver": float(1000 + rng.normal())}, true_mm3={"liver": 1000.0})
+        for at in range(20)
+    }
+    marked = sureness(played({"t0": cast(Any, 1.0)}, assure(sizes, known()), cast(Any, None)))
+    assert marked.unmeasured == ("how often intervals of volumes hold the true volume",)
+    there = [at % 2 == 0 for at in range(60)]
+    ball = {
+        f"k{at}": Detected(by_class={"ball": Matched(scores=(float(rng.uniform(0.2, 0.8)),), hits=(hit,), truths=1)})
+        for at, hit in enumerate(there)
+    }
+    boxes = sureness(played({"t0": cast(Any, 1.0)}, assure(ball, known()), cast(Any, None)))
+    assert boxes.unmeasured == (
+        "how often boxes are right that are said to be",
+        "intervals of the probability of a box",
+    )
 
 
 def test_two_runs_are_compared_subject_by_subject_and_the_better_one_is_above_zero() -> None:

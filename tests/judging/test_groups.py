@@ -35,7 +35,15 @@ def test_a_facet_counts_from_two_groups_on_and_who_has_none_is_not_said() -> Non
 
 def test_a_scanner_is_its_maker_and_model_and_a_subject_s_first_word_counts() -> None:
     records = [line("a"), line("a", maker="GE"), line("b", maker="SIEMENS", model="Force"), line("b", maker="GE")]
-    assert groups_of(records) == {"scanner": {"a": "GE", "b": "SIEMENS Force"}}
+    assert groups_of(records) == {"scanner": {"a": "ge", "b": "siemens Force"}}
+
+
+def test_names_of_one_maker_are_one_scanner() -> None:
+    records = [line("a", maker="SIEMENS", model="Force"), line("b", maker="Siemens Healthineers", model="Force")]
+    assert groups_of(records) == {}
+    assert groups_of([*records, line("c", maker="GE")]) == {
+        "scanner": {"a": "siemens Force", "b": "siemens Force", "c": "ge"}
+    }
 
 
 def test_another_facet_is_refused() -> None:

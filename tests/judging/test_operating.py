@@ -79,18 +79,20 @@ def one(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Played, Adapted]:
     return played, adapted
 
 
-def test_no_test_subject_has_a_say_in_the_threshold(one: tuple[Played, Adapted]) -> None:
+def test_no_test_subject_has_a_say_in_the_threshold(one: tuple[Played, Adapted], tmp_path: Path) -> None:
     played, adapted = one
-    fixed = fix_threshold(played, adapted)
+    fixed = fix_threshold(played, adapted, tmp_path)
     assert fixed.on == f"{len(adapted.subjects)} labelled subjects, each by a head of another fold"
     truth = played.contest.truth
     tested = set(played.contest.subjects)
     turned = {s: ({"yes": "no", "no": "yes"}[label] if s in tested else label) for s, label in truth.labels.items()}
     other = replace(played, contest=replace(played.contest, truth=replace(truth, labels=turned), tested=()))
-    assert fix_threshold(other, adapted).threshold == fixed.threshold
+    assert fix_threshold(other, adapted, tmp_path).threshold == fixed.threshold
 
 
-def test_validation_subjects_come_first_and_are_asked_of_the_run_s_own_head(one: tuple[Played, Adapted]) -> None:
+def test_validation_subjects_come_first_and_are_asked_of_the_run_s_own_head(
+    one: tuple[Played, Adapted], tmp_path: Path
+) -> None:
     played, adapted = one
     truth, tested = played.contest.truth, set(played.contest.subjects)
     moved = tuple(
@@ -98,14 +100,14 @@ def test_validation_subjects_come_first_and_are_asked_of_the_run_s_own_head(one:
     )
     known = [truth.labels[subject] for subject in tested]
     fixed = fix_threshold(
-        replace(played, contest=replace(played.contest, truth=replace(truth, records=moved))), adapted
+        replace(played, contest=replace(played.contest, truth=replace(truth, records=moved))), adapted, tmp_path
     )
     assert fixed.on == f"{len(known)} validation subjects"
 
 
-def test_the_point_is_counted_at_that_threshold(one: tuple[Played, Adapted]) -> None:
+def test_the_point_is_counted_at_that_threshold(one: tuple[Played, Adapted], tmp_path: Path) -> None:
     played, adapted = one
-    found = operating_point(played, adapted)
+    found = operating_point(played, adapted, tmp_path)
     assert found is not None
     assert found.threshold is not None
     right = [o.scores[1] >= found.threshold for o in played.outcomes.values() if o.truth == 1]
@@ -114,19 +116,20 @@ def test_the_point_is_counted_at_that_threshold(one: tuple[Played, Adapted]) -> 
     assert not found.by_group  # phantoms have neither sex nor scanner
 
 
-def test_too_few_subjects_leave_the_point_unmeasured_and_say_why(one: tuple[Played, Adapted]) -> None:
+def test_too_few_subjects_leave_the_point_unmeasured_and_say_why(one: tuple[Played, Adapted], tmp_path: Path) -> None:
     played, adapted = one
     few = replace(played, contest=replace(played.contest, labelled=played.contest.labelled[:4]))
-    found = operating_point(few, adapted)
+    found = operating_point(few, adapted, tmp_path)
     assert found is not None
     assert found.threshold is None
     assert "10 are needed, 3 a class" in found.why
     whole = replace(adapted, config=replace(adapted.config, mode="full"))
-    told = operating_point(played, whole)
+    told = operating_point(played, whole, tmp_path)
     assert told is not None
     assert "train the network anew" in told.why
 
 
-def test_three_classes_have_no_one_threshold(one: tuple[Played, Adapted]) -> None:
+def test_three_classes_have_no_one_threshold(one: tuple[Played, Adapted], tmp_path: Path) -> None:
     played, adapted = one
-    assert operating_point(replace(played, contest=replace(played.contest, classes=("a", "b", "c"))), adapted) is None
+    three = replace(played, contest=replace(played.contest, classes=("a", "b", "c")))
+    assert operating_point(three, adapted, tmp_path) is None

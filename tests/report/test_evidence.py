@@ -53,6 +53,11 @@ def test_intervals_of_probabilities_are_shown_with_their_width_and_bin_by_bin() 
     assert "wide on average" not in page.page("t", evidence_sections([SURE], [], []))
 
 
+def test_what_was_not_held_to_its_word_is_named() -> None:
+    text = page.page("t", evidence_sections([replace(SURE, unmeasured=("widths of <x>",))], [], []))
+    assert "widths of &lt;x&gt;: NOT MEASURED" in text
+
+
 def test_what_is_not_known_makes_no_section() -> None:
     assert evidence_sections([], [], []) == []
     bare = replace(SURE, subjects=0, covered=None, level=None, set_size=None, flagged=None)

@@ -140,7 +140,7 @@ SECRET = "mueller_T1w"
         ([HEADER, (SECRET, "1e6", "3", "4", "5"), (f"{SECRET}.nii.gz", "1e6", "3", "4", "5")], "row 3 tells of a scan"),
         ([("subject", "csf"), (SECRET, "3")], "does not name the column 'total intracranial'"),
         ([("scan", INTRACRANIAL), (SECRET, "3")], "row 1 must name the columns subject"),
-        ([(*HEADER, "csf"), (SECRET, "1e6", "3", "4", "5", "6")], "names the column 'csf' twice"),
+        ([(*HEADER, "csf"), (SECRET, "1e6", "3", "4", "5", "6")], "gives the columns 5 and 6 one name"),
         ([HEADER, ("", "1e6", "3", "4", "5")], "row 2: 'subject' is empty"),
         ([(*HEADER, "patient_id"), (SECRET, "1e6", "3", "4", "5", "6")], "names the column 'patient_id', which is no"),
     ],

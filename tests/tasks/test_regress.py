@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -210,3 +210,22 @@ def test_huber_is_half_the_square_near_by_and_plain_far_off() -> None:
     gaps = [abs(logit[0] - values[row]) for logit, row in zip(logits, rows, strict=True)]
     slow = sum(gap - 0.5 if gap > 1 else gap**2 / 2 for gap in gaps) / 2
     assert float(huber(values)(torch.from_numpy(logits).float(), rows)) == pytest.approx(slow)
+
+
+def of_subject(who: int, row: np.ndarray, value: float) -> Example:
+    return replace(example(row, value, who), subject=f"s{who}")
+
+
+def test_scans_of_one_subject_do_not_choose_the_penalty_for_each_other() -> None:
+    rng = np.random.default_rng(0)
+    rows, values = rng.normal(size=(20, 60)), rng.normal(size=20)
+    several = [
+        of_subject(who, rows[who] + 1e-3 * rng.normal(size=60), float(values[who]))
+        for who in range(20)
+        for _ in range(6)
+    ]
+    once = [of_subject(who, rows[who], float(values[who])) for who in range(20)]
+    many, one = (Regress().fit(side, (), mode="probe", seed=0) for side in (several, once))
+    # Nothing can be learned here: the strongest penalty is right, and near-equal scans would vote for the weakest.
+    assert many.facts["strength"] == one.facts["strength"] == max(Regress().strengths)
+    assert many.arrays["weight"] == pytest.approx(one.arrays["weight"], abs=1e-4)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from voxelstem.certainty.calibrators import Platt
 from voxelstem.heads.manylabels import chances
 from voxelstem.protocols import Head
 from voxelstem.tasks.segment import Segment
@@ -64,6 +65,19 @@ def test_yes_and_no_are_standardised_class_by_class():
     _, probabilities = said(ScanHead(given, "each"))
     wanted = [chances(given, Seen(row.astype(np.float32)), neighbours=1, temperature=1.0) for row in ROWS]
     np.testing.assert_allclose(probabilities, wanted, atol=1e-5)
+
+
+def test_yes_and_no_come_out_calibrated_class_by_class():
+    given = head(RNG.normal(size=(3, DIM)), RNG.normal(size=3))
+    lines = [(0.5, -1.0), (1.0, 0.0), (2.0, 0.25)]
+    logits, probabilities = said(ScanHead(given, "each", lines=lines))
+    plain, raw = said(ScanHead(given, "each"))
+    np.testing.assert_array_equal(logits, plain)
+    for at, (scale, shift) in enumerate(lines):
+        wanted = [Platt(scale=scale, shift=shift, positives=9, negatives=9).apply(raw[:, at])]
+        np.testing.assert_allclose(probabilities[:, at], wanted[0], atol=1e-4)
+    with pytest.raises(ValueError, match="3 classes need as many lines, got 2"):
+        ScanHead(given, "each", lines=lines[:2])
 
 
 def test_a_number_comes_in_its_unit():

@@ -6,12 +6,13 @@ that was trained itself would have to be trained anew for every fold, and its an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from voxelstem.certainty.calibrators import Temperature, fit_temperature, log_probabilities
 from voxelstem.certainty.conformal import ConformalIntervals, ConformalSets, fit_intervals, fit_sets
@@ -146,10 +147,15 @@ class Assurance:
             probability=said.probability, low=said.low, high=said.high, interval=VENN_ABERS, calibration="platt"
         )
 
-    def answered(self, name: str, chance: float) -> tuple[bool, Certainty]:
-        """Whether yes or no is the more probable answer to a question, and how sure that answer is."""
+    def answered(self, name: str, chance: float, *, threshold: float = HALF) -> tuple[bool, Certainty]:
+        """Yes or no to a question, and how sure that answer is.
+
+        The answer is yes from `threshold` on of the chance that the head states: the rule by which the answers of a
+        run are scored. Calibrated is how often such an answer is right, which may be below one half: a head that lets
+        yes and no weigh alike says yes of something rare before it is the more probable.
+        """
         sure = self.present(name, chance)
-        if sure.probability >= HALF:
+        if chance >= threshold:
             return True, sure
         low, high = (None if end is None else 1 - end for end in (sure.high, sure.low))
         return False, replace(sure, probability=1 - sure.probability, low=low, high=high)
@@ -198,8 +204,20 @@ class Assurance:
 
 
 def group_of(acquisition: Acquisition) -> str:
-    """The group of a scan whose sets and intervals may have thresholds of their own: its scanner's maker, if known."""
-    return acquisition.facts.get("Manufacturer", "")
+    """The group of a scan whose sets and intervals may have thresholds of their own: its scanner's maker, if known.
+
+    It is the first word of the maker's name in small letters, so that the many names of one maker are one group.
+    """
+    words = re.findall(r"[^\W_]+", acquisition.facts.get("Manufacturer", ""))
+    return words[0].casefold() if words else ""
+
+
+def groups_each(scans: Iterable[tuple[str, Acquisition]]) -> dict[str, str]:
+    """The group of each subject, of whose scans all are of it; who has scans of two, or one of none, is not there."""
+    told: dict[str, set[str]] = {}
+    for subject, acquisition in scans:
+        told.setdefault(subject, set()).add(group_of(acquisition))
+    return {subject: next(iter(own)) for subject, own in told.items() if len(own) == 1 and "" not in own}
 
 
 def assure(
@@ -217,7 +235,8 @@ def assure(
             nothing is fitted to them.
         examples: The labelled scans, to hold new ones against.
         groups: Of subjects, where it is known: what their scans have in common, such as the scanner. A group with
-            enough of them gets a threshold of its own (Vovk et al. 2005, section 4.5), beside that of all together.
+            enough of them gets a threshold of its own (Vovk et al. 2005, section 4.5), beside that of all together,
+            for which those count too whose group is not known.
         notes: What to say beside: why there are no outcomes, for one.
     """
     said = list(notes)
@@ -231,16 +250,28 @@ def assure(
         parts = _of_boxes(outcomes, said)
     elif hasattr(first, "predicted_mm3"):
         parts = _of_volumes(outcomes, said)
-    known = _known(examples, said)
-    centres = None if known is None else _centres(examples, said)
+    seen = [example for example in examples if example.features.scan.size]
+    known = _known(seen, said)
+    centres = None if known is None else _centres(seen, said)
     subjects = len(outcomes) if parts else 0
     return Assurance(**parts, known=known, centres=centres, subjects=subjects, notes=tuple(said))
 
 
-def _groups(subjects: Sequence[str], groups: Mapping[str, str] | None) -> list[str]:
-    """The group of each subject; none at all where all are of one, or one is not known."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Grouped:
+    """Those whose group is known."""
+
+    rows: Int[np.ndarray, "row"]
+    groups: list[str]
+    """Of each of these rows."""
+
+
+def _grouped(subjects: Sequence[str], groups: Mapping[str, str] | None) -> _Grouped | None:
+    """The rows of subjects of one known group; None where these are not of two groups at least."""
     told = [(groups or {}).get(subject, "") for subject in subjects]
-    return told if all(told) and len(set(told)) > 1 else []
+    rows = [at for at, group in enumerate(told) if group]
+    own = [told[at] for at in rows]
+    return _Grouped(rows=np.array(rows, dtype=np.int64), groups=own) if len(set(own)) > 1 else None
 
 
 def _of_classes(outcomes: Mapping[str, Any], groups: Mapping[str, str] | None, said: list[str]) -> dict[str, Any]:
@@ -259,9 +290,11 @@ def _of_classes(outcomes: Mapping[str, Any], groups: Mapping[str, str] | None, s
         parts["sets"] = fit_sets(probabilities, rows.truth, level=LEVEL)
     except ValueError as error:
         said.append(f"no conformal sets: {error}")
-    if own := _groups(rows.subjects, groups):
+    if own := _grouped(rows.subjects, groups):
         try:
-            parts["group_sets"] = fit_sets(probabilities, rows.truth, level=LEVEL, groups=own)
+            parts["group_sets"] = fit_sets(
+                probabilities[own.rows], rows.truth[own.rows], level=LEVEL, groups=own.groups
+            )
         except ValueError as error:
             said.append(f"no conformal sets of groups: {error}")
     return parts
@@ -321,16 +354,17 @@ def _of_numbers(outcomes: Mapping[str, Any], groups: Mapping[str, str] | None, s
     except ValueError as error:
         said.append(f"no intervals: {error}")
         return {}
-    if own := _groups(subjects, groups):
+    if own := _grouped(subjects, groups):
         try:
-            parts["group_intervals"] = fit_intervals(predicted, truth, level=LEVEL, groups=own)
+            parts["group_intervals"] = fit_intervals(
+                predicted[own.rows], truth[own.rows], level=LEVEL, groups=own.groups
+            )
         except ValueError as error:
             said.append(f"no intervals of groups: {error}")
     return parts
 
 
-def _known(examples: Sequence[Example], said: list[str]) -> NearestKnown | None:
-    seen = [example for example in examples if example.features.scan.size]
+def _known(seen: Sequence[Example], said: list[str]) -> NearestKnown | None:
     if not seen:
         return None
     try:
@@ -343,12 +377,12 @@ def _known(examples: Sequence[Example], said: list[str]) -> NearestKnown | None:
         return None
 
 
-def _centres(examples: Sequence[Example], said: list[str]) -> KnownClasses | None:
+def _centres(seen: Sequence[Example], said: list[str]) -> KnownClasses | None:
     """Means of classes where each scan is of one, else of all scans together."""
-    rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
     try:
-        labels = [example.label or "all" for example in examples]
-        return fit_classes(rows, labels, [example.subject for example in examples], level=LEVEL)
+        rows = np.stack([example.features.scan for example in seen]).astype(np.float64)
+        labels = [example.label or "all" for example in seen]
+        return fit_classes(rows, labels, [example.subject for example in seen], level=LEVEL)
     except ValueError as error:
         said.append(f"strange scans are not told apart by the means of their classes: {error}")
         return None

@@ -104,9 +104,14 @@ class CalibrationFigure:
         """
         counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
         repeats: Sequence[Sequence[Guessed]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(guesses, counts) for guesses in repeats], axis=1), 1)
+        return metrics.defined_mean(np.stack([self.counted(guesses, counts) for guesses in repeats], axis=1), 1)
 
-    def _of(self, guesses: Sequence[Guessed], counts: Float[np.ndarray, "draw row"]) -> Float[np.ndarray, "draw"]:
+    def counted(self, guesses: Sequence[Guessed], counts: Float[np.ndarray, "draw row"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure of each draw, in which a guess stands `counts` times; NaN or 0/0 where none stands.
+
+        Raises:
+            ValueError: scores that are no probabilities.
+        """
         scores = check_probabilities(np.array([guess.scores for guess in guesses], dtype=np.float64))
         truth = check_labels(np.array([guess.truth for guess in guesses]), scores)
         if self.kind == "brier" and scores.shape[1] > 2:  # noqa: PLR2004 - yes and no

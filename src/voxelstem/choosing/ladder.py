@@ -25,16 +25,20 @@ The figure of the rung that won is the best of several on the same subjects, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from voxelstem.certainty.crossfit import CrossFitted, as_facts, scale_of
+from voxelstem.errors import AuditError, ConfigError, VoxelstemError
 from voxelstem.metrics import Interval
 from voxelstem.protocols import Task
 
 HEAD = ("mode", "figure", "better than the best before", "seconds", "decision")
 """Columns of `Climb.rows`."""
+CANNOT = (ValueError, AuditError, ConfigError)
+"""What is raised where the subjects of a fold, or the settings, do not let anything be learned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +91,12 @@ class Step:
 
     mode: str
     figure: Interval
+    """NaN where nothing could be learned in one of the folds, as `why` says."""
     against: str
     """The best so far; empty on the first rung."""
     gain: Interval | None
-    """By how much the figure is better than that one's, subject by subject; None on the first rung."""
+    """By how much the figure is better than that one's, subject by subject; None on the first rung, and where nothing
+    could be learned."""
     seconds: float
     taken: bool
     why: str
@@ -107,6 +113,8 @@ class Climb:
     steps: tuple[Step, ...]
     untried: tuple[str, ...]
     stopped: str
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Rungs that these settings do not allow, and why."""
 
     @property
     def seconds(self) -> float:
@@ -122,18 +130,36 @@ class Climb:
         tried = [
             (
                 step.mode,
-                f"{self.metric} {step.figure}",
+                f"{self.metric} {step.figure}" if step.figure.subjects else "",
                 "" if step.gain is None else f"{step.gain} ({step.against})",
                 f"{step.seconds:.1f}",
                 f"{'taken' if step.taken else 'not taken'}: {step.why}",
             )
             for step in self.steps
         ]
-        return [*tried, *((mode, "", "", "", f"not tried: {self.stopped}") for mode in self.untried)]
+        others = dict.fromkeys(self.untried, self.stopped) | dict(self.left_out)
+        return [*tried, *((mode, "", "", "", f"not tried: {why}") for mode, why in others.items())]
 
 
-def climb(rungs: Sequence[Rung], *, task: Task, metric: str, config: LadderConfig) -> Climb:
+def said(error: Exception) -> str:
+    """The cause alone, without the hint of what to do next."""
+    return error.problem if isinstance(error, VoxelstemError) else str(error)
+
+
+def climb(
+    rungs: Sequence[Rung],
+    *,
+    task: Task,
+    metric: str,
+    config: LadderConfig,
+    left_out: Mapping[str, str] | None = None,
+) -> Climb:
     """Try rungs from cheap to dear by the rule above.
+
+    A rung on which nothing can be learned in one of the folds did not pay, and says why. On the first there is nothing
+    to fall back on: what it raises goes through.
+
+    `left_out` names rungs that the settings do not allow, and why: they are told beside the others.
 
     Raises:
         ValueError: no rung, one twice, rungs that were cross-fitted with different plans, or a metric of which nobody
@@ -146,15 +172,7 @@ def climb(rungs: Sequence[Rung], *, task: Task, metric: str, config: LadderConfi
     best = rungs[0].attempt()
     figure = best.fitted.figure(task, metric)
     margin = scale.margin(config.margin, figure.estimate)
-    first = Step(
-        mode=modes[0],
-        figure=figure,
-        against="",
-        gain=None,
-        seconds=best.seconds,
-        taken=True,
-        why="the cheapest is where the climb begins",
-    )
+    first = _begun(modes[0], figure, best.seconds)
     steps, chosen, failed, stopped = [first], first, 0, "there is no rung above"
     for rung in rungs[1:]:
         left = abs(scale.best - chosen.figure.estimate)
@@ -164,7 +182,13 @@ def climb(rungs: Sequence[Rung], *, task: Task, metric: str, config: LadderConfi
         if failed > config.grace:
             stopped = "one rung did not pay" if failed == 1 else f"{failed} rungs in a row did not pay"
             break
-        tried = rung.attempt()
+        began = time.monotonic()
+        try:
+            tried = rung.attempt()
+        except CANNOT as error:
+            steps.append(_unlearned(rung.mode, error, against=chosen.mode, seconds=time.monotonic() - began))
+            failed += 1
+            continue
         step = _judge(rung.mode, tried, best, against=chosen.mode, task=task, metric=metric, margin=margin)
         steps.append(step)
         if step.taken:
@@ -177,6 +201,24 @@ def climb(rungs: Sequence[Rung], *, task: Task, metric: str, config: LadderConfi
         steps=tuple(steps),
         untried=modes[len(steps) :],
         stopped=stopped,
+        left_out=left_out or {},
+    )
+
+
+def _begun(mode: str, figure: Interval, seconds: float) -> Step:
+    why = "the cheapest is where the climb begins"
+    return Step(mode=mode, figure=figure, against="", gain=None, seconds=seconds, taken=True, why=why)
+
+
+def _unlearned(mode: str, error: Exception, *, against: str, seconds: float) -> Step:
+    return Step(
+        mode=mode,
+        figure=Interval(estimate=math.nan, low=None, high=None, subjects=0, note="not learned"),
+        against=against,
+        gain=None,
+        seconds=seconds,
+        taken=False,
+        why=f"in one of the folds nothing could be learned: {said(error)}",
     )
 
 

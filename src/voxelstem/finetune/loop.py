@@ -108,7 +108,8 @@ def fit(
 class Watch:
     """Asks held-out cases every now and then, and keeps what was best.
 
-    The same patches are asked every time (as many as there were looks), without jitter, so that looks are comparable.
+    The same patches are asked every time (as many as there were looks, in whole batches), without jitter, so that looks
+    are comparable.
     """
 
     def __init__(

@@ -146,13 +146,21 @@ def chances(head: Head, features: Features, *, neighbours: int, temperature: flo
     return expit((head.arrays["weight"] * standard).sum(axis=-1) + head.arrays["bias"])
 
 
+def thresholds(head: Head) -> tuple[float, ...]:
+    """From which probability of `chances` on the answer is yes, class by class, in findings as in scores.
+
+    One half: as yes and no weigh alike in a class, that is where sensitivity and specificity weigh alike too.
+    """
+    return (HALF,) * len(head.classes)
+
+
 def answer_of(head: Head, example: Example, scores: Float[np.ndarray, "classes"]) -> Answer:
-    """Probabilities beside the truth; from one half on the answer is yes."""
+    """Probabilities beside the truth, and from which on the answer is yes."""
     return Answer(
         classes=head.classes,
         truth=truth_of(head.classes, example),
         scores=tuple(scores.tolist()),
-        thresholds=(HALF,) * len(head.classes),
+        thresholds=thresholds(head),
     )
 
 

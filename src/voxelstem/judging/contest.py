@@ -271,10 +271,11 @@ def _radiomics(contest: Contest, region: str) -> Outcomes | None:
         return baselines.radiomics(volume, where)
 
     try:
-        return contest.fit_and_score(remembered(described))
+        rows = {record.key: described(record.key) for record in (*contest.labelled, *contest.tested)}
     except ValueError as error:
         _log.warning("no radiomics baseline: %s", error)
         return None
+    return contest.fit_and_score(rows.__getitem__)
 
 
 def _usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from voxelstem import metrics
 from voxelstem.adapted import Adapted
-from voxelstem.answers import shares
-from voxelstem.certainty.assurance import Assurance
+from voxelstem.answers import Answer, shares
+from voxelstem.certainty.assurance import Assurance, groups_each
 from voxelstem.certainty.calibration import CalibrationFigure, wilson_interval
 from voxelstem.certainty.crossfit import rows_of, scale_of
 from voxelstem.certainty.strangeness import KnownClasses, NearestKnown
@@ -40,46 +42,93 @@ class Played:
     features: FeaturesOf
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationOfEach:
+    """A figure of calibration of answers about many classes: of each class by those of whom it is known, averaged."""
+
+    figure: CalibrationFigure
+
+    repeated: bool = False
+    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
+
+    def __call__(self, sample: Sequence[Any]) -> float:
+        """Compute the figure; NaN without subjects."""
+        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
+
+    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure of each row of picked subjects; NaN where no class has one.
+
+        Raises:
+            ValueError: scores that are no probabilities.
+        """
+        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
+        repeats: Sequence[Sequence[Answer]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
+        return metrics.defined_mean(np.stack([self._of(answers, counts) for answers in repeats], axis=1), 1)
+
+    def _of(self, answers: Sequence[Answer], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        each = np.full((len(counts), len(answers[0].classes)), math.nan)
+        for at, name in enumerate(answers[0].classes):
+            known = [row for row, answer in enumerate(answers) if name in answer]
+            own = counts[:, known]
+            there = own.sum(axis=1) > 0
+            if there.any():
+                each[there, at] = self.figure.counted([_yes_or_no(answers[row], at) for row in known], own[there])
+        return metrics.defined_mean(each, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _YesOrNo:
+    """One class of an answer, as `CalibrationFigure` takes it."""
+
+    truth: int
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Held:
+    """Whose truth the sets or intervals held, in the order of subjects."""
+
+    truth: Bool[np.ndarray, "subject"]
+    sizes: Float[np.ndarray, "subject"]
+    """How many classes each set holds; NaN of intervals."""
+
+
 def sureness(played: Played) -> Sureness:
-    """Measure a run's own statements about how sure it is."""
+    """Measure a run's own statements about how sure it is, as `predict` states them."""
     sure, outcomes = played.assurance, played.outcomes
     stated: dict[str, Interval] = {}
     calibrated: dict[str, Interval] = {}
-    held: np.ndarray | None = None
-    size: float | None = None
+    held: _Held | None = None
     first = next(iter(outcomes.values()))
     subjects = sorted(outcomes)
-    if hasattr(first, "scores") and hasattr(first, "truth") and isinstance(first.truth, int):
+    if isinstance(first, Answer):
+        stated = _figures_of_each(outcomes)
+        calibrated = {} if sure.yesno is None else _figures_of_each(_answers(sure, outcomes))
+    elif hasattr(first, "scores") and hasattr(first, "truth") and isinstance(first.truth, int):
         stated = _figures(once(outcomes))
         after = {name: replace(one, scores=_chances(sure, one.scores)) for name, one in outcomes.items()}
         calibrated = _figures(once(after)) if sure.calibrator is not None else {}
-        if sure.sets is not None:
-            rows = rows_of(after)
-            sets = sure.sets.apply(rows.probabilities)
-            held, size = sets.holds(rows.truth), float(sets.sizes.mean())
+        held = None if sure.sets is None else _held(played, lambda own, part: _in_sets(own, _some(after, part)))
     elif hasattr(first, "predicted") and sure.intervals is not None:
-        predicted, truth = (
-            np.array([getattr(outcomes[name], side) for name in subjects], dtype=np.float64)
-            for side in ("predicted", "truth")
-        )
-        held = sure.intervals.apply(predicted).holds(truth)
+        held = _held(played, lambda own, part: _in_intervals(own, _some(outcomes, part)))
     by_group: dict[str, Mapping[str, Interval]] = {}
     if held is not None:
-        told = groups_of(played.contest.tested)
-        by_group |= {f: coverage(held, subjects, groups=[of[s] for s in subjects]).by_group for f, of in told.items()}
+        for facet, of in groups_of(played.contest.tested).items():
+            by_group[facet] = coverage(held.truth, subjects, groups=[of[name] for name in subjects]).by_group
     return Sureness(
         run=played.name,
         subjects=sure.subjects,
         stated=stated,
         calibrated=calibrated,
-        covered=None if held is None else coverage(held, subjects).overall,
+        covered=None if held is None else coverage(held.truth, subjects).overall,
         level=None if held is None else _level(sure),
-        set_size=size,
+        set_size=None if held is None or np.isnan(held.sizes).any() else float(held.sizes.mean()),
         flagged=_flagged(played, played.assurance.known),
         notes=sure.notes,
         by_group=by_group,
         **_between(sure, outcomes),
         flagged_by_centres=_flagged(played, played.assurance.centres),
+        unmeasured=_unmeasured(sure, first),
     )
 
 
@@ -197,6 +246,78 @@ def _figures(repeats: Repeats) -> dict[str, Interval]:
     }
 
 
+def _figures_of_each(outcomes: Mapping[str, Answer]) -> dict[str, Interval]:
+    return {
+        kind: metrics.bootstrap_interval(outcomes, CalibrationOfEach(figure=CalibrationFigure(kind=kind)))  # pyright: ignore[reportArgumentType]
+        for kind in FIGURES
+    }
+
+
+def _yes_or_no(answer: Answer, at: int) -> _YesOrNo:
+    return _YesOrNo(truth=int(answer.truth[at]), scores=(1 - answer.scores[at], answer.scores[at]))
+
+
+def _answers(sure: Assurance, outcomes: Mapping[str, Answer]) -> dict[str, Answer]:
+    """The same with calibrated probabilities, where there are some."""
+    return {
+        subject: replace(
+            one,
+            scores=tuple(
+                sure.present(name, chance).probability for name, chance in zip(one.classes, one.scores, strict=True)
+            ),
+        )
+        for subject, one in outcomes.items()
+    }
+
+
+def _some(outcomes: Mapping[str, Any], subjects: Sequence[str]) -> dict[str, Any]:
+    return {name: outcomes[name] for name in subjects}
+
+
+def _held(played: Played, hold: Callable[[Assurance, Sequence[str]], _Held]) -> _Held:
+    """Ask each group's own sets or intervals about its subjects, as `predict` does; of no one group, the common ones.
+
+    `hold` is given those of a group and its subjects, sorted.
+    """
+    subjects = sorted(played.outcomes)
+    groups = groups_each((record.subject, record.acquisition) for record in played.contest.tested)
+    own = np.array([groups.get(name, "") for name in subjects])
+    truth, sizes = np.zeros(len(subjects), dtype=np.bool_), np.full(len(subjects), math.nan)
+    for group in np.unique(own).tolist():
+        rows = np.flatnonzero(own == group)
+        found = hold(played.assurance.of_group(group), [subjects[row] for row in rows])
+        truth[rows], sizes[rows] = found.truth, found.sizes
+    return _Held(truth=truth, sizes=sizes)
+
+
+def _in_sets(sure: Assurance, outcomes: Mapping[str, Any]) -> _Held:
+    rows = rows_of(outcomes)
+    assert sure.sets is not None
+    sets = sure.sets.apply(rows.probabilities)
+    return _Held(truth=sets.holds(rows.truth), sizes=sets.sizes.astype(np.float64))
+
+
+def _in_intervals(sure: Assurance, outcomes: Mapping[str, Any]) -> _Held:
+    predicted, truth = (
+        np.array([getattr(outcomes[name], side) for name in sorted(outcomes)], dtype=np.float64)
+        for side in ("predicted", "truth")
+    )
+    assert sure.intervals is not None
+    return _Held(truth=sure.intervals.apply(predicted).holds(truth), sizes=np.full(len(truth), math.nan))
+
+
+def _unmeasured(sure: Assurance, outcome: Any) -> tuple[str, ...]:
+    """What findings state of how sure they are, and nothing here looks at."""
+    found: list[str] = []
+    if sure.volumes is not None:
+        found.append("how often intervals of volumes hold the true volume")
+    if sure.yesno is not None:
+        boxes = not isinstance(outcome, Answer)
+        found += ["how often boxes are right that are said to be"] * boxes
+        found.append(f"intervals of the probability of {'a box' if boxes else 'yes or no'}")
+    return tuple(found)
+
+
 def _chances(sure: Assurance, scores: Sequence[float]) -> tuple[float, ...]:
     return tuple(sure.chances(np.array(scores, dtype=np.float64)).tolist())
 
@@ -218,7 +339,7 @@ def _between(sure: Assurance, outcomes: Outcomes) -> dict[str, Any]:
 
 
 def _flagged(played: Played, known: NearestKnown | KnownClasses | None) -> Interval | None:
-    """A scan at a time: their share, as if each were one more subject."""
+    """The share of test scans, with the interval of as many answers as there are subjects."""
     if known is None:
         return None
     rows = np.stack([played.features(record.key).scan for record in played.contest.tested]).astype(np.float64)

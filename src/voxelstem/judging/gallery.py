@@ -16,7 +16,7 @@ from voxelstem.judging.evidence import Played
 from voxelstem.metrics import Score
 from voxelstem.report import page
 from voxelstem.report.agreement import Estimated, agreement_picture
-from voxelstem.report.cases import Case, case_picture, cases_section, choose, log_loss
+from voxelstem.report.cases import Case, answers_log_loss, case_picture, cases_section, choose, log_loss
 from voxelstem.report.curves import precision_recall_picture, reliability_picture, roc_picture
 from voxelstem.report.dots import structures_picture
 from voxelstem.report.figures import Picture
@@ -105,8 +105,7 @@ def _loss_of(one: Any) -> float:
     """Minus the logarithm of the probability of what is true; of many classes the mean over those that are known."""
     if not isinstance(one, Answer):
         return log_loss(one.truth, one.scores)
-    told = [(int(there), chance) for there, chance in zip(one.truth, one.scores, strict=True) if not np.isnan(there)]
-    return float(np.mean([log_loss(there, (1 - chance, chance)) for there, chance in told])) if told else float("nan")
+    return answers_log_loss(one.truth, one.scores)
 
 
 def _of_times(played: Played, head: Any) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from voxelstem.certainty.assurance import group_of
 from voxelstem.store import Record
 
 FACETS = ("sex", "scanner")
@@ -11,7 +12,7 @@ NOT_SAID = "not said"
 
 
 def facet_of(record: Record, facet: str) -> str:
-    """What a record says of one of `FACETS`; an empty word where it says nothing.
+    """What a record says of one of `FACETS`; an empty word where it says nothing. A maker has one name of its many.
 
     Raises:
         ValueError: another facet.
@@ -19,8 +20,8 @@ def facet_of(record: Record, facet: str) -> str:
     if facet == "sex":
         return record.acquisition.sex
     if facet == "scanner":
-        facts = record.acquisition.facts
-        return " ".join(filter(None, (facts.get("Manufacturer", ""), facts.get("ManufacturerModelName", ""))))
+        model = record.acquisition.facts.get("ManufacturerModelName", "")
+        return " ".join(filter(None, (group_of(record.acquisition), model)))
     raise ValueError(f"a facet is one of {', '.join(FACETS)}, got '{facet}'")
 
 

@@ -16,20 +16,23 @@ from typing import Literal
 
 from voxelstem.adapted import TUNED, Adapted, needs_tokens
 from voxelstem.certainty.crossfit import CrossFitted, answering, cross_fit, seed_of
-from voxelstem.certainty.folds import Folds, plan_folds, strata_of
+from voxelstem.certainty.folds import Folds, asked_folds, strata_of
+from voxelstem.choosing.ladder import CANNOT
+from voxelstem.errors import IngestError
 from voxelstem.features import FeaturesOf, embedder, examples_of, in_region
 from voxelstem.judging.contest import Contest, intensity_features
 from voxelstem.metrics import Interval
 from voxelstem.model import Model
 from voxelstem.progress import Advance, progress
 from voxelstem.protocols import Example
+from voxelstem.samepeople import same_people
 from voxelstem.store import Record
 from voxelstem.truth import class_names, is_aligned
 
 When = Literal["few", "always", "never"]
 FEW = 20
 """Below this many test subjects a scan-level run is cross-fitted too, if `few` is asked for."""
-FOLDS, REPEATS = 5, 3
+REPEATS = 3
 VOXEL_REPEATS = 1
 """Where voxels are labelled, heads take long to fit, and every scan gives thousands of answers."""
 
@@ -84,17 +87,19 @@ def nested(name: str, adapted: Adapted, contest: Contest, model: Model, folder: 
     records = _labelled(adapted, contest)
     classes = class_names(contest.truth, records, voxels=voxels)
     makers = _contestants(name, adapted, contest, model, folder)
-    first = _examples(contest, records, next(iter(makers.values()))[0]())
     try:
-        strata = strata_of(first, classes, together=_copies(records))
+        first = _examples(contest, records, next(iter(makers.values()))[0]())
+        together = same_people(contest.store, records, folder)
+        strata = strata_of(first, classes, together=together)
         repeats = VOXEL_REPEATS if voxels else REPEATS
-        plan = plan_folds(strata, count=FOLDS, repeats=repeats, seed=adapted.config.seed)
+        told = contest.truth.folds
+        plan = asked_folds(strata, count="auto", told=told, repeats=repeats, seed=adapted.config.seed)
         found: dict[str, CrossFitted] = {}
         with progress(f"evaluate: {name}, cross-fitted", len(makers) * sum(len(folds.held) for folds in plan)) as step:
             for who, several in makers.items():
                 examples = [first] if who == name else [_examples(contest, records, make()) for make in several]
                 found[who] = _repeated(adapted, classes, examples, plan, step)
-    except ValueError as error:
+    except (*CANNOT, IngestError) as error:
         return _without(name, f"the labelled subjects cannot be cross-fitted: {error}")
     return Nested(
         run=name,
@@ -147,15 +152,6 @@ def _contestants(
 
 def _examples(contest: Contest, records: Sequence[Record], features: FeaturesOf) -> list[Example]:
     return list(examples_of(contest.store, records, contest.truth, features, contest.task))
-
-
-def _copies(records: Sequence[Record]) -> list[set[str]]:
-    """Subjects under whom the same voxels or the same acquisition stand: they may not be parted."""
-    by_scan: dict[str, set[str]] = {}
-    for record in records:
-        for mark in {record.voxels, record.group}:
-            by_scan.setdefault(mark, set()).add(record.subject)
-    return [subjects for subjects in by_scan.values() if len(subjects) > 1]
 
 
 def _repeated(

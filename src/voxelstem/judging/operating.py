@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,18 @@ from voxelstem.adapted import TUNED, Adapted
 from voxelstem.answers import best_threshold
 from voxelstem.certainty.calibration import wilson_interval
 from voxelstem.certainty.crossfit import out_of_fold, rows_of
-from voxelstem.certainty.folds import draw_folds, strata_of
+from voxelstem.certainty.folds import asked_folds, strata_of
+from voxelstem.choosing.ladder import CANNOT
 from voxelstem.features import examples_of
 from voxelstem.judging.contest import Outcomes
 from voxelstem.judging.evidence import Played
 from voxelstem.judging.groups import groups_of
 from voxelstem.metrics import Interval
 from voxelstem.report.evidence import OperatingPoint
+from voxelstem.samepeople import same_people
 
 FEWEST, FEWEST_OF_A_KIND = 10, 3
 """Subjects that a threshold is fixed on at least, and of each of the two classes."""
-FOLDS = 5
 TWO = 2
 
 
@@ -55,7 +57,7 @@ class Rates:
         return {name: getattr(self, name) for name in names}
 
 
-def operating_point(played: Played, adapted: Adapted) -> OperatingPoint | None:
+def operating_point(played: Played, adapted: Adapted, folder: Path) -> OperatingPoint | None:
     """Judge a run with two classes at a threshold that no test subject had a say in; None for other runs.
 
     The threshold is that of the best balanced accuracy on labelled validation subjects whom the head did not learn
@@ -65,7 +67,7 @@ def operating_point(played: Played, adapted: Adapted) -> OperatingPoint | None:
     first = next(iter(outcomes.values()))
     if len(classes) != TWO or not isinstance(getattr(first, "truth", None), int) or not hasattr(first, "scores"):
         return None
-    fixed = fix_threshold(played, adapted)
+    fixed = fix_threshold(played, adapted, folder)
     if fixed.why:
         return OperatingPoint(run=played.name, positive=classes[1], why=fixed.why)
     rows = rows_of(outcomes)
@@ -85,7 +87,7 @@ def operating_point(played: Played, adapted: Adapted) -> OperatingPoint | None:
     )
 
 
-def fix_threshold(played: Played, adapted: Adapted) -> Fixed:
+def fix_threshold(played: Played, adapted: Adapted, folder: Path) -> Fixed:
     """Fix the threshold on validation subjects, else on cross-fitted labelled ones; or say why neither can be."""
     contest = played.contest
     learned = {record.subject for record in contest.labelled}
@@ -106,8 +108,8 @@ def fix_threshold(played: Played, adapted: Adapted) -> Fixed:
             why=f"{said}, and {len(learned)} are learned from: {FEWEST} are needed, {FEWEST_OF_A_KIND} a class"
         )
     try:
-        outcomes = _cross_fitted(played, adapted)
-    except ValueError as error:
+        outcomes = _cross_fitted(played, adapted, folder)
+    except CANNOT as error:
         return Fixed(why=f"{said}, and those who are learned from cannot be cross-fitted: {error}")
     return Fixed(threshold=_best(outcomes), on=f"{len(outcomes)} labelled subjects, each by a head of another fold")
 
@@ -138,8 +140,10 @@ def _best(outcomes: Outcomes) -> float:
     return best_threshold(rows.probabilities[:, 1], rows.truth == 1)
 
 
-def _cross_fitted(played: Played, adapted: Adapted) -> dict[str, Any]:
+def _cross_fitted(played: Played, adapted: Adapted, folder: Path) -> dict[str, Any]:
     contest, config = played.contest, adapted.config
     examples = list(examples_of(contest.store, contest.labelled, contest.truth, played.features, contest.task))
-    folds = draw_folds(strata_of(examples, contest.classes), count=FOLDS, seed=config.seed)
+    together = same_people(contest.store, contest.labelled, folder)
+    strata = strata_of(examples, contest.classes, together=together)
+    (folds,) = asked_folds(strata, count="auto", told=contest.truth.folds, repeats=1, seed=config.seed)
     return out_of_fold(contest.task, examples, contest.classes, mode=config.mode, seed=config.seed, folds=folds)

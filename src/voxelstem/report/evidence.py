@@ -50,6 +50,8 @@ class Sureness:
     """Of the interval of the answer's probability, on average."""
     bins: tuple[IntervalBin, ...] = ()
     """Subjects of similar intervals, and how often the answer was right."""
+    unmeasured: tuple[str, ...] = ()
+    """What the run's findings state and was not held to its word here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +157,7 @@ def _sure(one: Sureness) -> list[str]:
             f"{one.run}: intervals of the answer's probability are {one.width:.3f} wide on average; what was observed "
             f"may lie within them in {held} of {len(one.bins)} bins"
         )
+    lines += [f"{one.run}: {what}: NOT MEASURED" for what in one.unmeasured]
     parts += [page.bullets(lines)] if lines else []
     if one.bins:
         told = [

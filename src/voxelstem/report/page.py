@@ -274,7 +274,7 @@ def _organs(scores: Sequence[Score], spoken: str) -> str:
         ]
         for score in scores
     ]
-    asked = any(score.task == "zeroshot" for score in scores)
+    asked = any(score.task in ("classify", "zeroshot") for score in scores)
     what = "class, where it is known" if asked else "organ, mean over the subjects that have it"
     return table(["contestant", *organs], rows, caption=f"{spoken} of each {what}")
 

@@ -170,8 +170,8 @@ class Classify:
     def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
         """What is said of one scan: its class, calibrated where the run could be; or yes or no to each class."""
         if manylabels.answers_each(head):
-            chances = self.answer(head, features).tolist()
-            said = [(name, *sure.answered(name, chance)) for name, chance in zip(head.classes, chances, strict=True)]
+            asked = zip(head.classes, self.answer(head, features).tolist(), manylabels.thresholds(head), strict=True)
+            said = [(name, *sure.answered(name, chance, threshold=limit)) for name, chance, limit in asked]
             return tuple(
                 Finding(
                     name=name,

@@ -42,7 +42,7 @@ class Regress:
     unit: str = "1"
     """Of the label file's numbers, as UCUM writes it: `a` for years, `mm`, `1` for plain numbers."""
     strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-    """Candidates for the weight of the squared norm, on standardised columns; leaving one scan out chooses."""
+    """Candidates for the weight of the squared norm, on standardised columns; leaving one subject out chooses."""
     neighbours: int = 5
     """Over how many labelled scans `knn` takes the mean (fewer if there are fewer)."""
     temperature: float = 0.07
@@ -67,18 +67,19 @@ class Regress:
         """Fit `probe`, `knn` or `attention` to scans with a value; there are no classes. Only attention needs the seed.
 
         Raises:
-            ValueError: an unknown mode, fewer than two scans, one without a value, or nothing to attend to.
+            ValueError: an unknown mode, fewer than two subjects, a scan without a value, or nothing to attend to.
         """
         if mode not in self.modes:
             raise ValueError(f"regress has no mode '{mode}'")
         values = np.array([math.nan if example.value is None else example.value for example in examples])
-        if len(values) < 2 or not np.isfinite(values).all():  # noqa: PLR2004 - a line needs two points
-            raise ValueError("a regression needs at least two scans, each with a value")
+        if len({example.subject for example in examples}) < 2 or not np.isfinite(values).all():  # noqa: PLR2004 - a line needs two points
+            raise ValueError("a regression needs scans of two subjects at least, each with a value")
         if mode == "attention":
             return self._attend(examples, values, classes, seed)
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
         if mode == "knn":
             return Head(mode=mode, classes=classes, arrays={"rows": unit(rows), "values": values})
+        rows, values = _by_subject([example.subject for example in examples], rows, values)
         middle, scale = rows.mean(axis=0), rows.std(axis=0)
         scale = np.where(scale > 1e-9 * np.maximum(np.abs(rows).max(axis=0), 1e-9), scale, 1.0)
         weight, strength = ridge((rows - middle) / scale, values - values.mean(), self.strengths)
@@ -176,6 +177,17 @@ def huber(values: Float[np.ndarray, "scan"]) -> attending.Loss:
     return lambda logits, rows: F.smooth_l1_loss(logits[:, 0], known[torch.from_numpy(rows)])
 
 
+def _by_subject(
+    subjects: Sequence[str], rows: Float[np.ndarray, "scan dim"], values: Float[np.ndarray, "scan"]
+) -> tuple[Float[np.ndarray, "subject dim"], Float[np.ndarray, "subject"]]:
+    """Scans of one subject averaged: left out in turn are then subjects, and not scans whose like stays in."""
+    _, places = np.unique(subjects, return_inverse=True)
+    counts = np.bincount(places)
+    means = np.zeros((len(counts), rows.shape[1]))
+    np.add.at(means, places, rows)
+    return means / counts[:, None], np.bincount(places, weights=values) / counts
+
+
 def pearson(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float:
     """Linear correlation; NaN where one side does not vary."""
     a, b = one - one.mean(), other - other.mean()
@@ -189,7 +201,7 @@ def ridge(
 ) -> tuple[Float[np.ndarray, "dim"], float]:
     """Weights of the ridge regression of centred values on centred rows, and the strength that was chosen.
 
-    Leaving each scan out in turn is computed at once from the singular values (Golub, Heath and Wahba 1979); the mean
+    Leaving each row out in turn is computed at once from the singular values (Golub, Heath and Wahba 1979); the mean
     is part of what is left out.
     """
     left, sizes, right = np.linalg.svd(rows, full_matrices=False)

@@ -1,7 +1,7 @@
 """The labelled cases that are most like a scan: neighbours by cosine, as embedded or under a learned metric.
 
-Nothing is said that no labelled case says: who reads the answer can open the cases it rests on. A case of the scan's
-own subject is never among them.
+Nothing is said that no labelled case says: who reads the answer can open the cases it rests on. Where answers are
+scored, no case of the scan's own subject is among them; a labelled scan that is asked about finds itself.
 """
 
 from __future__ import annotations

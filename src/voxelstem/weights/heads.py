@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,16 +30,19 @@ _LINEAR = ("middle", "scale", "weight", "bias")
 class ScanHead(nn.Module):
     """A linear head over a scan's vector: (row, dim) -> the `OUTPUTS` of its kind, each with rows first."""
 
-    def __init__(self, head: Head, kind: Kind, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self, head: Head, kind: Kind, *, temperature: float = 1.0, lines: Sequence[tuple[float, float]] = ()
+    ) -> None:
         """Take over the arrays.
 
         Args:
             head: A linear one.
             kind: What it answers.
             temperature: Logits of `one` are divided by it before the softmax.
+            lines: Of `each`, scale and shift that bring the log-odds of every class to a calibrated probability.
 
         Raises:
-            ValueError: the head is not linear, or not of this kind.
+            ValueError: the head is not linear, or not of this kind, or not one line for each class.
         """
         super().__init__()
         self.kind: Kind = kind
@@ -57,6 +61,12 @@ class ScanHead(nn.Module):
         arrays["start"] = bias - ((middle - centre) * slope).sum(axis=1)
         for name, array in arrays.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(array)).float())
+        if kind == "each":
+            steps = np.array(lines or [(1.0, 0.0)] * len(head.classes), dtype=np.float64)
+            if len(steps) != len(head.classes):
+                raise ValueError(f"{len(head.classes)} classes need as many lines, got {len(steps)}")
+            for place, name in enumerate(("steep", "shift")):
+                self.register_buffer(name, torch.from_numpy(steps[:, place].copy()).float())
         if kind == "cox":
             baseline = np.asarray(head.arrays["baseline"], dtype=np.float64)
             self.register_buffer("baseline", torch.from_numpy(baseline).float())
@@ -69,7 +79,7 @@ class ScanHead(nn.Module):
             case "one":
                 return said, (said / self.temperature).softmax(dim=-1)
             case "each":
-                return said, said.sigmoid()
+                return said, (said * own.steep + own.shift).sigmoid()
             case "value":
                 return (said[:, 0],)
             case "cox":
