@@ -19,6 +19,7 @@ from voxelstem.features import look
 from voxelstem.findings import of_json
 from voxelstem.model import load
 from voxelstem.predict import PredictConfig, Predictor, at_most, run
+from voxelstem.regions import of_box
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.study import Study
 from voxelstem.tasks.segment import compare
@@ -221,12 +222,12 @@ def test_a_scan_that_surely_needs_more_is_refused_before_the_network_sees_it(
     scan, need = as_file(study, tmp_path), 4.0 * study.volumes[0].array.size
     config = PredictConfig(max_ram_gib=64.0)
     with monkeypatch.context() as less:
-        less.setattr("voxelstem.predict.left_bytes", lambda: need - 1)
+        less.setattr("voxelstem.room.left_bytes", lambda: need - 1)
         less.setattr(Predictor, "predict", lambda *_, **__: pytest.fail("the network was asked"))
         (refused,) = run([scan], weights=place / "segment", out=tmp_path / "found", how=config).refusals
     assert refused.code == "out-of-memory"
     assert "64 GiB that --max-ram allows" in refused.reason
-    monkeypatch.setattr("voxelstem.predict.left_bytes", lambda: need)
+    monkeypatch.setattr("voxelstem.room.left_bytes", lambda: need)
     assert not run([scan], weights=place / "segment", out=tmp_path / "found", how=config).refusals
 
 
@@ -319,7 +320,21 @@ def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_p
     mask = tmp_path / "mask.nii.gz"
     nib.Nifti1Image(region.astype(np.uint8), volume.affine_ras).to_filename(mask)
     config = PredictConfig(formats=("json",), region=mask)
-    assert not run([as_file(study, tmp_path)], weights=out, out=tmp_path / "f", how=config).refusals
+    scan = as_file(study, tmp_path)
+    assert not run([scan], weights=out, out=tmp_path / "f", how=config).refusals
+    corners = np.argwhere(region)
+    ends = [volume.affine_ras @ np.array([*corner, 1.0]) for corner in (corners.min(axis=0), corners.max(axis=0))]
+    (low_r, low_a, low_s), (high_r, high_a, high_s) = (pick(ends, axis=0)[:3].tolist() for pick in (np.min, np.max))
+    low, high = (low_r, low_a, low_s), (high_r, high_a, high_s)
+    boxed = run([scan], weights=out, out=tmp_path / "box", how=PredictConfig(box_ras_mm=(low, high)))
+    laid = of_box(volume.affine_ras, volume.shape_ijk, low_ras_mm=low, high_ras_mm=high)
+    inside = predictor.predict(study, region=laid)
+    assert [one.answer for one in boxed.findings[0].findings] == [one.answer for one in inside.findings.findings]
+    nowhere = PredictConfig(box_ras_mm=((9e3, 9e3, 9e3), (9e3, 9e3, 9e3)))
+    (refused,) = run([scan], weights=out, out=tmp_path / "far", how=nowhere).refusals
+    assert "the box does not fit the scan" in refused.reason
+    with pytest.raises(ValueError, match="not both"):
+        PredictConfig(region=mask, box_ras_mm=(low, high))
 
 
 def test_without_a_wish_a_scan_level_run_writes_json_and_a_mask_that_is_not_asked_for_is_refused(

@@ -29,7 +29,8 @@ from voxelstem.outputs.result import Mask, Result, Written
 from voxelstem.pieces import measure
 from voxelstem.progress import progress
 from voxelstem.protocols import Features
-from voxelstem.room import GIB, at_most, left_bytes
+from voxelstem.regions import of_box
+from voxelstem.room import allowed, at_most, check_room
 from voxelstem.sources import Source, iterate, read_labels
 from voxelstem.store.subjects import site_key, source_name
 from voxelstem.streaming import of_volume
@@ -61,6 +62,8 @@ class PredictConfig:
     """Resample a DICOM series with gantry tilt or uneven slices instead of refusing it; no DICOM can go back to it."""
     region: Path | None = None
     """A mask on the scan's grid, of the region that the run looks at; for one scan at a time."""
+    box_ras_mm: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    """The region as a box instead: its low and its high corner in the patient."""
     commercial: bool = False
     """Claim commercial use: weights whose licence forbids it are refused."""
 
@@ -76,6 +79,13 @@ class PredictConfig:
                 raise ConfigError(f"there is no output '{name}'", hint=closest(name, OUTPUTS))
         if min(self.max_ram_gib, self.least_mm3, self.most_parts) < 0:
             raise ValueError("max_ram_gib, least_mm3 and most_parts must not be negative")
+        if self.region is not None and self.box_ras_mm is not None:
+            raise ValueError("a region is a mask or a box, not both")
+
+    @property
+    def somewhere(self) -> bool:
+        """Whether a region is given."""
+        return self.region is not None or self.box_ras_mm is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +134,8 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
         how = replace(how, formats=("json", "nifti") if predictor.marks else ("json",))
     predictor.check(how)
     found = [source for path in sources for source in iterate(path)]
-    if how.region is not None and len(found) > 1:
-        raise ConfigError(f"one mask does not fit {len(found)} scans", hint="predict one scan at a time")
+    if how.somewhere and len(found) > 1:
+        raise ConfigError(f"one region does not fit {len(found)} scans", hint="predict one scan at a time")
     findings: list[Findings] = []
     written: list[Written] = []
     refusals: list[Refused] = []
@@ -139,7 +149,7 @@ def run(sources: Sequence[Path], *, weights: Path, out: Path, how: PredictConfig
             except ConfigError as error:
                 refusals.append(Refused(relative=source.relative, code="does-not-fit", reason=error.problem))
             except MemoryError:
-                reason = f"it needs more than {_allowed(how)}"
+                reason = f"it needs more than {allowed(how.max_ram_gib)}"
                 refusals.append(Refused(relative=source.relative, code="out-of-memory", reason=reason))
             advance(1, note="refused" if refusals and refusals[-1].relative == source.relative else "")
     return PredictReport(findings=tuple(findings), written=tuple(written), refusals=tuple(refusals))
@@ -197,10 +207,10 @@ class Predictor:
                     hint="use --format json",
                 )
         wanted = self.adapted.config.see.region if self._net is None and not self.task.voxels else ""
-        if how.region is not None and not wanted:
-            raise ConfigError("this run looks at no region", hint="leave --region out")
-        if wanted and how.region is None:
-            raise ConfigError(f"this run looks at a region, '{wanted}'", hint="give its mask with --region")
+        if how.somewhere and not wanted:
+            raise ConfigError("this run looks at no region", hint="leave --region and --box out")
+        if wanted and not how.somewhere:
+            raise ConfigError(f"this run looks at a region, '{wanted}'", hint="give its mask with --region, or --box")
         if self._net is not None and len(self.full.contrasts) > 1:
             raise ConfigError(
                 f"this run sees {', '.join(self.full.contrasts)} together, and files are read one by one",
@@ -322,8 +332,8 @@ def _answer(
     """Predict one scan and write what was asked for; what was written before one output refused counts as told."""
     study = source.read(repair=how.repair)
     if predictor.marks:
-        _check_room(math.prod(study.volumes[0].shape_ijk) * MARK_BYTES, how)
-    region = None if how.region is None else _region(how.region, study)
+        check_room(math.prod(study.volumes[0].shape_ijk) * MARK_BYTES, how.max_ram_gib)
+    region = _region(how, study) if how.somewhere else None
     images = _images(source) if any(name in DICOM for name in how.formats) else ()
     predicted = predictor.predict(study, region=region, least_mm3=how.least_mm3, most_parts=how.most_parts)
     del study  # of a long scan most of the memory that is held by now, and writing takes some too
@@ -342,28 +352,19 @@ def _answer(
         findings += [predicted.findings] if mine else []
 
 
-def _check_room(need: float, how: PredictConfig) -> None:
-    """Refuse a scan at once that surely needs more memory than is left.
-
-    Raises:
-        IngestError: `out-of-memory`.
-    """
-    if need > (left := left_bytes()):
-        raise IngestError(
-            f"it needs {need / GIB:.1f} GiB more, and of {_allowed(how)} {left / GIB:.1f} GiB are left",
-            code="out-of-memory",
-            hint="allow more memory, or crop the scan",
-        )
-
-
-def _allowed(how: PredictConfig) -> str:
-    """Whose limit of memory it is."""
-    return f"the {how.max_ram_gib:g} GiB that --max-ram allows" if how.max_ram_gib else "the memory there is here"
-
-
-def _region(path: Path, study: Study) -> Bool[np.ndarray, "i j k"]:
-    """Read a mask and see that it lies on the scan's grid."""
-    grid, first = read_labels(path), study.volumes[0]
+def _region(how: PredictConfig, study: Study) -> Bool[np.ndarray, "i j k"]:
+    """Lay the box into the scan, or read the mask and see that it lies on the scan's grid."""
+    first = study.volumes[0]
+    if how.box_ras_mm is not None:
+        low, high = how.box_ras_mm
+        try:
+            return of_box(first.affine_ras, first.shape_ijk, low_ras_mm=low, high_ras_mm=high)
+        except ValueError as error:
+            raise ConfigError(
+                f"the box does not fit the scan: {error}", hint="give mm in the patient (RAS+)"
+            ) from error
+    assert how.region is not None
+    grid = read_labels(how.region)
     apart = np.abs((grid.affine_ras - first.affine_ras) @ np.array([*first.shape_ijk, 1.0])).max()
     if grid.array.shape != first.shape_ijk or apart > SAME_MM:
         raise ConfigError("the mask of the region lies on another grid than the scan", hint="resample it to the scan's")

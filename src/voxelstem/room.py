@@ -8,6 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from voxelstem.errors import IngestError
+
 GIB = 1 << 30
 LIBRARIES = 1 << 27
 """Pages of libraries that are resident only once they are used, beyond those that are when a limit is set."""
@@ -49,6 +51,25 @@ def left_bytes() -> float:
     """How much more the process may take before memory is refused; infinity where no limit is set."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return math.inf if limit == resource.RLIM_INFINITY else max(float(limit - _status("VmData")), 0.0)
+
+
+def check_room(need: float, gib: float) -> None:
+    """Refuse at once what surely needs more bytes than are left; `gib` is the limit that was set, 0 without one.
+
+    Raises:
+        IngestError: `out-of-memory`.
+    """
+    if need > (left := left_bytes()):
+        raise IngestError(
+            f"it needs {need / GIB:.1f} GiB more, and of {allowed(gib)} {left / GIB:.1f} GiB are left",
+            code="out-of-memory",
+            hint="allow more memory, or crop the scan",
+        )
+
+
+def allowed(gib: float) -> str:
+    """Whose limit of memory it is, in words."""
+    return f"the {gib:g} GiB that --max-ram allows" if gib else "the memory there is here"
 
 
 def _status(*names: str) -> int:

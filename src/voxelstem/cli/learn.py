@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from voxelstem.cli.triples import box_ras_mm
 from voxelstem.config import overlay, parse_assignments, read_toml
 from voxelstem.errors import ConfigError
 from voxelstem.terminal import DONE, answer, listed, refused, verdict
@@ -243,6 +244,8 @@ class Telling:
     """Smaller pieces of a structure are not listed by themselves."""
     region: Path | None = None
     """A mask of the region that the run looks at, on the scan's grid; for one scan."""
+    box: str | None = None
+    """The region as a box in mm in the patient (RAS+), from its low to its high corner: --box=-90,-20,40:-60,15,70."""
     repair: bool = False
     """Resample a DICOM series with gantry tilt or uneven slices instead of refusing it."""
     commercial: bool = False
@@ -281,6 +284,7 @@ def predict(
             max_ram_gib=how.max_ram,
             least_mm3=how.least_mm3,
             region=how.region,
+            box_ras_mm=box_ras_mm(how.box),
             repair=how.repair,
             commercial=how.commercial,
         )

@@ -53,3 +53,20 @@ def place(text: str | None) -> tuple[tuple[int, int, int] | None, Triple | None]
         return None, edges
     i, j, k = map(int, edges)
     return (i, j, k), None
+
+
+def box_ras_mm(text: str | None) -> tuple[Triple, Triple] | None:
+    """Read a box in mm in the patient, such as `-90,-20,40:-60,15,70`; nothing stays nothing.
+
+    Raises:
+        ConfigError: it is not two corners, the low one first.
+    """
+    if text is None:
+        return None
+    low, high = (triple(part) for part in (text.partition(":")[0], text.partition(":")[2]))
+    if low is None or high is None or any(a > b for a, b in zip(low, high, strict=True)):
+        raise ConfigError(
+            f"'{text}' is no box",
+            hint="write its low and its high corner in mm in the patient, such as --box=-90,-20,40:-60,15,70",
+        )
+    return low, high
