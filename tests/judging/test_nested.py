@@ -9,10 +9,11 @@ from tests.fewlabelled import make_store, make_weights
 from voxelstem import adapt
 from voxelstem.adapted import Adapted, read_run
 from voxelstem.certainty.crossfit import answering, cross_fit, seed_of
-from voxelstem.certainty.folds import plan_folds, strata_of
+from voxelstem.certainty.folds import USUAL, plan_folds, strata_of
 from voxelstem.features import examples_of
 from voxelstem.judging.entries import Entry, enter
-from voxelstem.judging.nested import FOLDS, REPEATS, is_wanted, nested
+from voxelstem.judging.nested import REPEATS, is_wanted, nested
+from voxelstem.samepeople import same_people
 from voxelstem.store import Store
 
 
@@ -49,7 +50,7 @@ def test_every_labelled_subject_of_any_split_is_predicted_beside_the_baselines(
 ) -> None:
     adapted, entry = one
     found = nested("run", adapted, entry.contest, entry.model, place / "features")
-    assert (found.subjects, found.folds, found.repeats, found.why) == (20, FOLDS, REPEATS, "")
+    assert (found.subjects, found.folds, found.repeats, found.why) == (20, USUAL, REPEATS, "")
     assert [(line.name, line.metric) for line in found.scores] == [
         (name, metric) for metric in adapted.task.metrics for name in ("run", "scratch", "intensity")
     ]
@@ -66,7 +67,8 @@ def test_the_figures_are_those_of_plain_cross_fitting_repeat_by_repeat(place: Pa
     adapted, entry = one
     contest = entry.contest
     examples = list(examples_of(contest.store, contest.truth.records, contest.truth, entry.features, contest.task))
-    plan = plan_folds(strata_of(examples, contest.classes), count=FOLDS, repeats=REPEATS, seed=0)
+    together = same_people(contest.store, contest.truth.records, place / "features")
+    plan = plan_folds(strata_of(examples, contest.classes, together=together), count=USUAL, repeats=REPEATS, seed=0)
     figures = []
     for repeat, folds in enumerate(plan):
         answer = answering(contest.task, examples, contest.classes, mode="probe")

@@ -86,7 +86,7 @@ def test_several_scans_of_a_subject_are_averaged() -> None:
 @pytest.mark.parametrize("values", [[1.0], [1.0, None]])
 def test_too_little_to_draw_a_line_is_refused(values: list[float | None]) -> None:
     seen = [example(np.ones(2), value, index) for index, value in enumerate(values)]
-    with pytest.raises(ValueError, match="at least two scans, each with a value"):
+    with pytest.raises(ValueError, match="scans of two subjects at least, each with a value"):
         Regress().fit(seen, (), mode="probe", seed=0)
 
 
