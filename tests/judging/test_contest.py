@@ -164,7 +164,8 @@ def test_a_file_of_prompts_that_was_changed_between_two_runs_has_other_baselines
         rows = (place / "findings.csv").read_text().splitlines()
         labels.write_text("\n".join(row.rpartition(",")[0] for row in rows) + "\n")
         usual = {"labels": labels, "settings": {"head.prompts": str(mine)}}
-        runs.append(asked(place, tmp_path / f"run{number}", **usual))
+        run = asked(place, tmp_path / f"run{number}", **usual)
+        runs.append(run.rename(run.with_name(f"run-{number}")))
         alone.append(_eces(place, labels, runs[-1:], tmp_path / f"alone{number}"))
     assert alone[0] != alone[1]
     assert _eces(place, labels, runs, tmp_path / "both") == alone[0] + alone[1]
