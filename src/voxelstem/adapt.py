@@ -30,7 +30,7 @@ from voxelstem.adapted import (
 from voxelstem.artefact import CACHE, Calibration, LabelFacts, Parent, RunCard, Split, seal
 from voxelstem.auto import Labelled, choose
 from voxelstem.card import Card, read_card, write_weights
-from voxelstem.certainty.assurance import LEVEL, Assurance, assure, group_of
+from voxelstem.certainty.assurance import LEVEL, Assurance, assure, groups_each
 from voxelstem.certainty.folds import asked_folds, strata_of
 from voxelstem.certainty.unseen import hear
 from voxelstem.config import flatten, spelt, without_places
@@ -279,10 +279,7 @@ class _Kin:
     @staticmethod
     def of(store: Store, records: Sequence[Record], rest: Path | None) -> _Kin:
         """Look for copies where anybody is to be held out; what is found rests in `rest`."""
-        told: dict[str, set[str]] = {}
-        for record in records:
-            told.setdefault(record.subject, set()).add(group_of(record.acquisition))
-        groups = {subject: next(iter(own)) for subject, own in told.items() if len(own) == 1}
+        groups = groups_each((record.subject, record.acquisition) for record in records)
         return _Kin(together=() if rest is None else same_people(store, records, rest), groups=groups)
 
 
