@@ -39,6 +39,7 @@ class Run:
     size: tuple[int, int, int] = (8, 8, 8)
     scales: tuple[float, ...] = (0.5, 1.0)
     optim: Optim = field(default_factory=Optim)
+    cooldown: Warmup | None = field(default_factory=Warmup)
 
 
 texts = st.text(st.characters(codec="utf-8"))
@@ -57,6 +58,7 @@ runs = st.builds(
         name=st.sampled_from(["adamw", "sgd"]),
         warmup=st.builds(Warmup, share=numbers),
     ),
+    cooldown=st.none() | st.builds(Warmup, share=numbers),
 )
 
 
@@ -103,6 +105,10 @@ def test_lists_become_tuples_and_ints_become_floats():
     run = overlay(Run(), {"size": [1, 2, 3], "scales": [1, 2], "optim.lr": 1})
     assert run.size == (1, 2, 3)
     assert all(isinstance(scale, float) for scale in (*run.scales, run.optim.lr))
+
+
+def test_an_optional_group_is_switched_off_by_the_word_none_too():
+    assert overlay(Run(), parse_assignments(["cooldown=none"])) == Run(cooldown=None)
 
 
 def test_an_optional_setting_is_switched_off_by_the_word_none():

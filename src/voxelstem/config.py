@@ -46,7 +46,8 @@ def _overlay(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
         if head not in kinds:
             raise ConfigError(f"unknown setting '{prefix}{head}'", hint=closest(head, list(kinds)))
         group = dataclasses.is_dataclass(getattr(config, head))
-        if not dot and group and not dataclasses.is_dataclass(value):
+        left_out = value in (None, "none") and NoneType in get_args(kinds[head])
+        if not dot and group and not left_out and not dataclasses.is_dataclass(value):
             parts = [field.name for field in dataclasses.fields(getattr(config, head))]
             raise ConfigError(
                 f"'{prefix}{head}' is a group of settings, got {value!r}",
