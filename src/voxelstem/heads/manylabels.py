@@ -19,6 +19,7 @@ from torch import Tensor
 from voxelstem.answers import HALF, Answer, truth_of
 from voxelstem.heads import attending
 from voxelstem.heads.bags import bag_of, kind_of
+from voxelstem.heads.neighbours import Nearest, nearest, unit
 from voxelstem.losses.binary import balanced_binary_entropy, kind_weights
 from voxelstem.protocols import Example, Features, Head
 
@@ -82,9 +83,8 @@ def fit_votes(examples: Sequence[Example], classes: tuple[str, ...], *, mode: st
     Raises:
         ValueError: as `truths`.
     """
-    rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    arrays = {"rows": rows, "truth": truths(examples, classes)}
+    rows = np.stack([example.features.scan for example in examples])
+    arrays = {"rows": unit(rows), "truth": truths(examples, classes)}
     return Head(mode=mode, classes=classes, arrays=arrays, facts=dict(FACTS))
 
 
@@ -140,8 +140,9 @@ def chances(head: Head, features: Features, *, neighbours: int, temperature: flo
         return expit(attending.score(head, features).logits)
     row = features.scan.astype(np.float64)
     if head.mode == "knn":
-        cosines = head.arrays["rows"] @ (row / max(float(np.linalg.norm(row)), 1e-12))
-        return np.array([_vote(cosines, column, neighbours, temperature) for column in head.arrays["truth"].T])
+        rows, truth = head.arrays["rows"], head.arrays["truth"].T
+        near = [nearest(rows, row, neighbours, hidden=np.isnan(column)) for column in truth]
+        return np.array([_vote(few, column, temperature) for few, column in zip(near, truth, strict=True)])
     standard = (row - head.arrays["middle"]) / head.arrays["scale"]
     return expit((head.arrays["weight"] * standard).sum(axis=-1) + head.arrays["bias"])
 
@@ -164,13 +165,9 @@ def answer_of(head: Head, example: Example, scores: Float[np.ndarray, "classes"]
     )
 
 
-def _vote(
-    cosines: Float[np.ndarray, "scan"], truth: Float[np.ndarray, "scan"], neighbours: int, temperature: float
-) -> float:
-    known = np.flatnonzero(~np.isnan(truth))
-    nearest = known[np.argsort(-cosines[known], kind="stable")[:neighbours]]
-    votes = np.exp((cosines[nearest] - cosines[nearest[0]]) / temperature)
-    return float(np.clip((votes * truth[nearest]).sum() / votes.sum(), 0.0, 1.0))
+def _vote(near: Nearest, truth: Float[np.ndarray, "scan"], temperature: float) -> float:
+    """Of those that know, the share that says yes."""
+    return float(np.clip(near.shares(temperature) @ truth[near.places], 0.0, 1.0))
 
 
 def _parts(

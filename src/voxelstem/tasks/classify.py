@@ -24,6 +24,7 @@ from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Weights
 from voxelstem.heads import attending, manylabels
 from voxelstem.heads.bags import bag_of, kind_of
+from voxelstem.heads.neighbours import nearest, unit
 from voxelstem.protocols import Example, Features, Head
 
 RULED_OUT = -1e4
@@ -121,7 +122,7 @@ class Classify:
         if len(np.unique(truth)) < 2:  # noqa: PLR2004
             raise ValueError("the labelled scans are all of one class")
         if mode == "knn":
-            return Head(mode=mode, classes=classes, arrays={"rows": _unit(rows), "truth": truth})
+            return Head(mode=mode, classes=classes, arrays={"rows": unit(rows), "truth": truth})
         if mode == "attention":
             return self._attend(examples, truth, classes, seed)
         middle, scale = rows.mean(axis=0), _spread(rows, self.prior)
@@ -158,12 +159,10 @@ class Classify:
             raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         row = scan.astype(np.float64)
         if head.mode == "knn":
-            cosines = head.arrays["rows"] @ _unit(row[None])[0]
-            nearest = np.argsort(-cosines, kind="stable")[: self.neighbours]
+            near = nearest(head.arrays["rows"], row, self.neighbours)
             votes = np.zeros(len(head.classes))
-            strengths = np.exp((cosines[nearest] - cosines[nearest[0]]) / self.temperature)
-            np.add.at(votes, head.arrays["truth"][nearest], strengths)
-            return votes / votes.sum()
+            np.add.at(votes, head.arrays["truth"][near.places], near.shares(self.temperature))
+            return votes
         logits = head.arrays["weight"] @ ((row - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
         return softmax(logits)
 
@@ -289,10 +288,6 @@ def balanced_entropy(truth: Int[np.ndarray, "scan"]) -> attending.Loss:
 def majority(truth: Sequence[str], classes: tuple[str, ...]) -> tuple[float, ...]:
     """Share of each class among the labelled scans: what one can say about a scan without seeing it."""
     return tuple(truth.count(label) / len(truth) for label in classes)
-
-
-def _unit(rows: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row dim"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _spread(rows: Float[np.ndarray, "row dim"], prior: float) -> Float[np.ndarray, "dim"]:
