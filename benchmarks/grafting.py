@@ -6,7 +6,8 @@ DIR holds `starter/`, `ct/` and `sts/`. Tables (n is how many people, or structu
 
 - `ct`: the tumours of the sarcoma CTs. The patients are cut into three folds; a seed's pretraining and its heads have
   not seen the fold that they are asked about, and learn from all patients of the other two.
-- `organs`: organs of the two CTs that have many of them, each learned from the other one; printed for each scan.
+- `organs`: organs of the two CTs that have many of them, each learned from the other one. Intervals are over the
+  structures of both, not over people: there are two.
 - `mr`: the same as `ct` for the T1 MRs, with the brain recipe pretrained on the other folds' MRs.
 - `structures`: two CTs with many structures. A structure of one of them is named by the structures of the other: the
   tokens that lie in it are pooled (`see.region` of `adapt`), and the most similar answer counts. Intervals are over
@@ -58,7 +59,7 @@ from voxelstem.model import Model, load
 from voxelstem.store import Store
 from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import InputSpec
-from voxelstem.tasks.segment import Segment
+from voxelstem.tasks.segment import SURFACE, Segment
 from voxelstem.truth import Truth
 from voxelstem.weights.i3resnet import import_i3resnet
 
@@ -166,15 +167,30 @@ def each_from_the_other(store: Store, seeds: Sequence[int], mode: str) -> Questi
     return Question(task="organs", mode=mode, budget=1, repeats=len(seeds), rounds=rounds)
 
 
-def scored(out: Path, rows: Sequence[Row], ask: Callable[[str], Question]) -> list[Told]:
-    """Answer all rounds of every row; scores are paired with the row under each, with intensity and with the U-Net."""
+def each_structure(repeats: Repeats) -> Repeats:
+    """Outcomes of structures in place of scans: of two people intervals over people say nothing."""
+    parts: Repeats = {}
+    for subject, several in repeats.items():
+        for name in several[0]:
+            if not name.startswith(SURFACE):
+                parts[f"{subject}, {name}"] = tuple({name: one[name]} for one in several)
+    return parts
+
+
+def scored(
+    out: Path, rows: Sequence[Row], ask: Callable[[str], Question], units: Callable[[Repeats], Repeats] = dict
+) -> list[Told]:
+    """Answer all rounds of every row; scores are paired with the row under each, with intensity and with the U-Net.
+
+    `units` are what intervals are over: people.
+    """
     found: dict[str, Repeats] = {}
     for row in rows:
         question = ask(row.mode if row.mode in ("probe", "attention") else "full")
         several = []
         for place, contestant in enumerate(row.team):
             several.append(answer(out / "answers", contestant, [(question, place)])[question.mark(place)])
-        found[label(row)] = by_subject(several)
+        found[label(row)] = units(by_subject(several))
     plain = next((label(row) for row in rows if row.name == "intensity"), "")
     unets = next((found[label(row)] for row in rows if row.name == UNET), None)
     contest = ask("probe").contest
@@ -360,9 +376,9 @@ def main() -> None:
         if "organs" in asked.only:
             many = Store.open(stores.organs or Path())
             rows = [row for row in ct_rows(asked, stores) if row.mode in ("probe", "none", "scratch")]
-            told = scored(asked.out, rows, lambda m: each_from_the_other(many, asked.seeds, m))
+            told = scored(asked.out, rows, lambda m: each_from_the_other(many, asked.seeds, m), each_structure)
             facts["organs"] = [[label(one.row), dataclasses.asdict(one.score)] for one in told]
-            print(f"\n## Organs of the two CTs (n={len(many)})\n\n" + table(told), flush=True)
+            print(f"\n## Organs of {len(many)} CTs (intervals over their structures)\n\n" + table(told), flush=True)
         if "mr" in asked.only:
             mr = magnets(asked)
             told = scored(asked.out, mr_rows(asked, mr), lambda m: question_of(mr.tested, mr.held_out, asked.seeds, m))
