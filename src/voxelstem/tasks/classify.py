@@ -162,7 +162,7 @@ class Classify:
             near = nearest(head.arrays["rows"], row, self.neighbours)
             votes = np.zeros(len(head.classes))
             np.add.at(votes, head.arrays["truth"][near.places], near.shares(self.temperature))
-            return votes
+            return votes / votes.sum()  # shares that add up to 1 may add up to a rounding more
         logits = head.arrays["weight"] @ ((row - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
         return softmax(logits)
 
