@@ -125,7 +125,7 @@ def test_layers_are_counted_from_one_and_named_once(layers: tuple[int, ...]) -> 
         SeeConfig(layers=layers)
 
 
-def test_what_stands_beside_is_one_of_two(tmp_path: Path) -> None:
+def test_what_stands_beside_is_one_of_a_few(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beside"):
         resolve("classify", "probe", budget=None, settings={"see.beside": "texture"})
 
@@ -137,3 +137,8 @@ def test_settings_that_contradict_the_mode_are_refused() -> None:
         with pytest.raises(ConfigError, match="attention looks at"):
             resolve("classify", "attention", budget=None, settings=settings)
     assert resolve("segment", "attention", budget=None, settings={"see.beside": "intensity"}).mode == "attention"
+    with pytest.raises(ConfigError, match="nothing of single places"):
+        resolve("segment", "probe", budget=None, settings={"see.beside": "radiomics"})
+    for mode in ("full", "adapters"):
+        with pytest.raises(ConfigError, match="on a frozen network"):
+            resolve("classify", mode, budget=None, settings={"see.beside": "intensity"})

@@ -309,9 +309,13 @@ def test_another_store_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_no_run_and_what_is_no_run_are_refused(place: Path, tmp_path: Path) -> None:
-    twins = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    with pytest.raises(ConfigError, match="two runs are called 'run'"):
-        evaluate.run(twins, store=place / "store", labels=place / "contrast.csv", out=tmp_path)
+    with pytest.raises(ConfigError, match="one run was named twice"):
+        evaluate.run(
+            [place / "contrast", place / "a" / ".." / "contrast"],
+            store=place / "store",
+            labels=place / "contrast.csv",
+            out=tmp_path,
+        )
     with pytest.raises(ConfigError, match="no run"):
         evaluate.run([], store=place / "store", labels=place / "contrast.csv", out=tmp_path)
     with pytest.raises(ConfigError, match="not a finished run"):

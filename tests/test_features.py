@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tests.fewlabelled import QUICK, SPEC, make_store, make_weights
 
-from voxelstem import adapt, baselines, evaluate
+from voxelstem import adapt, baselines, evaluate, regions
 from voxelstem.adapted import SeeConfig, read_run
 from voxelstem.card import Card
 from voxelstem.errors import ConfigError
-from voxelstem.features import embedder, with_intensity
+from voxelstem.features import embedder, look, with_intensity, with_radiomics
 from voxelstem.model import load, make_model
 from voxelstem.store import Store
 
@@ -81,6 +81,36 @@ def test_without_tokens_the_scans_vector_alone_is_joined(place: Path) -> None:
     joined = with_intensity(model.embed(volume), volume, model.spec)
     assert joined.tokens is None
     assert joined.scan.shape == (2 * 24 + 32,)
+
+
+def test_radiomics_of_the_body_and_of_a_region_stand_beside_the_scan_in_a_store_as_out_of_it(
+    place: Path, tmp_path: Path
+) -> None:
+    model, store = load(place / "weights"), Store.open(place / "store")
+    record = next(iter(store))
+    volume, labels = store.volume(record.key), store.labels(record.key)
+    assert labels is not None
+    liver = regions.of_class(labels, "liver")
+    body = baselines.radiomics(volume, baselines.find_body(volume)).scan
+    whole = embedder(model, store, tmp_path, tokens=False)(record.key).scan
+    found = embedder(model, store, tmp_path, tokens=False, see=SeeConfig(beside="radiomics"))(record.key)
+    np.testing.assert_array_equal(found.scan, np.concatenate([whole, body]))
+    see = SeeConfig(beside="radiomics", region="liver")
+    pooled = embedder(model, store, tmp_path, tokens=False, see=SeeConfig(region="liver"))(record.key).scan
+    found = embedder(model, store, tmp_path, tokens=False, see=see)(record.key)
+    expected = np.concatenate([pooled, body, baselines.radiomics(volume, liver).scan])
+    np.testing.assert_array_equal(found.scan, expected)
+    asked = look(model, volume, tokens=False, see=see, region=liver)
+    np.testing.assert_allclose(asked.scan, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_single_voxel_radiomics_says_nothing_and_the_scan_is_named(place: Path) -> None:
+    model, store = load(place / "weights"), Store.open(place / "store")
+    volume = store.volume(next(iter(store)).key)
+    region = np.zeros(volume.shape_ijk, dtype=np.bool_)
+    region[5, 5, 5] = True
+    with pytest.raises(ConfigError, match="radiomics of scan 0123 cannot be told"):
+        with_radiomics(model.embed(volume), volume, region, of="of scan 0123 ")
 
 
 def test_what_was_seen_through_other_layers_is_never_taken_from_the_cache(place: Path, tmp_path: Path) -> None:

@@ -293,7 +293,8 @@ def test_boxes_of_a_detection_are_findings_in_millimetres(place: Path, tmp_path:
     assert np.linalg.norm(told - centre) < 60
 
 
-def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", ["intensity", "radiomics"])
+def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_path: Path, beside: str) -> None:
     out = adapt.run(
         weights=place / "weights",
         store=place / "store",
@@ -301,7 +302,7 @@ def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_p
         task="classify",
         mode="probe",
         out=tmp_path / "liver",
-        settings={"see.region": "liver", "see.beside": "intensity"},
+        settings={"see.region": "liver", "see.beside": beside},
     )
     report = evaluate.run([out], store=place / "store", labels=place / "contrast.csv", out=tmp_path / "report")
     by_name = {score.name: score.value.estimate for score in report.scores if score.metric == "auroc"}

@@ -20,6 +20,7 @@ from voxelstem.adapted import (
     TUNED,
     AdaptConfig,
     Made,
+    SeeConfig,
     keep_weights,
     needs_tokens,
     read_run,
@@ -125,8 +126,10 @@ def _climb(weights: str | Path, config: AdaptConfig, store: Store, labels: Path 
     write_whole(work / "auto.json", text.encode())
     write_whole(work / "index.html", ladder_page(chosen.climb, chosen.curve, chosen.curve_of, chosen.why).encode())
     mode = chosen.climb.chosen
-    full = replace(config.full or FinetuneConfig(), changes=tuning_of(mode)) if mode in TUNED else None
-    return replace(config, mode=mode, full=full)
+    if mode not in TUNED:
+        return replace(config, mode=mode, full=None)
+    full = replace(config.full or FinetuneConfig(), changes=tuning_of(mode))
+    return replace(config, mode=mode, full=full, see=SeeConfig())  # a network that is trained sees its own tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,8 +48,9 @@ class SeeConfig:
     region: str = ""
     """Of scan-level tasks: the structure in the scans' label maps whose tokens alone are pooled; the whole scan if
     empty. `predict` is given a mask."""
-    beside: Literal["nothing", "intensity"] = "nothing"
-    """Beside each token the histogram of its patch, beside the scan that of the body: how bright they are, plainly."""
+    beside: Literal["nothing", "intensity", "radiomics"] = "nothing"
+    """`intensity`: beside each token the histogram of its patch, beside the scan that of the body. `radiomics`, of
+    scan-level tasks: beside the scan IBSI's first-order radiomics and shape of the body, and of the `region`."""
 
     def __post_init__(self) -> None:
         """Guard the layers.
@@ -206,6 +207,10 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
     config = overlay(config, settings)
     if config.full is not None and mode in TUNED and config.full.changes != tuning_of(mode):
         raise ConfigError("full.changes is set by --mode", hint="use --mode adapters or --mode full")
+    if mode in TUNED and config.see != SeeConfig():
+        raise ConfigError("see.* is for heads on a frozen network", hint="leave it out, or use --mode probe")
+    if kind.voxels and config.see.beside == "radiomics":
+        raise ConfigError("radiomics says nothing of single places", hint="use see.beside=intensity")
     if mode == "attention" and not kind.voxels and (config.see.region or config.see.beside != "nothing"):
         raise ConfigError(
             "attention looks at a scan's own blocks or patches: with see.region or see.beside there are none to weigh",

@@ -192,7 +192,6 @@ def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dic
         "spleen_probe": Wanted(labels=spleen, task="classify", mode="probe", budget=size.labelled),
         "spleen_knn": Wanted(labels=spleen, task="classify", mode="knn", budget=size.labelled),
     }
-    # A run's folder names it in the table.
     runs = {name: out / "adapted" / name / "pretrained" for name in wanted}
     for name, one in wanted.items():
         if not (runs[name] / "adapt.json").exists():
@@ -211,8 +210,9 @@ def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dic
     how = evaluate.EvaluateConfig(nested="never", unet_steps=size.unet_steps)
     first = evaluate.run(voxel, store=gathered.store, labels=organs, out=out / "scores" / "segment", config=how)
     second = evaluate.run(scan, store=gathered.store, labels=spleen, out=out / "scores" / "spleen", config=how)
-    joined = replace(first, scores=(*first.scores, *second.scores))
-    return runs, joined
+    # Runs of one model are one line over budgets here, whatever parts their folders.
+    scores = (replace(score, name=score.name.rpartition("/")[2]) for score in (*first.scores, *second.scores))
+    return runs, replace(first, scores=tuple(scores))
 
 
 def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:

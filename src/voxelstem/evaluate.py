@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from voxelstem.adapted import TUNED, Adapted, read_run
+from voxelstem.adapted import TUNED, Adapted
 from voxelstem.card import read_card
 from voxelstem.certainty.crossfit import as_facts
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
@@ -25,7 +24,7 @@ from voxelstem.judging.contest import (
     intensity_features,
     once,
 )
-from voxelstem.judging.entries import Entry, check_leakage, enter
+from voxelstem.judging.entries import Entry, check_leakage, enter, read_runs
 from voxelstem.judging.evidence import Played, against, between, prevalence, question, sureness
 from voxelstem.judging.exposure import Exposure, expose, told_by_card
 from voxelstem.judging.gallery import gallery
@@ -33,6 +32,7 @@ from voxelstem.judging.nested import Nested, When, is_wanted, nested
 from voxelstem.judging.operating import operating_point
 from voxelstem.judging.rival import STEPS, UNET, resting_rival, rival_config
 from voxelstem.judging.scoring import REFERENCES, few_label_table, table_of
+from voxelstem.judging.volumes import sizes_of
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.progress import progress
@@ -119,7 +119,8 @@ class Evaluation:
         if any(score.value.low is not None for score in self.scores):
             found["intervals"] = f"95 % bootstrap over {self.test_subjects} subjects"
         where = "see How sure the runs may be"
-        found |= {"calibration": where} if any(one.stated or one.covered for one in self.sureness) else {}
+        sure = any(one.stated or one.covered or one.volumes for one in self.sureness)
+        found |= {"calibration": where} if sure else {}
         found |= {"strange": where} if any(one.flagged is not None for one in self.sureness) else {}
         seen = {one.known for one in self.exposure.values()}
         found |= {"leakage_pretraining": "; ".join(sorted(seen))} if seen and all(seen) else {}
@@ -159,13 +160,10 @@ def run(
             weights were pretrained on holds one among its training subjects.
         CheckpointError: the weights are damaged or `out` cannot be written.
     """
-    twice = [name for name, count in Counter(folder.name for folder in runs).items() if count > 1]
-    if twice:
-        raise ConfigError(f"two runs are called '{twice[0]}': their lines could not be told apart", hint="rename one")
     if not runs:
         raise ConfigError("no run to evaluate", hint="name one or more --out folders of `adapt`")
     opened = Store.open(store)
-    finished = [read_run(folder) for folder in runs]
+    finished = read_runs(runs)
     entries = [enter(adapted, opened, labels, out / "features", commercial=commercial) for adapted in finished]
     exposure = _expose(opened, finished, entries, config)
     told: list[_Told] = []
@@ -266,6 +264,7 @@ def _tell(adapted: Adapted, entry: Entry, known: dict[str, _Rest], out: Path, co
         outcomes=outcomes,
         assurance=adapted.assurance,
         features=entry.features,
+        sizes=sizes_of(adapted.name, contest, adapted.head, entry.features) if adapted.assurance.volumes else {},
     )
     fresh = entry.mark not in known
     if fresh:

@@ -59,9 +59,15 @@ def embedder(model: Model, store: Store, folder: Path, *, tokens: bool, see: See
 
     def recall(key: str) -> Features:
         found: Features = embed_volume_cached(seen, store, key, folder, tokens=tokens or bool(see.region))
-        if see.beside != "nothing":
+        if see.beside == "intensity":
             found = with_intensity(found, store.volume(key), model.spec)
-        return found if not see.region else in_region(found, store, key, see.region)
+        if see.region:
+            found = in_region(found, store, key, see.region)
+        if see.beside == "radiomics":
+            labels = store.labels(key) if see.region else None
+            region = None if labels is None else regions.of_class(labels, see.region)
+            found = with_radiomics(found, store.volume(key), region, of=f"of scan {key[:16]} ")
+        return found
 
     return recall
 
@@ -99,22 +105,22 @@ def look(
         IngestError: the volume is refused.
     """
     seen = model.through(see.layers) if see.layers else model
-    found: Features = seen.embed(volume, tokens=tokens or bool(see.region))
-    if see.beside != "nothing":
-        found = with_intensity(found, volume, model.spec)
-    if not see.region:
-        return found
-    if region is None:
+    if see.region and region is None:
         raise ConfigError(f"this run looks at a region, '{see.region}'", hint="give its mask with --region")
-    try:
-        return regions.pool(found, region, volume.affine_ras)
-    except ValueError as error:
-        raise ConfigError(str(error), hint="the mask must lie on the scan's own grid") from error
+    found: Features = seen.embed(volume, tokens=tokens or bool(see.region))
+    if see.beside == "intensity":
+        found = with_intensity(found, volume, model.spec)
+    if see.region and region is not None:
+        try:
+            found = regions.pool(found, region, volume.affine_ras)
+        except ValueError as error:
+            raise ConfigError(str(error), hint="the mask must lie on the scan's own grid") from error
+    return with_radiomics(found, volume, region) if see.beside == "radiomics" else found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
-    """What a model says of a scan, and beside it how bright the same places are."""
+    """What a model says of a scan, and beside it how bright the same places are, or what radiomics says."""
 
     scan: Float[np.ndarray, " dim"]
     tokens: Float[np.ndarray, "ti tj tk dim"] | None
@@ -130,6 +136,27 @@ def with_intensity(found: Features, volume: Volume, spec: InputSpec) -> Joined:
     bright = baselines.patch_histograms(volume, spec, found.tokens_affine_ras, (i, j, k))
     tokens = np.concatenate([found.tokens, bright.astype(found.tokens.dtype)], axis=-1)
     return Joined(scan=scan, tokens=tokens, tokens_affine_ras=found.tokens_affine_ras)
+
+
+def with_radiomics(
+    found: Features, volume: Volume, region: Bool[np.ndarray, "i j k"] | None = None, *, of: str = ""
+) -> Joined:
+    """Put `baselines.radiomics` of the body, and after it that of a region, beside the one vector of a scan.
+
+    A mean over tokens says what something looks like. Volume and shape, which a prognosis often hangs on, are here.
+
+    Raises:
+        ConfigError: the region has no shape, or lies on another grid.
+    """
+    parts = [found.scan, baselines.radiomics(volume, baselines.find_body(volume)).scan]
+    try:
+        parts += [] if region is None else [baselines.radiomics(volume, region).scan]
+    except ValueError as error:
+        raise ConfigError(
+            f"radiomics {of}cannot be told: {error}",
+            hint="leave see.beside out, or name a structure of three voxels or more",
+        ) from error
+    return Joined(scan=np.concatenate(parts), tokens=found.tokens, tokens_affine_ras=found.tokens_affine_ras)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -337,6 +337,23 @@ def test_volumes_have_intervals_that_hold_the_truth_as_often_as_they_say_where_e
     assert "volumes without intervals" in assure(sizes(6, "u"), examples(40)).notes[0]
 
 
+def test_a_volume_is_asked_for_by_number_as_a_finding_gets_it() -> None:
+    shown = {f"k{at}": Sizes(predicted_mm3={"liver": 1e6}, true_mm3={"liver": 1e6 + 9e3 * at}) for at in range(30)}
+    sure = assure(shown, examples(40))
+    weights = Weights(sha256="0" * 64, name="organs", licence="apache-2.0")
+    finding = Finding(name="liver", kind="segment", weights=weights, place=Place(volume_mm3=9e5))
+    size = sure.volume("liver", 900.0)
+    assert size is not None
+    assert sure.sized(finding).quantity == size
+    assert size.low is not None
+    assert size.high is not None
+    assert 0.0 < size.low < 900.0 < size.high
+    assert (size.unit, size.level) == ("mL", LEVEL)
+    for name, value in (("liver", 0.0), ("gland", 900.0)):
+        assert sure.volume(name, value) is None
+    assert Assurance().volume("liver", 900.0) is None
+
+
 def test_means_of_classes_stand_beside_neighbours() -> None:
     labelled = [replace(one, label="ab"[at % 2]) for at, one in enumerate(examples(60))]
     found = assure({}, labelled)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from tests.fewlabelled import make_store, make_weights
@@ -9,7 +10,7 @@ from tests.fewlabelled import make_store, make_weights
 from voxelstem import adapt
 from voxelstem.adapted import read_run
 from voxelstem.errors import AuditError, ConfigError
-from voxelstem.judging.entries import contest_of, enter
+from voxelstem.judging.entries import contest_of, enter, read_runs
 from voxelstem.store import Store
 
 
@@ -50,6 +51,19 @@ def test_an_entry_brings_the_run_s_own_labelled_scans_against_all_labelled_test_
     # Another mode has other baselines.
     other = enter(read_run(place / "knn"), store, place / "contrast.csv", place / "features", commercial=False)
     assert other.mark != entry.mark
+
+
+def test_runs_are_called_by_their_folders_and_by_more_of_the_path_where_two_are_alike(
+    place: Path, tmp_path: Path
+) -> None:
+    assert [run.name for run in read_runs([place / "probe", place / "knn"])] == ["probe", "knn"]
+    twins = [tmp_path / name / "run" for name in ("few", "many")]
+    for source, twin in zip(("probe", "knn"), twins, strict=True):
+        copytree(place / source, twin)
+    assert [run.name for run in read_runs(twins)] == ["few/run", "many/run"]
+    assert [run.name for run in read_runs([*twins, place / "knn"])] == ["few/run", "many/run", f"{place.name}/knn"]
+    with pytest.raises(ConfigError, match="named twice"):
+        read_runs([place / "probe", place / "knn" / ".." / "probe"])
 
 
 def test_labels_that_no_longer_fit_the_run_are_refused(place: Path) -> None:

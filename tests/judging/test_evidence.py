@@ -15,7 +15,6 @@ from voxelstem.certainty.volumes import Sizes
 from voxelstem.heads.boxes import Matched
 from voxelstem.judging.contest import Contest
 from voxelstem.judging.evidence import (
-    CalibrationOfEach,
     Played,
     against,
     between,
@@ -257,40 +256,117 @@ def test_yes_and_no_of_many_classes_are_measured_before_and_after_like_one_class
     assert found.calibrated["ece"].estimate < found.stated["ece"].estimate
     assert abs(found.calibrated["slope"].estimate - 1) < abs(found.stated["slope"].estimate - 1)
     assert found.covered is None
-    assert found.unmeasured == ("intervals of the probability of yes or no",)
+    assert set(found.ends) == {"a", "b"}
+    assert all(one.overall.held and sum(each.held for each in one.bins) >= 4 for one in found.ends.values())
+    assert not found.unmeasured
     assert not sureness(played(new, Assurance(), Classify())).calibrated
-    assert not sureness(played(new, Assurance(), Classify())).unmeasured
+    nothing = sureness(played(new, Assurance(), Classify()))
+    assert not nothing.ends
+    assert nothing.unmeasured == {"intervals of the probability of yes or no": "the run has none"}
 
 
-def test_draws_in_which_nobody_of_a_class_is_leave_that_class_out() -> None:
-    sample = list(answers(4, 3, "t").values())
-    figure = CalibrationOfEach(figure=CalibrationFigure(kind="brier"))
-    found = figure.resampled(sample, np.array([[0, 1, 2, 3], [1, 1, 3, 3]]))
-    assert found[1] == pytest.approx(np.mean([(one.scores[0] - one.truth[0]) ** 2 for one in sample[1::2]]))
-    assert not np.isnan(found[0])
-    nobody = [replace(one, truth=(math.nan,) * 3) for one in sample]
-    assert math.isnan(figure(nobody))
-    assert math.isnan(figure([]))
+def in_boxes(count: int, seed: int, prefix: str, boast: float = 1.0, each: int = 3) -> dict[str, Detected]:
+    """Boxes of one class that are right as often as they say, or boast."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Detected] = {}
+    for at in range(count):
+        chance = rng.uniform(0.1, 0.9, each)
+        hits = rng.random(each) < chance
+        odds = (chance / (1 - chance)) ** boast
+        said = tuple((odds / (1 + odds)).tolist())
+        found[f"{prefix}{at}"] = Detected(
+            by_class={"ball": Matched(scores=said, hits=tuple(hits.tolist()), truths=each)}
+        )
+    return found
 
 
-def test_what_is_stated_of_boxes_and_volumes_and_not_measured_is_said() -> None:
-    rng = np.random.default_rng(0)
-    sizes = {
-        f"k{at}": Sizes(predicted_mm3={"liver": float(1000 + rng.normal())}, true_mm3={"liver": 1000.0})
-        for at in range(20)
+def in_sizes(count: int, seed: int, prefix: str, error: float) -> dict[str, Sizes]:
+    """Livers about as large as they are marked, and spleens a little nearer to it."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Sizes] = {}
+    for at in range(count):
+        liver, spleen = 1.5e6 * rng.uniform(0.8, 1.2), 2e5 * rng.uniform(0.8, 1.2)
+        marked = {"liver": liver * (1 + error * rng.normal()), "spleen": spleen * (1 + error / 2 * rng.normal())}
+        found[f"{prefix}{at}"] = Sizes(predicted_mm3=marked, true_mm3={"liver": liver, "spleen": spleen})
+    return found
+
+
+def test_probabilities_of_boxes_are_measured_before_and_after_with_their_ends() -> None:
+    sure = assure(in_boxes(120, 1, "k", boast=3.0), known())
+    found = sureness(played(in_boxes(60, 2, "t", boast=3.0), sure, cast(Any, None)))
+    assert found.boxes == 180
+    assert found.calibrated["ece"].estimate < found.stated["ece"].estimate
+    assert abs(found.calibrated["slope"].estimate - 1) < abs(found.stated["slope"].estimate - 1)
+    assert found.stated["ece"].subjects == 60
+    assert found.stated["ece"].low is not None
+    assert set(found.ends) == {"ball"}
+    assert found.ends["ball"].overall.rows == 180
+    assert found.ends["ball"].overall.held
+    assert not found.unmeasured
+    plain = sureness(played(in_boxes(60, 2, "t", boast=3.0), Assurance(), cast(Any, None)))
+    assert plain.stated == found.stated
+    assert not plain.calibrated
+    assert plain.unmeasured == {"intervals of the probability of a box": "the run has none"}
+
+
+def test_boxes_of_too_few_subjects_are_not_measured_and_it_says_so() -> None:
+    sure = assure(in_boxes(40, 1, "k"), known())
+    none = Detected(by_class={"ball": Matched(scores=(), hits=(), truths=1)})
+    found = sureness(played(in_boxes(2, 2, "t") | {"t2": none, "t3": none}, sure, cast(Any, None)))
+    assert not found.stated
+    assert found.boxes == 0
+    assert not found.ends
+    why = "2 test subjects have any, 3 are the least"
+    assert found.unmeasured == {
+        "how often boxes are right that are said to be": why,
+        "intervals of the probability of a box, 'ball'": why,
     }
-    marked = sureness(played({"t0": cast(Any, 1.0)}, assure(sizes, known()), cast(Any, None)))
-    assert marked.unmeasured == ("how often intervals of volumes hold the true volume",)
-    there = [at % 2 == 0 for at in range(60)]
-    ball = {
-        f"k{at}": Detected(by_class={"ball": Matched(scores=(float(rng.uniform(0.2, 0.8)),), hits=(hit,), truths=1)})
-        for at, hit in enumerate(there)
+
+
+class Marks:
+    """A task that labels voxels, of which nothing else is asked here."""
+
+    metrics = ()
+
+    def mark(self) -> None:
+        """Stands for that of a real one."""
+
+
+def test_intervals_of_volumes_are_held_to_their_word_of_each_structure_and_of_all() -> None:
+    sure = assure(in_sizes(100, 1, "k", 0.1), known())
+    new = {who: (one,) for who, one in in_sizes(100, 2, "t", 0.1).items()}
+    plain = played({who: {"liver": 0.9} for who in new}, sure, cast(Any, Marks()))
+    found = sureness(replace(plain, sizes=new))
+    assert found.volumes is not None
+    assert found.volumes.level == pytest.approx(0.9)
+    assert found.volumes.overall.estimate == pytest.approx(0.9, abs=0.06)
+    assert set(found.volumes.by_structure) == {"liver", "spleen"}
+    assert not found.unmeasured
+    # Where segmentations err by three times as much as they did while held out, the promise is broken, and it shows.
+    worse = {who: (one,) for who, one in in_sizes(100, 2, "t", 0.3).items()}
+    broken = sureness(replace(plain, sizes=worse)).volumes
+    assert broken is not None
+    assert broken.overall.high is not None
+    assert broken.overall.high < 0.65
+
+
+def test_volumes_that_could_not_be_measured_are_named_with_the_reason() -> None:
+    sure = assure(in_sizes(100, 1, "k", 0.1), known())
+    what = "how often intervals of volumes hold the true volume"
+    new = {who: (one,) for who, one in in_sizes(5, 2, "t", 0.1).items()}
+    plain = played({who: {"liver": 0.9} for who in new}, sure, cast(Any, Marks()))
+    assert sureness(replace(plain, assurance=Assurance())).unmeasured == {what: "the run has none"}
+    few = dict(list(new.items())[:2])
+    assert sureness(replace(plain, sizes=few)).unmeasured == {what: "2 test subjects have any, 3 are the least"}
+    no_spleen = {
+        who: tuple(Sizes(predicted_mm3={**one.predicted_mm3, "spleen": 0.0}, true_mm3=one.true_mm3) for one in scans)
+        for who, scans in new.items()
     }
-    boxes = sureness(played({"t0": cast(Any, 1.0)}, assure(ball, known()), cast(Any, None)))
-    assert boxes.unmeasured == (
-        "how often boxes are right that are said to be",
-        "intervals of the probability of a box",
-    )
+    found = sureness(replace(plain, sizes=no_spleen))
+    assert found.unmeasured == {f"{what}, 'spleen'": "0 test subjects have any, 3 are the least"}
+    assert found.volumes is not None
+    assert set(found.volumes.by_structure) == {"liver"}
+    assert found.volumes.missed == 5
 
 
 def test_two_runs_are_compared_subject_by_subject_and_the_better_one_is_above_zero() -> None:

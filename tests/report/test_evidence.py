@@ -5,7 +5,15 @@ from dataclasses import replace
 from voxelstem.certainty.vennabers import IntervalBin
 from voxelstem.metrics import Interval
 from voxelstem.report import page
-from voxelstem.report.evidence import Compared, OperatingPoint, Prevalence, Sureness, evidence_sections
+from voxelstem.report.evidence import (
+    Compared,
+    Ends,
+    OperatingPoint,
+    Prevalence,
+    Sureness,
+    VolumesHeld,
+    evidence_sections,
+)
 
 
 def some(value: float) -> Interval:
@@ -54,8 +62,57 @@ def test_intervals_of_probabilities_are_shown_with_their_width_and_bin_by_bin() 
 
 
 def test_what_was_not_held_to_its_word_is_named() -> None:
-    text = page.page("t", evidence_sections([replace(SURE, unmeasured=("widths of <x>",))], [], []))
-    assert "widths of &lt;x&gt;: NOT MEASURED" in text
+    text = page.page("t", evidence_sections([replace(SURE, unmeasured={"widths of <x>": "too <few>"})], [], []))
+    assert "widths of &lt;x&gt;: NOT MEASURED: too &lt;few&gt;" in text
+    assert "NOT MEASURED: too" not in page.page("t", evidence_sections([SURE], [], []))
+
+
+def test_a_slope_that_no_number_can_be_is_undefined_and_not_nan() -> None:
+    lost = Interval(estimate=float("nan"), low=None, high=None, subjects=9, note="undefined in most resamples")
+    text = page.page("t", evidence_sections([replace(SURE, stated={"slope": lost}, calibrated={})], [], []))
+    assert "undefined (undefined in most resamples)" in text
+    assert "nan (" not in text
+
+
+def test_ends_of_yes_or_no_and_of_boxes_stand_class_by_class_with_how_many_there_were() -> None:
+    whole = IntervalBin(rows=40, mean_low=0.25, mean_high=0.375, came_true=some(0.3))
+    off = IntervalBin(rows=20, mean_low=0.8, mean_high=0.9, came_true=some(0.1))
+    answers = replace(SURE, ends={"<cyst>": Ends(overall=whole, bins=(whole, off))})
+    text = page.page("t", evidence_sections([answers], [], []))
+    for wanted in (
+        "ends of the probability that a class is there",
+        "&lt;cyst&gt;",
+        "0.250 to 0.375",
+        "0.300 [0.200, 0.400]",
+        "<td>1 of 2</td>",
+        "bins that may be so",
+    ):
+        assert wanted in text
+    boxes = replace(SURE, boxes=40, ends={"cyst": Ends(overall=off)})
+    text = page.page("t", evidence_sections([boxes], [], []))
+    for wanted in (
+        "that a box is right",
+        "20 of 20 subjects",
+        "0.800 to 0.900",
+        "<td>no</td>",
+        "before it had hit: 40 boxes",
+    ):
+        assert wanted in text
+    assert "bins that may be so" not in text
+
+
+def test_coverage_of_volumes_stands_beside_the_promise_of_each_structure_and_of_all() -> None:
+    held = VolumesHeld(level=0.9, overall=some(0.6), by_structure={"<liver>": some(0.7)}, volumes=33, missed=0)
+    text = page.page("t", evidence_sections([replace(SURE, volumes=held)], [], []))
+    for wanted in (
+        "the true volume for 90% held it for 0.600 [0.500, 0.700]: 33 volumes of 20 subjects",
+        "&lt;liver&gt;",
+        "0.700 [0.600, 0.800]",
+    ):
+        assert wanted in text
+    assert "not found" not in text
+    lost = page.page("t", evidence_sections([replace(SURE, volumes=replace(held, missed=4))], [], []))
+    assert "20 subjects; 4 more were there and not found, and have none" in lost
 
 
 def test_what_is_not_known_makes_no_section() -> None:

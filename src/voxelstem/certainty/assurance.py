@@ -168,19 +168,24 @@ class Assurance:
         low, high = float(found.low[0]), float(found.high[0])
         return Quantity(value=value, unit=unit, low=low, high=high, level=LEVEL)
 
+    def volume(self, name: str, value_ml: float) -> Quantity | None:
+        """A structure's volume with its interval, which is never below 0; None where there is none for it."""
+        if self.volumes is None or value_ml <= 0:
+            return None
+        value = np.array([value_ml])
+        found = self.volumes.apply(value, groups=[name], spread=value)
+        if found.lacking:
+            return None
+        low, high = max(float(found.low[0]), 0.0), float(found.high[0])
+        return Quantity(value=value_ml, unit=VOLUME_UNIT, low=low, high=high, level=LEVEL)
+
     def sized(self, finding: Finding) -> Finding:
         """The same segment with the interval of its volume in ml, where there is one for its structure."""
         volume_mm3 = None if finding.place is None else finding.place.volume_mm3
-        if self.volumes is None or finding.kind != "segment" or finding.part or not volume_mm3:
+        if finding.kind != "segment" or finding.part or not volume_mm3:
             return finding
-        value = np.array([volume_mm3 / MM3_PER_ML])
-        found = self.volumes.apply(value, groups=[finding.name], spread=value)
-        if found.lacking:
-            return finding
-        low, high = max(float(found.low[0]), 0.0), float(found.high[0])
-        return replace(
-            finding, quantity=Quantity(value=float(value[0]), unit=VOLUME_UNIT, low=low, high=high, level=LEVEL)
-        )
+        size = self.volume(finding.name, volume_mm3 / MM3_PER_ML)
+        return finding if size is None else replace(finding, quantity=size)
 
     def outlook(
         self,

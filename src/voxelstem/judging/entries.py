@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voxelstem.adapted import Adapted
+from voxelstem.adapted import Adapted, read_run
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, open_space, projector, speaker
 from voxelstem.judging.contest import Beside, Contest, plain_baselines, tuned_baselines, zeroshot_baselines
@@ -34,6 +34,23 @@ def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Rec
                 f"{count} of the test {what} were also trained on: the scores would not be honest",
                 hint="make a new store with `voxelstem ingest`: it splits by subject",
             )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Adapted]:
+    """Read runs, each under the name of its folder; where two are alike, under as much of the path as parts them.
+
+    Raises:
+        ConfigError: a run that is none, or one twice.
+        CheckpointError: a file in one is damaged.
+    """
+    paths = [folder.resolve().parts for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ConfigError("one run was named twice: its lines could not be told apart", hint="name it once")
+    longest = max(map(len, paths), default=1)
+    tails = [{path[-length:] for path in paths} for length in range(1, longest + 1)]
+    length = next(count for count, tail in enumerate(tails, start=1) if len(tail) == len(paths))
+    found = zip((read_run(folder) for folder in folders), paths, strict=True)
+    return [dataclasses.replace(adapted, name="/".join(path[-length:])) for adapted, path in found]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from voxelstem import metrics
 from voxelstem.adapted import Adapted
@@ -21,13 +21,17 @@ from voxelstem.certainty.crossfit import rows_of, scale_of
 from voxelstem.certainty.strangeness import KnownClasses, NearestKnown
 from voxelstem.certainty.thresholds import coverage
 from voxelstem.certainty.vennabers import held_frequency
+from voxelstem.certainty.volumes import Sizes
 from voxelstem.features import FeaturesOf
+from voxelstem.judging.claims import FIGURES, Told, calibrated, claims_of, ends_of_each, figures_of_each
 from voxelstem.judging.contest import Contest, Outcomes, Repeats, once
 from voxelstem.judging.groups import groups_of
-from voxelstem.metrics import Interval
-from voxelstem.report.evidence import Compared, Prevalence, Sureness
+from voxelstem.judging.volumes import subjects_of_each, volumes_held
+from voxelstem.metrics import FEWEST_SUBJECTS, Interval
+from voxelstem.report.evidence import Compared, Ends, Prevalence, Sureness, VolumesHeld
+from voxelstem.tasks.detect import Detected
 
-FIGURES = ("ece", "brier", "slope")
+NONE = "the run has none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,48 +44,8 @@ class Played:
     outcomes: Outcomes
     assurance: Assurance
     features: FeaturesOf
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationOfEach:
-    """A figure of calibration of answers about many classes: of each class by those of whom it is known, averaged."""
-
-    figure: CalibrationFigure
-
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
-
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure; NaN without subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects; NaN where no class has one.
-
-        Raises:
-            ValueError: scores that are no probabilities.
-        """
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Answer]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(answers, counts) for answers in repeats], axis=1), 1)
-
-    def _of(self, answers: Sequence[Answer], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
-        each = np.full((len(counts), len(answers[0].classes)), math.nan)
-        for at, name in enumerate(answers[0].classes):
-            known = [row for row, answer in enumerate(answers) if name in answer]
-            own = counts[:, known]
-            there = own.sum(axis=1) > 0
-            if there.any():
-                each[there, at] = self.figure.counted([_yes_or_no(answers[row], at) for row in known], own[there])
-        return metrics.defined_mean(each, 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _YesOrNo:
-    """One class of an answer, as `CalibrationFigure` takes it."""
-
-    truth: int
-    scores: tuple[float, ...]
+    sizes: Mapping[str, Sequence[Sizes]] = field(default_factory=dict[str, Sequence[Sizes]])
+    """Structures of each test subject's scans, as marked and as drawn, where the run has intervals of volumes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,21 +57,33 @@ class _Held:
     """How many classes each set holds; NaN of intervals."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Claimed:
+    """What was said to be there, and how that came true."""
+
+    stated: Mapping[str, Interval] = field(default_factory=dict[str, Interval])
+    calibrated: Mapping[str, Interval] = field(default_factory=dict[str, Interval])
+    ends: Mapping[str, Ends] = field(default_factory=dict[str, Ends])
+    boxes: int = 0
+    lacking: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What was not measured, and why."""
+
+
 def sureness(played: Played) -> Sureness:
     """Measure a run's own statements about how sure it is, as `predict` states them."""
     sure, outcomes = played.assurance, played.outcomes
-    stated: dict[str, Interval] = {}
-    calibrated: dict[str, Interval] = {}
+    stated: Mapping[str, Interval] = {}
+    after_all: Mapping[str, Interval] = {}
     held: _Held | None = None
     first = next(iter(outcomes.values()))
     subjects = sorted(outcomes)
-    if isinstance(first, Answer):
-        stated = _figures_of_each(outcomes)
-        calibrated = {} if sure.yesno is None else _figures_of_each(_answers(sure, outcomes))
+    claimed, volumes = _claimed(sure, outcomes), volumes_held(sure, played.sizes)
+    if isinstance(first, Answer | Detected):
+        stated, after_all = claimed.stated, claimed.calibrated
     elif hasattr(first, "scores") and hasattr(first, "truth") and isinstance(first.truth, int):
         stated = _figures(once(outcomes))
         after = {name: replace(one, scores=_chances(sure, one.scores)) for name, one in outcomes.items()}
-        calibrated = _figures(once(after)) if sure.calibrator is not None else {}
+        after_all = _figures(once(after)) if sure.calibrator is not None else {}
         held = None if sure.sets is None else _held(played, lambda own, part: _in_sets(own, _some(after, part)))
     elif hasattr(first, "predicted") and sure.intervals is not None:
         held = _held(played, lambda own, part: _in_intervals(own, _some(outcomes, part)))
@@ -119,7 +95,7 @@ def sureness(played: Played) -> Sureness:
         run=played.name,
         subjects=sure.subjects,
         stated=stated,
-        calibrated=calibrated,
+        calibrated=after_all,
         covered=None if held is None else coverage(held.truth, subjects).overall,
         level=None if held is None else _level(sure),
         set_size=None if held is None or np.isnan(held.sizes).any() else float(held.sizes.mean()),
@@ -128,7 +104,10 @@ def sureness(played: Played) -> Sureness:
         by_group=by_group,
         **_between(sure, outcomes),
         flagged_by_centres=_flagged(played, played.assurance.centres),
-        unmeasured=_unmeasured(sure, first),
+        ends=claimed.ends,
+        boxes=claimed.boxes,
+        volumes=volumes,
+        unmeasured={**claimed.lacking, **_volumes_lacking(played, volumes)},
     )
 
 
@@ -246,28 +225,49 @@ def _figures(repeats: Repeats) -> dict[str, Interval]:
     }
 
 
-def _figures_of_each(outcomes: Mapping[str, Answer]) -> dict[str, Interval]:
-    return {
-        kind: metrics.bootstrap_interval(outcomes, CalibrationOfEach(figure=CalibrationFigure(kind=kind)))  # pyright: ignore[reportArgumentType]
-        for kind in FIGURES
-    }
+def _claimed(sure: Assurance, outcomes: Outcomes) -> _Claimed:
+    """Answers of yes or no, and boxes; of other tasks nothing."""
+    first = next(iter(outcomes.values()))
+    if not isinstance(first, Answer | Detected):
+        return _Claimed()
+    boxes = isinstance(first, Detected)
+    told = {subject: claims_of(one) for subject, one in outcomes.items()}
+    ends, lacking = ends_of_each(sure, told), _ends_lacking(sure, told, "a box" if boxes else "yes or no")
+    have = sum(len(own) > 0 for own in told.values())
+    if boxes and have < FEWEST_SUBJECTS:
+        lacking = {"how often boxes are right that are said to be": _too_few(have)} | lacking
+        return _Claimed(ends=ends, lacking=lacking)
+    return _Claimed(
+        stated=figures_of_each(told),
+        calibrated={} if sure.yesno is None else figures_of_each({who: calibrated(sure, t) for who, t in told.items()}),
+        ends=ends,
+        boxes=sum(len(one.chances) for own in told.values() for one in own.values()) if boxes else 0,
+        lacking=lacking,
+    )
 
 
-def _yes_or_no(answer: Answer, at: int) -> _YesOrNo:
-    return _YesOrNo(truth=int(answer.truth[at]), scores=(1 - answer.scores[at], answer.scores[at]))
+def _ends_lacking(sure: Assurance, told: Mapping[str, Told], what: str) -> dict[str, str]:
+    about = f"intervals of the probability of {what}"
+    if sure.yesno is None:
+        return {about: NONE}
+    have = {name: sum(name in own for own in told.values()) for name in sure.yesno.names}
+    return {f"{about}, '{name}'": _too_few(count) for name, count in have.items() if count < FEWEST_SUBJECTS}
 
 
-def _answers(sure: Assurance, outcomes: Mapping[str, Answer]) -> dict[str, Answer]:
-    """The same with calibrated probabilities, where there are some."""
-    return {
-        subject: replace(
-            one,
-            scores=tuple(
-                sure.present(name, chance).probability for name, chance in zip(one.classes, one.scores, strict=True)
-            ),
-        )
-        for subject, one in outcomes.items()
-    }
+def _volumes_lacking(played: Played, held: VolumesHeld | None) -> dict[str, str]:
+    about, sure = "how often intervals of volumes hold the true volume", played.assurance
+    if not hasattr(played.contest.task, "mark"):
+        return {}
+    if sure.volumes is None:
+        return {about: NONE}
+    have = subjects_of_each(sure, played.sizes)
+    if held is None:
+        return {about: _too_few(max(have.values(), default=0))}
+    return {f"{about}, '{name}'": _too_few(count) for name, count in have.items() if count < FEWEST_SUBJECTS}
+
+
+def _too_few(subjects: int) -> str:
+    return f"{subjects} test subjects have any, {FEWEST_SUBJECTS} are the least"
 
 
 def _some(outcomes: Mapping[str, Any], subjects: Sequence[str]) -> dict[str, Any]:
@@ -304,18 +304,6 @@ def _in_intervals(sure: Assurance, outcomes: Mapping[str, Any]) -> _Held:
     )
     assert sure.intervals is not None
     return _Held(truth=sure.intervals.apply(predicted).holds(truth), sizes=np.full(len(truth), math.nan))
-
-
-def _unmeasured(sure: Assurance, outcome: Any) -> tuple[str, ...]:
-    """What findings state of how sure they are, and nothing here looks at."""
-    found: list[str] = []
-    if sure.volumes is not None:
-        found.append("how often intervals of volumes hold the true volume")
-    if sure.yesno is not None:
-        boxes = not isinstance(outcome, Answer)
-        found += ["how often boxes are right that are said to be"] * boxes
-        found.append(f"intervals of the probability of {'a box' if boxes else 'yes or no'}")
-    return tuple(found)
 
 
 def _chances(sure: Assurance, scores: Sequence[float]) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,31 @@ SAID = {
     "brier": "Brier score (0 is best)",
     "slope": "calibration slope (1 is best, below is boasting)",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ends:
+    """Between which ends the probability of one class was said to lie on average, and how often it came true."""
+
+    overall: IntervalBin
+    """All answers or boxes; its share has an interval over subjects."""
+    bins: tuple[IntervalBin, ...] = ()
+    """Those of similar ends, where each is of another subject."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VolumesHeld:
+    """How often stated intervals of volumes held the true volume, on the test subjects."""
+
+    level: float
+    """The share that was promised."""
+    overall: Interval
+    """Mean over subjects of the share of their structures; Wilson's interval of as many answers as subjects."""
+    by_structure: Mapping[str, Interval]
+    volumes: int
+    """How many were stated."""
+    missed: int
+    """How many more structures experts drew and the run did not find: these have no interval."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +76,13 @@ class Sureness:
     """Of the interval of the answer's probability, on average."""
     bins: tuple[IntervalBin, ...] = ()
     """Subjects of similar intervals, and how often the answer was right."""
-    unmeasured: tuple[str, ...] = ()
-    """What the run's findings state and was not held to its word here."""
+    boxes: int = 0
+    """On how many boxes `stated` and `calibrated` rest; 0 of other tasks."""
+    ends: Mapping[str, Ends] = field(default_factory=dict[str, Ends])
+    """Class to the ends of its probability, where each class is there or not, and of boxes."""
+    volumes: VolumesHeld | None = None
+    unmeasured: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What findings of such a task may state and was not held to its word here, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +164,7 @@ def evidence_sections(
 
 def _sure(one: Sureness) -> list[str]:
     rows = [
-        (SAID[name], str(value), str(one.calibrated[name]) if name in one.calibrated else "not calibrated")
+        (SAID[name], _figure(value), _figure(one.calibrated[name]) if name in one.calibrated else "not calibrated")
         for name, value in one.stated.items()
     ]
     parts = [page.table(("figure", "as stated", "calibrated"), rows, caption=one.run)] if rows else []
@@ -157,7 +188,8 @@ def _sure(one: Sureness) -> list[str]:
             f"{one.run}: intervals of the answer's probability are {one.width:.3f} wide on average; what was observed "
             f"may lie within them in {held} of {len(one.bins)} bins"
         )
-    lines += [f"{one.run}: {what}: NOT MEASURED" for what in one.unmeasured]
+    lines += _claimed(one)
+    lines += [f"{one.run}: {what}: NOT MEASURED: {why}" for what, why in one.unmeasured.items()]
     parts += [page.bullets(lines)] if lines else []
     if one.bins:
         told = [
@@ -171,10 +203,63 @@ def _sure(one: Sureness) -> list[str]:
         ]
         head = ("mean interval", "n", "answer was right", "may be so")
         parts.append(page.table(head, told, caption=f"{one.run}: intervals of probabilities"))
+    parts += _ends(one) + _volumes(one)
     for facet, groups in one.by_group.items():
         held = [(name, str(value.subjects), str(value)) for name, value in groups.items()]
         parts.append(page.table((facet, "n", "truth held"), held, caption=f"{one.run}: coverage of each {facet}"))
     return parts
+
+
+def _figure(value: Interval) -> str:
+    """A figure of calibration, or that it has no value: no slope is finite where a threshold parts true from false."""
+    return f"undefined ({value.note})" if math.isnan(value.estimate) else str(value)
+
+
+def _claimed(one: Sureness) -> list[str]:
+    """What was counted, of boxes and of volumes."""
+    lines: list[str] = []
+    if one.boxes:
+        lines.append(
+            f"{one.run}: a probability of a box is held against whether the box hits something that none before it had "
+            f"hit: {one.boxes} boxes, figures are means over classes, intervals over subjects"
+        )
+    if one.volumes is not None:
+        held = one.volumes
+        missed = f"; {held.missed} more were there and not found, and have none" if held.missed else ""
+        lines.append(
+            f"{one.run}: intervals of volumes made to hold the true volume for {held.level:.0%} held it for "
+            f"{held.overall}: {held.volumes} volumes of {held.overall.subjects} subjects{missed}"
+        )
+    return lines
+
+
+def _ends(one: Sureness) -> list[str]:
+    if not one.ends:
+        return []
+    rows = [
+        (
+            name,
+            f"{ends.overall.rows} of {ends.overall.came_true.subjects} subjects"
+            if one.boxes
+            else str(ends.overall.rows),
+            f"{ends.overall.mean_low:.3f} to {ends.overall.mean_high:.3f}",
+            str(ends.overall.came_true),
+            "yes" if ends.overall.held else "no",
+            # Boxes are no subjects, and have no bins.
+            *([] if one.boxes else [f"{sum(each.held for each in ends.bins)} of {len(ends.bins)}"]),
+        )
+        for name, ends in one.ends.items()
+    ]
+    head = ("class", "n", "mean ends", "came true", "may be so", *([] if one.boxes else ["bins that may be so"]))
+    what = "a box is right" if one.boxes else "a class is there"
+    return [page.table(head, rows, caption=f"{one.run}: ends of the probability that {what}")]
+
+
+def _volumes(one: Sureness) -> list[str]:
+    if one.volumes is None:
+        return []
+    rows = [(name, str(share.subjects), str(share)) for name, share in one.volumes.by_structure.items()]
+    return [page.table(("structure", "n", "true volume held"), rows, caption=f"{one.run}: intervals of volumes")]
 
 
 def _point(one: OperatingPoint) -> list[str]:
