@@ -47,6 +47,15 @@ def test_a_subject_has_one_row(table, third, said):
     assert "keep one row for each subject" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("Yes", "yes"), ("1", "1.0"), ("grade  2", "grade 2"), ("Straße", "STRASSE")]
+)
+def test_a_class_is_spelt_in_one_way(table, one, other):
+    with pytest.raises(ConfigError, match=f"rows 2 and 4 spell one class in two ways, '{one}' and '{other}'"):
+        read_labels(table(f"subject,label\na,{one}\nb,no\nc,{other}\n"), "classify", KEY)
+    assert len(read_labels(table("subject,label\na,HER2\nb,HER2-\nc,HER2+\n"), "classify", KEY).labels) == 3
+
+
 def test_the_row_of_each_label_is_known(table):
     read = read_labels(table("subject,label\na,1\n\nb,2\n"), "classify", KEY)
     assert (read.name, read.rows, read.folds) == ("labels.csv", {pseudonym("a", KEY): 2, pseudonym("b", KEY): 4}, {})

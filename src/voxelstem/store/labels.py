@@ -71,12 +71,13 @@ def read_labels(path: Path, kind: Kind, key: bytes) -> LabelFile[Label]:
 
     Raises:
         ConfigError: no such file, a column is missing, a cell cannot be read or is a formula, a subject has two rows,
-            or folds are not numbered.
+            a class is spelt in two ways, or folds are not numbered.
     """
     wanted = COLUMNS[kind]
     found = _Rows[Label](path)
     for row, cells in read_table(path, wanted, optional=(FOLD,)):
         found.add(row, pseudonym(cells["subject"], key), _label(cells, kind, row, path), cells.get(FOLD))
+    _check_spellings(found)
     return found.file(f"{path.name} holds no labels", hint="below the line of column names, write one row a subject")
 
 
@@ -288,6 +289,30 @@ class _Rows(Generic[Told]):
         return LabelFile(name=self.path.name, labels=labels, rows=self.rows, folds=self.folds)
 
 
+def _check_spellings(found: _Rows[Label]) -> None:
+    """See that no class is spelt in two ways, as `Yes` and `yes`, or `1` and `1.0`: it would become two classes."""
+    first: dict[str | float, tuple[str, int]] = {}
+    for subject, label in found.labels.items():
+        if not isinstance(label, str):
+            return
+        row = found.rows[subject]
+        spelt, before = first.setdefault(_sounds(label), (label, row))
+        if spelt != label:
+            raise ConfigError(
+                f"{found.path.name}: rows {before} and {row} spell one class in two ways, '{spelt[:20]}' and "
+                f"'{label[:20]}'",
+                hint="spell it alike in all rows, or give two classes names that differ in more",
+            )
+
+
+def _sounds(name: str) -> str | float:
+    """What a name says, however it is written."""
+    try:
+        return float(name)
+    except ValueError:
+        return " ".join(name.casefold().split())
+
+
 def _strip(cells: Mapping[str | None, str | list[str]], row: int, path: Path) -> dict[str, str]:
     surplus = [cell for cell in cells.get(None, ()) if cell.strip()]
     if surplus:
@@ -304,7 +329,7 @@ def _check_columns(path: Path, columns: tuple[str, ...], names: list[str]) -> No
         seen = ", ".join(names) if set(columns) & set(names) else f"{len(names)} unknown name(s)"
         raise ConfigError(
             f"{path.name}: row 1 must name the columns {','.join(columns)}; it has {seen}",
-            hint="separate columns by commas and name them in the first row",
+            hint="name the columns in the first row, in small letters, and separate them by commas",
         )
 
 
