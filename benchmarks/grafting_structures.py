@@ -11,6 +11,7 @@ import numpy as np
 from voxelstem import baselines, metrics, regions
 from voxelstem.adapted import SeeConfig
 from voxelstem.features import with_intensity
+from voxelstem.heads.scales import STILL
 from voxelstem.judging.contest import intensity_features
 from voxelstem.metrics import Interval
 from voxelstem.model import Model
@@ -147,7 +148,8 @@ def right(described: Mapping[str, Described], shared: Sequence[str]) -> dict[str
         known, asked = (
             np.stack([described[side][name] for name in shared]).astype(np.float64) for side in (other, key)
         )
-        middle, spread = known.mean(axis=0), np.maximum(known.std(axis=0), 1e-6 * np.abs(known).max() + 1e-12)
+        middle, spread = known.mean(axis=0), known.std(axis=0)
+        spread[spread <= STILL * np.abs(known).max(axis=0)] = np.inf
         one, two = ((rows - middle) / spread for rows in (asked, known))
         cosines = unit(one) @ unit(two).T
         for place, name in enumerate(shared):

@@ -31,7 +31,7 @@ from voxelstem.certainty.calibrators import Temperature
 from voxelstem.errors import CheckpointError
 from voxelstem.store import Store
 from voxelstem.study import Survival
-from voxelstem.truth import Truth
+from voxelstem.truth import Truth, told_each
 
 FULL = RunCard(
     task="classify",
@@ -100,7 +100,7 @@ def test_the_page_says_every_fact_of_the_card():
         "`yes`: 1 subjects",
         "Label file: sha256 `" + "b" * 64,
         "| learned | 11 | 12 | `" + "c" * 64,
-        "On 11 labelled subjects, cross-fitted: probabilities of classes",
+        "On 11 labelled subjects, unseen till asked: probabilities of classes",
         "no conformal sets: few",
         "Fewer than 10 subjects show: yes.",
         "voxelstem 0.11.0 and torch 2.0",
@@ -156,7 +156,12 @@ def test_labels_are_counted_by_kind(store: Store, tmp_path: Path):
     plain = Truth(records=records, labels={}, classes=())
     classes = dataclasses.replace(plain, labels={one: "a", two: "b", three: "a", four: "a"}, classes=("a", "b"))
     assert LabelFacts.of(file, classes, records) == LabelFacts(
-        kind="classes", sha256=digest, scans=4, subjects=4, classes={"a": 3, "b": 1}
+        kind="classes",
+        sha256=digest,
+        scans=4,
+        subjects=4,
+        classes={"a": 3, "b": 1},
+        told=told_each(classes, records, ()),
     )
     assert LabelFacts.of(file, classes, records[:2]).classes == {"a": 1, "b": 1}
     numbers = dataclasses.replace(plain, values={one: 3.5, two: -1.0, three: 2.0, four: 9.0})
@@ -171,6 +176,16 @@ def test_labels_are_counted_by_kind(store: Store, tmp_path: Path):
     found = LabelFacts.of(file, dataclasses.replace(plain, classes=("liver",)), records)
     assert (found.kind, dict(found.classes)) == ("voxels", {"liver": 4})
     assert LabelFacts.of(None, plain, ()) == LabelFacts()
+
+
+def test_weights_that_never_saw_a_scan_are_not_called_trained():
+    for parent, said in (
+        (Parent(name="ours"), "trained with voxelstem"),
+        (Parent(name="drawn", untrained=True), "untrained: drawn at random, no scan was learned from"),
+        # The architecture was somebody's, the numbers are nobody's.
+        (Parent(name="drawn", untrained=True, origin="its publisher"), "untrained: drawn at random"),
+    ):
+        assert f"Origin of the parent: {said}" in page(dataclasses.replace(FULL, parent=parent))
 
 
 def test_calibration_says_what_is_held_and_what_is_not():

@@ -75,7 +75,11 @@ def test_the_readme_says_what_it_is_what_it_saw_and_that_it_is_no_medical_device
 
 def test_an_untrained_model_s_readme_says_so(tmp_path: Path):
     write_weights(tmp_path / "w", TENSORS, replace(CARD, trained=()))
-    assert "none (untrained)" in (tmp_path / "w" / "README.md").read_text()
+    text = (tmp_path / "w" / "README.md").read_text()
+    assert "none (untrained)" in text
+    assert "Origin: untrained: drawn at random" in text
+    write_weights(tmp_path / "ours", TENSORS, CARD)
+    assert "Origin: trained with voxelstem" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_weights_are_never_written_over(tmp_path: Path):

@@ -394,10 +394,3 @@ def test_pretraining_that_nobody_named_is_not_measured_on_page_and_in_json(place
     (crossed,) = found.crossed
     assert crossed.subjects == 14
     assert "Cross-fitted over all labelled subjects" in (out / "index.html").read_text()
-
-
-def test_settings_without_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="unet_steps"):
-        evaluate.EvaluateConfig(unet_steps=-1)
-    with pytest.raises(ValueError, match="nested"):
-        evaluate.EvaluateConfig(nested="perhaps")  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ from voxelstem.adapted import SeeConfig, read_run
 from voxelstem.card import Card
 from voxelstem.errors import ConfigError
 from voxelstem.features import embedder, look, with_intensity, with_radiomics
+from voxelstem.heads.scales import measured_columns
 from voxelstem.model import load, make_model
 from voxelstem.store import Store
 
@@ -81,6 +82,7 @@ def test_without_tokens_the_scans_vector_alone_is_joined(place: Path) -> None:
     joined = with_intensity(model.embed(volume), volume, model.spec)
     assert joined.tokens is None
     assert joined.scan.shape == (2 * 24 + 32,)
+    assert not measured_columns([joined]).any()
 
 
 def test_radiomics_of_the_body_and_of_a_region_stand_beside_the_scan_in_a_store_as_out_of_it(
@@ -95,6 +97,7 @@ def test_radiomics_of_the_body_and_of_a_region_stand_beside_the_scan_in_a_store_
     whole = embedder(model, store, tmp_path, tokens=False)(record.key).scan
     found = embedder(model, store, tmp_path, tokens=False, see=SeeConfig(beside="radiomics"))(record.key)
     np.testing.assert_array_equal(found.scan, np.concatenate([whole, body]))
+    assert measured_columns([found]).tolist() == [False] * len(whole) + [True] * len(body)
     see = SeeConfig(beside="radiomics", region="liver")
     pooled = embedder(model, store, tmp_path, tokens=False, see=SeeConfig(region="liver"))(record.key).scan
     found = embedder(model, store, tmp_path, tokens=False, see=see)(record.key)

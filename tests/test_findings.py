@@ -39,6 +39,8 @@ names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=64)
 
 @st.composite
 def certainties(draw):
+    if draw(st.booleans()):
+        return Certainty(score=draw(numbers))
     low, probability, high = sorted((draw(shares), draw(shares), draw(shares)))
     conformal = draw(st.none() | st.lists(names, max_size=3).map(tuple))
     if draw(st.booleans()):
@@ -86,13 +88,14 @@ def single(draw):
 @settings(max_examples=50)
 @given(st.lists(single(), max_size=4))
 def test_json_gives_equal_findings_back(told):
-    before = findings(findings=tuple(told))
+    novelty = told[0].novelty if told else Novelty(flagged=True, score=0.5, p=0.1)
+    before = findings(findings=tuple(told), novelty=novelty)
     assert of_json(to_json(before)) == before
 
 
 def test_json_says_that_nothing_is_verified_and_which_weights_spoke():
     told = json.loads(to_json(findings()))
-    assert told["schema"] == "voxelstem.findings/2"
+    assert told["schema"] == "voxelstem.findings/3"
     assert told["notice"] == NOTICE
     assert "not a medical device" in told["notice"]
     assert {one["status"] for one in told["findings"]} == {"preliminary, unverified"}
@@ -119,7 +122,7 @@ def changed(**changes):
         ("", "Expecting value"),
         ("[]", "no findings of the schema"),
         ("{}", "no findings of the schema"),
-        (changed(schema="voxelstem.findings/3"), "no findings of the schema"),
+        (changed(schema="voxelstem.findings/2"), "no findings of the schema"),
         (changed(extra=1), "1 unknown fields"),
         (changed(study=7), "findings.study is of another type: int"),
         (changed(looked=[]), "at least one series"),
@@ -155,6 +158,11 @@ def test_any_text_is_refused_with_a_value_error_and_nothing_else(text):
     [
         (lambda: Certainty(probability=1.5), r"\[0, 1\]"),
         (lambda: Certainty(probability=math.nan), "finite"),
+        (lambda: Certainty(), "a probability, or a score"),  # noqa: PLW0108 - as the others here
+        (lambda: Certainty(probability=0.5, score=0.9), "a probability, or a score"),
+        (lambda: Certainty(score=math.inf), "finite"),
+        (lambda: Certainty(score=0.9, low=0.1, high=0.2, level=0.9), "no interval"),
+        (lambda: Certainty(score=0.9, calibration="platt"), "not calibrated"),
         (lambda: Certainty(probability=0.5, low=0.4), "two ends"),
         (lambda: Certainty(probability=0.5, low=0.6, high=0.7, level=0.9), "leaves out"),
         (lambda: Certainty(probability=0.5, low=-0.1, high=0.7, level=0.9), r"\[0, 1\]"),

@@ -16,13 +16,14 @@ from voxelstem.adapted import read_run
 from voxelstem.cli import run as command
 from voxelstem.errors import ConfigError, IngestError
 from voxelstem.features import look
-from voxelstem.findings import of_json
+from voxelstem.findings import of_json, to_json
 from voxelstem.model import load
 from voxelstem.predict import PredictConfig, Predictor, at_most, run
 from voxelstem.regions import of_box
 from voxelstem.sources.phantom import PhantomConfig, phantom
+from voxelstem.store.subjects import pseudonym, site_key
 from voxelstem.study import Study
-from voxelstem.tasks.segment import compare
+from voxelstem.tasks.segment import Segment, compare
 
 
 @pytest.fixture(autouse=True)
@@ -122,12 +123,94 @@ def test_a_class_comes_with_how_sure_it_is_and_whether_the_scan_is_strange(place
         assert finding.novelty is not None
         right += finding.answer == ("yes" if seed % 2 else "no")
     assert right >= 5
-    study = stranger()
-    odd = np.random.default_rng(0).normal(0, 400, study.volumes[0].array.shape).astype(np.float32)
-    noise = replace(study, volumes=(replace(study.volumes[0], array=odd),))
-    (finding,) = predictor.predict(noise).findings.findings
+    (finding,) = predictor.predict(noise_of(stranger())).findings.findings
     assert finding.novelty is not None
     assert finding.novelty.flagged
+
+
+def noise_of(study: Study) -> Study:
+    odd = np.random.default_rng(0).normal(0, 400, study.volumes[0].array.shape).astype(np.float32)
+    return replace(study, volumes=(replace(study.volumes[0], array=odd),))
+
+
+def check_strange(predictor: Predictor) -> None:
+    """Noise and the lowest quarter of a body are flagged, labelled scans and most new ones are not."""
+    known = set(predictor.adapted.subjects)
+    learned = [body for body in map(stranger, range(8)) if pseudonym(body.subject, site_key()) in known]
+    assert len(learned) > 2
+    (volume,) = (study := stranger()).volumes
+    low = volume.array[..., : volume.shape_ijk[2] // 4].copy()
+    part = replace(study, volumes=(replace(volume, array=low, labels=None),))
+    sides = (learned, [stranger(seed) for seed in range(501, 513)], [noise_of(study), part])
+    told = [[predictor.predict(one).findings for one in side] for side in sides]
+    own, usual, odd = [[found.novelty for found in side if found.novelty is not None] for side in told]
+    assert [len(side) for side in (own, usual, odd)] == [len(side) for side in sides]
+    assert not any(one.flagged for one in own)
+    assert sum(one.flagged for one in usual) < len(usual) / 2
+    assert all(one.flagged for one in odd)
+    assert min(one.score for one in odd) > np.median([one.score for one in usual])
+    for found in (*told[1], *told[2]):
+        assert {one.novelty for one in found.findings} <= {found.novelty}
+        assert "novelty" not in {one.what for one in found.unsaid}
+        assert of_json(to_json(found)) == found
+
+
+def test_marks_come_with_how_strange_the_scan_is_as_every_other_finding_does(place: Path) -> None:
+    check_strange(Predictor(place / "segment"))
+
+
+@pytest.mark.parametrize(("task", "labels"), [("segment", "liver.json"), ("classify", "contrast.csv")])
+def test_a_network_that_was_trained_knows_a_strange_scan_too(
+    place: Path, tmp_path: Path, task: str, labels: str
+) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / labels,
+        task=task,
+        mode="full",
+        out=tmp_path / "run",
+        settings={"full.steps": 2},
+    )
+    predictor = Predictor(out)
+    assert predictor.adapted.assurance.inside is not None
+    check_strange(predictor)
+    unsaid = predictor.predict(stranger()).findings.unsaid
+    assert any("scans that the network was trained on" in one.why for one in unsaid)
+    card = (out / "README.md").read_text()
+    assert "every fold would have to train the network anew" in card
+
+
+def test_where_nothing_is_found_the_scan_is_told_to_be_strange_all_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(place / "segment")
+    monkeypatch.setattr(Segment, "mark", lambda *_: np.zeros(stranger().volumes[0].shape_ijk, dtype=np.int16))
+    found = predictor.predict(noise_of(stranger())).findings
+    assert not found.findings
+    assert found.novelty is not None
+    assert found.novelty.flagged
+
+
+@pytest.mark.parametrize("mode", ["probe", "full"])
+def test_a_run_that_knows_no_scans_says_that_strangeness_is_not_known(place: Path, tmp_path: Path, mode: str) -> None:
+    """So are runs that were made before tuned networks kept any."""
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "contrast.csv",
+        task="classify",
+        mode=mode,
+        out=tmp_path / "run",
+        budget=4,
+        settings={"full.steps": 1} if mode == "full" else {"folds": 0},
+    )
+    found = Predictor(out).predict(stranger()).findings
+    assert found.novelty is None
+    assert [one.novelty for one in found.findings] == [None]
+    (why,) = [one.why for one in found.unsaid if one.what == "novelty"]
+    assert why == "not known whether the scan is strange: the run holds no labelled scans to compare with"
+    assert any("strange scans are not told apart: " in one.why for one in found.unsaid)
 
 
 def test_nothing_that_is_written_names_the_patient(place: Path, tmp_path: Path) -> None:
@@ -291,6 +374,29 @@ def test_boxes_of_a_detection_are_findings_in_millimetres(place: Path, tmp_path:
     centre = volume.affine_ras[:3, :3] @ middle + volume.affine_ras[:3, 3]
     told = (np.array(best.place.low_ras_mm) + np.array(best.place.high_ras_mm)) / 2
     assert np.linalg.norm(told - centre) < 60
+
+
+def test_a_box_that_was_not_calibrated_has_a_score_and_no_probability(place: Path, tmp_path: Path) -> None:
+    out = adapt.run(
+        weights=place / "weights",
+        store=place / "store",
+        labels=place / "liver.json",
+        task="detect",
+        mode="probe",
+        out=tmp_path / "run",
+        settings={"folds": 0, "head.background": 200, "head.rounds": 1},
+    )
+    found = Predictor(out).predict(stranger()).findings
+    sure = [one.certainty for one in found.findings]
+    assert sure
+    assert all(one is not None and one.probability is None and one.calibration == "none" for one in sure)
+    scores = [one.score for one in sure if one is not None and one.score is not None]
+    assert scores == sorted(scores, reverse=True)
+    assert [one.why for one in found.unsaid] == [
+        "not calibrated: folds=0",
+        "the scores of 'liver' are not calibrated",
+    ]
+    assert of_json(to_json(found)) == found
 
 
 @pytest.mark.parametrize("beside", ["intensity", "radiomics"])

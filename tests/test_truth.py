@@ -18,7 +18,7 @@ from voxelstem.tasks.regress import Regress
 from voxelstem.tasks.segment import Segment
 from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
-from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, read_truth
+from voxelstem.truth import Truth, class_names, draw, is_aligned, is_survival, read_truth, told_each
 
 SPEC = InputSpec(spacing_mm=(8.0, 8.0, 8.0), block_ijk=(16, 16, 16))
 FRACTIONS = Fractions(train=0.6, validation=0.0, test=0.4)
@@ -349,3 +349,52 @@ def test_a_class_that_findings_could_not_name_is_refused_before_anything_is_read
     for voxels in (True, False):
         with pytest.raises(ConfigError, match=r"the name of the class '.{0,64}' must be 1 to 64 printable characters"):
             class_names(truth, (), voxels=voxels)
+
+
+KINDS = {
+    "labels": ("no", "yes"),
+    "values": (63.0, 63.5),
+    "survival": (Survival(time=5.0, event=True), Survival(time=5.0, event=False)),
+    "findings": ({"cyst": True, "stone": False}, {"cyst": True, "stone": True}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_said_of_each_subject_is_told_apart_and_told_to_nobody_without_the_key(
+    place: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tuple(Store.open(place / "store"))
+    subjects = sorted({record.subject for record in records})
+    usual, other = KINDS[kind]
+    plain = Truth(records=records, labels={}, classes=("cyst", "stone"))
+    told = dict.fromkeys(subjects, usual)
+    truth = replace(plain, **{kind: told})
+    known = told_each(truth, records, plain.classes)
+    assert known == told_each(truth, records[::-1], plain.classes)
+    assert len(set(known)) == len(subjects)  # nobody sees of whom the same was said
+    turned = told_each(replace(plain, **{kind: told | {subjects[1]: other}}), records, plain.classes)
+    assert [a == b for a, b in zip(known, turned, strict=True)] == [at != 1 for at in range(len(subjects))]
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path / "another.key"))
+    assert not set(known) & set(told_each(truth, records, plain.classes))
+
+
+def test_a_column_that_was_not_learned_from_is_no_matter_and_the_order_of_columns_neither(place: Path) -> None:
+    records = tuple(Store.open(place / "store"))
+    one = Truth(records=records, labels={}, classes=(), findings={r.subject: {"a": True, "b": False} for r in records})
+    more = replace(one, findings={r.subject: {"c": True, "b": False, "a": True} for r in records})
+    assert told_each(one, records, ("a", "b")) == told_each(more, records, ("a", "b"))
+    assert told_each(one, records, ("a", "b")) != told_each(more, records, ("a", "b", "c"))
+
+
+def test_of_voxels_the_structures_asked_for_are_told_apart_whatever_the_key(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tuple(replace(record, classes={1: "liver", 2: "spleen"}) for record in Store.open(place / "store"))
+    every = Truth(records=records, labels={}, classes=())
+    named = replace(every, classes=("spleen", "liver"))
+    monkeypatch.setenv("VOXELSTEM_KEY", str(tmp_path / "another.key"))
+    known = told_each(every, records, ())
+    monkeypatch.undo()
+    assert told_each(named, records, ()) == known
+    assert not set(told_each(replace(every, classes=("liver",)), records, ())) & set(known)
+    assert told_each(every, (), ()) == ()

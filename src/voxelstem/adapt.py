@@ -38,7 +38,8 @@ from voxelstem.config import flatten, spelt, without_places
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
 from voxelstem.features import FeaturesOf, embedder, examples_of, open_space, projector
 from voxelstem.finetune.config import FinetuneConfig
-from voxelstem.finetune.tune import Asked, tune
+from voxelstem.finetune.sure import assure_tuned
+from voxelstem.finetune.tune import Asked, Speaker, tune
 from voxelstem.manifest import write_whole
 from voxelstem.model import Model
 from voxelstem.progress import progress, tell
@@ -183,6 +184,7 @@ def _parent(weights: str | Path, card: Card) -> Parent:
         name=f"{kind}, untrained" if name == "scratch" else name or kind,
         sha256="" if name == "scratch" else card.sha256,
         origin=card.origin,
+        untrained=not card.trained and (name == "scratch" or not card.origin),
         licence=card.licence,
         repo=repo,
     )
@@ -236,7 +238,8 @@ def _tune_whole(order: _Order, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "weights", ignore_errors=True)
     card = write_weights(work / "weights", tensors, card)
-    sure = assure({}, (), notes=("not calibrated: every fold would have to train the network anew",))
+    delivered = Speaker(model.with_weights(card, tensors), head, order.store, asked, full)
+    sure = assure_tuned(delivered, config.head, head, truth, records, seed=config.seed)
     about = order.describe(model.card, truth, records, card, sure)
     spent = Spent.since(order.began)
     write_run(work, config, Made(head=head, records=records, assurance=sure, about=about, spent=spent), card)

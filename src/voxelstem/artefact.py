@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voxelstem.card import NOT_STATED, README, against_commerce, digest, yaml_word
+from voxelstem.card import NOT_STATED, README, against_commerce, digest, trained_where, yaml_word
 from voxelstem.certainty.assurance import LEVEL, Assurance
 from voxelstem.errors import CheckpointError
 from voxelstem.store import Record
-from voxelstem.truth import Truth
+from voxelstem.truth import Truth, told_each
 from voxelstem.whole import write_whole
 
 SEAL = "SHA256SUMS"
@@ -39,9 +39,10 @@ _PARTS = {
     "group_sets": "the same sets, group by group",
     "group_intervals": "the same intervals, group by group",
     "known": "how near its nearest labelled scans are",
+    "inside": "how near its nearest labelled scans are, by vectors from inside the trained network",
     "centres": "how near the means of the classes are",
 }
-_OF_SCANS = ("known", "centres")
+_OF_SCANS = ("known", "centres", "inside")
 """Parts that are fitted to scans alone, not to answers."""
 
 
@@ -53,6 +54,8 @@ class Parent:
     """A known name, or the architecture and recipe; never a place."""
     sha256: str = ""
     origin: str = ""
+    untrained: bool = False
+    """Whether they were drawn and never saw a scan."""
     licence: str = NOT_STATED
     repo: str = ""
     """On the Hub, where the weights came from there."""
@@ -78,17 +81,21 @@ class LabelFacts:
     left_out: int = 0
     """Labelled and not learned from, as the user allowed: subjects without a scan of this kind, or scans in which not
     every class was looked for."""
+    told: tuple[str, ...] = ()
+    """`truth.told_each` of those that were learned from: whoever has the site key can compare labels with these. Empty
+    in runs that were made before this was kept."""
 
     @classmethod
     def of(cls, labels: Path | None, truth: Truth, records: Sequence[Record]) -> LabelFacts:
         """Count what `truth` knows of the scans that were learned from."""
         subjects = sorted({record.subject for record in records})
         file = "" if labels is None else digest(labels)
-        plain = cls(scans=len(records), subjects=len(subjects), sha256=file, left_out=truth.left_out)
+        told = told_each(truth, records, truth.classes)
+        plain = cls(scans=len(records), subjects=len(subjects), sha256=file, left_out=truth.left_out, told=told)
         if truth.survival:
-            told = [truth.survival[subject] for subject in subjects]
-            times = [one.time for one in told]
-            events = sum(one.event for one in told)
+            fates = [truth.survival[subject] for subject in subjects]
+            times = [one.time for one in fates]
+            events = sum(one.event for one in fates)
             return dataclasses.replace(plain, kind="times", low=min(times), high=max(times), events=events)
         if truth.values:
             known = [truth.values[subject] for subject in subjects]
@@ -297,7 +304,7 @@ for decisions about a person without a physician.
 ## Licence and parent
 - Licence: {_line(card.licence)}, inherited from the parent.{_forbidden(card)}
 - Parent: {_line(card.parent.name)}, sha256 `{card.parent.sha256 or "none: drawn from the seed"}`
-- Origin of the parent: {_line(card.parent.origin) or "trained with voxelstem"}
+- Origin of the parent: {_origin(card.parent)}
 - Weights in this run: sha256 `{card.weights_sha256}`
 
 ## Input
@@ -334,6 +341,10 @@ def _head(card: RunCard) -> str:
     lines += [f"base_model: {yaml_word(card.parent.repo)}"] if card.parent.repo else []
     lines += [f"pipeline_tag: {_PIPELINES[card.task]}"] if card.task in _PIPELINES else []
     return "\n".join([*lines, "tags:", *(f"- {yaml_word(tag)}" for tag in tags if tag), "---"])
+
+
+def _origin(parent: Parent) -> str:
+    return (not parent.untrained and _line(parent.origin)) or trained_where(trained=not parent.untrained)
 
 
 def _forbidden(card: RunCard) -> str:
@@ -374,7 +385,7 @@ def _table(splits: Mapping[str, Split]) -> str:
 def _sure(calibration: Calibration) -> list[str]:
     fitted = [_PARTS.get(part, part) for part in calibration.parts if part not in _OF_SCANS]
     held = [_PARTS[part] for part in calibration.parts if part in _OF_SCANS]
-    lines = [f"On {calibration.subjects} labelled subjects, cross-fitted: {'; '.join(fitted)}"] if fitted else []
+    lines = [f"On {calibration.subjects} labelled subjects, unseen till asked: {'; '.join(fitted)}"] if fitted else []
     lines += [f"Whether a scan is unlike all labelled ones: {'; '.join(held)}"] if held else []
     return [*lines, *map(_line, calibration.notes)] or ["nothing is calibrated"]
 

@@ -59,11 +59,16 @@ class Radiomics:
     """First-order radiomics and shape of one region as features. There are no tokens."""
 
     scan: Float[np.ndarray, "feature"]
-    """As defined, not scaled: heads standardise."""
+    """As defined, not scaled: heads standardise what is `measured`."""
     names: tuple[str, ...]
     """What each feature is; `biomarkers.FEATURES` says it in words."""
     tokens: None = None
     tokens_affine_ras: None = None
+
+    @property
+    def measured(self) -> Bool[np.ndarray, "feature"]:
+        """All of them have units of their own."""
+        return np.ones(len(self.scan), dtype=bool)
 
 
 def intensity(

@@ -216,6 +216,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def trained_where(*, trained: bool) -> str:
+    """In words where weights come from that nobody else published."""
+    return "trained with voxelstem" if trained else "untrained: drawn at random, no scan was learned from"
+
+
 def yaml_word(text: str) -> str:
     """A text as one value in the head of a README: as it is where YAML reads it so, else quoted.
 
@@ -361,7 +366,7 @@ Recipe `{card.recipe}`; trained levels: {", ".join(card.trained) or "none (untra
 
 ## Licence and origin
 - Licence: {card.licence}.{forbidden}
-- Origin: {card.origin or "trained with voxelstem"}
+- Origin: {card.origin or trained_where(trained=bool(card.trained))}
 
 ## Input
 {spec.modality}, fed at {spec.grid_in_words}, {spec.values_in_words},

@@ -184,7 +184,7 @@ def gather(out: Path, size: Size, data: Path | None) -> Gathered:
 
 def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dict[str, Path], evaluate.Evaluation]:
     """Adapt with few labels, then score on the held-out phantoms beside the baselines."""
-    organs, spleen = out / "organs.json", gathered.files.tables["spleen"]
+    organs, spleen, cache = out / "organs.json", gathered.files.tables["spleen"], out / "features"
     write_whole(organs, json.dumps({"classes": dict(enumerate(ORGANS, start=1))}).encode())
     wanted = {
         "segment_1": Wanted(labels=organs, task="segment", mode="probe", budget=1),
@@ -203,16 +203,26 @@ def judge(out: Path, size: Size, gathered: Gathered, weights: Path) -> tuple[dic
                 mode=one.mode,
                 out=runs[name],
                 budget=one.budget,
-                settings={"features": str(out / "features")},
+                settings={"features": str(cache)},
             )
-    voxel = [runs[name] for name in wanted if name.startswith("segment")]
+    # The U-Net from scratch, which costs as much as all the rest, stands beside the run of more labels alone.
+    steps = {"segment_1": 0, f"segment_{size.few}": size.unet_steps}
+    judged = [
+        evaluate.run(
+            [runs[name]],
+            store=gathered.store,
+            labels=organs,
+            out=out / "scores" / name,
+            config=evaluate.EvaluateConfig(nested="never", unet_steps=count, features=str(cache)),
+        )
+        for name, count in steps.items()
+    ]
     scan = [runs[name] for name in wanted if name.startswith("spleen")]
-    how = evaluate.EvaluateConfig(nested="never", unet_steps=size.unet_steps)
-    first = evaluate.run(voxel, store=gathered.store, labels=organs, out=out / "scores" / "segment", config=how)
-    second = evaluate.run(scan, store=gathered.store, labels=spleen, out=out / "scores" / "spleen", config=how)
+    how = evaluate.EvaluateConfig(nested="never", unet_steps=0, features=str(cache))
+    judged.append(evaluate.run(scan, store=gathered.store, labels=spleen, out=out / "scores" / "spleen", config=how))
     # Runs of one model are one line over budgets here, whatever parts their folders.
-    scores = (replace(score, name=score.name.rpartition("/")[2]) for score in (*first.scores, *second.scores))
-    return runs, replace(first, scores=tuple(scores))
+    scores = (replace(score, name=score.name.rpartition("/")[2]) for one in judged for score in one.scores)
+    return runs, replace(judged[0], scores=tuple(scores))
 
 
 def judge_real(real: Path, model: Model, cache: Path) -> list[Score]:

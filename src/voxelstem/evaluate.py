@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from voxelstem.adapted import TUNED, Adapted
 from voxelstem.card import read_card
 from voxelstem.certainty.crossfit import as_facts
 from voxelstem.errors import AuditError, CheckpointError, ConfigError
+from voxelstem.judging.bought import bought
+from voxelstem.judging.config import EvaluateConfig
 from voxelstem.judging.contest import (
     INITS,
     MORPHOMETRY,
@@ -24,13 +26,13 @@ from voxelstem.judging.contest import (
     intensity_features,
     once,
 )
-from voxelstem.judging.entries import Entry, check_leakage, enter, read_runs
+from voxelstem.judging.entries import Entry, check_leakage, enter, labels_line, read_runs
 from voxelstem.judging.evidence import Played, against, between, prevalence, question, sureness
 from voxelstem.judging.exposure import Exposure, expose, told_by_card
 from voxelstem.judging.gallery import gallery
-from voxelstem.judging.nested import Nested, When, is_wanted, nested
+from voxelstem.judging.nested import Nested, is_wanted, nested
 from voxelstem.judging.operating import operating_point
-from voxelstem.judging.rival import STEPS, UNET, resting_rival, rival_config
+from voxelstem.judging.rival import UNET, resting_rival, rival_config
 from voxelstem.judging.scoring import REFERENCES, few_label_table, table_of
 from voxelstem.judging.volumes import sizes_of
 from voxelstem.manifest import write_whole
@@ -61,29 +63,6 @@ __all__ = [
 
 RESERVED = (*REFERENCES, "atlas", "majority", "mean", "kaplan_meier", MORPHOMETRY, RADIOMICS, UNET)
 """Names of baselines, which a run may not carry in the table."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """What is looked at beside the runs' own figures."""
-
-    pretrained_on: tuple[Path, ...] = ()
-    """Stores that the weights were pretrained on, to see whether a test subject was among them."""
-    nested: When = "few"
-    """Whether every labelled subject is cross-fitted too: `few` does where a scan-level run has fewer than 20 test
-    subjects, `always` and `never` as they say."""
-    unet_steps: int = STEPS
-    """Of the U-Net from scratch beside frozen segmentation heads, and 0 for none; beside tuned ones it is the run's own
-    number."""
-
-    def __post_init__(self) -> None:
-        """Guard the numbers.
-
-        Raises:
-            ValueError: a negative number of steps, or another word for `nested`.
-        """
-        if self.unet_steps < 0 or self.nested not in get_args(When):
-            raise ValueError(f"unet_steps is 0 or more, and nested one of {', '.join(get_args(When))}, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +143,7 @@ def run(
         raise ConfigError("no run to evaluate", hint="name one or more --out folders of `adapt`")
     opened = Store.open(store)
     finished = read_runs(runs)
-    entries = [enter(adapted, opened, labels, out / "features", commercial=commercial) for adapted in finished]
+    entries = [enter(adapted, opened, labels, config.rest(out), commercial=commercial) for adapted in finished]
     exposure = _expose(opened, finished, entries, config)
     told: list[_Told] = []
     known: dict[str, _Rest] = {}
@@ -181,6 +160,7 @@ def run(
             "no subject, scan or identical voxels of this store on both sides of the split; what the weights saw "
             "before is told under Did pretraining see the test subjects?",
             "baselines fitted to the same labelled scans as each run",
+            *filter(None, map(labels_line, finished)),
             *_floor(floors),
             *dict.fromkeys(line for one in told for line in one.lacking),
         ),
@@ -275,12 +255,15 @@ def _tell(adapted: Adapted, entry: Entry, known: dict[str, _Rest], out: Path, co
     return _Told(
         played=played,
         scores=tuple(score for score in table if fresh or score.name == name),
-        pictures=() if prompts else tuple(gallery(played, repeats, table, adapted.head)),
+        pictures=(
+            *gallery(played, repeats, table, adapted.head),
+            *(() if prompts else (bought(name, adapted),)),
+        ),
         asked=(question(adapted, contest, name),) if prompts else (),
         floor=None if adapted.task.voxels or prompts else MORPHOMETRY in rest.repeats,
         lacking=rest.lacking,
         compared=tuple(against(played, UNET, rest.repeats[UNET])) if UNET in rest.repeats else (),
-        point=None if prompts else operating_point(played, adapted, out / "features"),
+        point=None if prompts else operating_point(played, adapted, config.rest(out)),
         crossed=_cross(name, adapted, entry, out, config),
         costs=(_own_cost(name, adapted), *(rest.costs if fresh else ())) if not prompts else (),
     )
@@ -319,7 +302,7 @@ def _baselines(name: str, adapted: Adapted, entry: Entry, out: Path, config: Eva
 def _cross(name: str, adapted: Adapted, entry: Entry, out: Path, config: EvaluateConfig) -> Nested | None:
     if is_aligned(adapted.task) or not is_wanted(config.nested, adapted, entry.contest):
         return None
-    return nested(name, adapted, entry.contest, entry.model, out / "features")
+    return nested(name, adapted, entry.contest, entry.model, config.rest(out))
 
 
 def _own_cost(name: str, adapted: Adapted) -> Cost:
@@ -365,6 +348,7 @@ def _crossed(crossed: Sequence[Nested]) -> page.Section:
         for one in crossed
         if one.scores
     ]
+    about += [f"{one.run}: {note}" for one in crossed for note in one.notes]
     return crossed_section(lines, about, [f"{one.run}: NOT MEASURED: {one.why}" for one in crossed if one.why])
 
 

@@ -125,17 +125,20 @@ class Joined:
     scan: Float[np.ndarray, " dim"]
     tokens: Float[np.ndarray, "ti tj tk dim"] | None
     tokens_affine_ras: Float[np.ndarray, "4 4"] | None
+    measured: Bool[np.ndarray, " dim"]
+    """Which columns of `scan` have units of their own; heads standardise them (`heads.scales`)."""
 
 
 def with_intensity(found: Features, volume: Volume, spec: InputSpec) -> Joined:
     """Put the histograms of `baselines.intensity` beside what a model says of the same volume."""
     scan = np.concatenate([found.scan, baselines.intensity(volume, spec, token_mm=None).scan])
+    shares = np.zeros(len(scan), dtype=bool)
     if found.tokens is None or found.tokens_affine_ras is None:
-        return Joined(scan=scan, tokens=None, tokens_affine_ras=None)
+        return Joined(scan=scan, tokens=None, tokens_affine_ras=None, measured=shares)
     i, j, k = found.tokens.shape[:3]
     bright = baselines.patch_histograms(volume, spec, found.tokens_affine_ras, (i, j, k))
     tokens = np.concatenate([found.tokens, bright.astype(found.tokens.dtype)], axis=-1)
-    return Joined(scan=scan, tokens=tokens, tokens_affine_ras=found.tokens_affine_ras)
+    return Joined(scan=scan, tokens=tokens, tokens_affine_ras=found.tokens_affine_ras, measured=shares)
 
 
 def with_radiomics(
@@ -156,7 +159,9 @@ def with_radiomics(
             f"radiomics {of}cannot be told: {error}",
             hint="leave see.beside out, or name a structure of three voxels or more",
         ) from error
-    return Joined(scan=np.concatenate(parts), tokens=found.tokens, tokens_affine_ras=found.tokens_affine_ras)
+    scan = np.concatenate(parts)
+    measured = np.arange(len(scan)) >= len(found.scan)
+    return Joined(scan=scan, tokens=found.tokens, tokens_affine_ras=found.tokens_affine_ras, measured=measured)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import types
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Literal, get_args
 
+from voxelstem import strictjson
 from voxelstem.allowed import (
     LONGEST_NAME,
     check_interval,
@@ -24,7 +24,7 @@ from voxelstem.allowed import (
     check_share,
 )
 
-SCHEMA = "voxelstem.findings/2"
+SCHEMA = "voxelstem.findings/3"
 """What a file of findings begins with; another number means other fields."""
 STATUS = "preliminary, unverified"
 SOFTWARE = "voxelstem"
@@ -89,7 +89,10 @@ class Place:
 class Certainty:
     """How sure a finding is."""
 
-    probability: float
+    probability: float | None = None
+    """None where nothing is known of how often such an answer is right: there is only a score then."""
+    score: float | None = None
+    """What the head states where that is no probability: of two findings the one with more is the surer, no more."""
     low: float | None = None
     """Of the probability's interval."""
     high: float | None = None
@@ -106,11 +109,16 @@ class Certainty:
     def __post_init__(self) -> None:
         """Refuse what lies outside [0, 1], an interval that leaves the probability out, and one without its level."""
         check_numbers(self)
-        check_share("probability", self.probability)
+        if (self.probability is None) == (self.score is None):
+            raise ValueError("a finding has a probability, or a score that is none")
+        if self.probability is None and (self.low is not None or self.high is not None or self.calibration != "none"):
+            raise ValueError("a score that is no probability has no interval and is not calibrated")
+        probability = 0.0 if self.probability is None else self.probability
+        check_share("probability", probability)
         check_name("calibration", self.calibration)
-        check_interval(self.probability, self.low, self.high)
+        check_interval(probability, self.low, self.high)
         for share in (self.low, self.high):
-            check_share("the interval of a probability", self.probability if share is None else share)
+            check_share("the interval of a probability", probability if share is None else share)
         for answer in self.conformal or ():
             check_name("an answer of the conformal set", answer)
         if self.interval:
@@ -293,6 +301,8 @@ class Findings:
     """Of the software that wrote it: `voxelstem.__version__`."""
     findings: tuple[Finding, ...] = ()
     unsaid: tuple[Unsaid, ...] = ()
+    novelty: Novelty | None = None
+    """Of the scan, beside that of each finding: where nothing was found, this is what there is to know of that."""
     software: str = SOFTWARE
     notice: str = NOTICE
 
@@ -321,62 +331,11 @@ def of_json(text: str) -> Findings:
         ValueError: no JSON, another schema, a field that is missing, unknown or doubled, a value of another type or
             no finite number, or what a record refuses.
     """
-    try:
-        told = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
-    except RecursionError as problem:
-        raise ValueError("these are no findings: too deeply nested") from problem
+    told = strictjson.read(text)
     schema = told.pop("schema", "none") if isinstance(told, dict) else "none"
     if schema != SCHEMA:
         raise ValueError(f"these are no findings of the schema '{SCHEMA}'")
-    return _build(Findings, told, "findings")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no finite number")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    told = dict(pairs)
-    if len(told) != len(pairs):
-        raise ValueError("a field is there twice")
-    return told
-
-
-def _build(kind: Any, told: Any, where: str) -> Any:
-    """What was read from JSON, as the annotation `kind` says."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is types.UnionType:
-        return None if told is None else _build(inner[0], told, where)
-    if origin is Literal:
-        kind = str
-    if dataclasses.is_dataclass(kind) and isinstance(told, dict):
-        return _record(kind, told, where)
-    if origin is tuple and isinstance(told, list):
-        kinds = inner[:1] * len(told) if inner[1:] == (...,) else inner
-        if len(kinds) != len(told):
-            raise ValueError(f"{where} must have {len(kinds)} values, got {len(told)}")
-        return tuple(
-            _build(each, one, f"{where}[{at}]") for at, (each, one) in enumerate(zip(kinds, told, strict=True))
-        )
-    if kind is float and type(told) is int and abs(told) <= 2**53:  # what a float holds exactly
-        return float(told)
-    if isinstance(kind, type) and type(told) is kind:
-        return told
-    raise ValueError(f"{where} is of another type: {type(told).__name__}")
-
-
-def _record(kind: Any, told: dict[str, Any], where: str) -> Any:
-    kinds = get_type_hints(kind)
-    for name in kinds:
-        if name not in told:
-            raise ValueError(f"{where} lacks '{name}'")
-    if len(told) > len(kinds):
-        raise ValueError(f"{where} has {len(told) - len(kinds)} unknown fields")
-    built = {name: _build(each, told[name], f"{where}.{name}") for name, each in kinds.items()}
-    try:
-        return kind(**built)
-    except ValueError as problem:
-        raise ValueError(f"{where}: {problem}") from problem
+    return strictjson.build(Findings, told, "findings")
 
 
 def _check_shared(finding: Finding) -> None:

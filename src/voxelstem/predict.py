@@ -15,23 +15,25 @@ from jaxtyping import Bool
 from voxelstem import __version__
 from voxelstem.adapted import TUNED, Adapted, read_run
 from voxelstem.card import Card
-from voxelstem.certainty.assurance import group_of
+from voxelstem.certainty import familiar
+from voxelstem.certainty.assurance import Assurance, group_of
 from voxelstem.errors import ConfigError, IngestError, StoreError
 from voxelstem.features import look
-from voxelstem.findings import Finding, Findings, Looked, Unsaid, Weights
-from voxelstem.finetune.cases import SAME_MM
+from voxelstem.findings import Finding, Findings, Looked, Novelty, Unsaid, Weights
+from voxelstem.finetune.cases import Seen
 from voxelstem.finetune.cases import look as lay_out
 from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.inside import vector_of
 from voxelstem.finetune.tune import Asked, mark, say, tuned
 from voxelstem.heads.manylabels import answers_each
+from voxelstem.looking import region_of, volumes_of
 from voxelstem.outputs import OUTPUTS
 from voxelstem.outputs.result import Mask, Result, Written
 from voxelstem.pieces import measure
 from voxelstem.progress import progress
 from voxelstem.protocols import Features
-from voxelstem.regions import of_box
 from voxelstem.room import allowed, at_most, check_room
-from voxelstem.sources import Source, iterate, read_labels
+from voxelstem.sources import Source, iterate
 from voxelstem.store.subjects import site_key, source_name
 from voxelstem.streaming import of_volume
 from voxelstem.study import LabelMap, Study, Volume
@@ -231,15 +233,17 @@ class Predictor:
             ConfigError: the study has not the contrasts that the run was trained on.
             IngestError: a volume is refused.
         """
-        volumes = self._seen(study)
+        volumes = volumes_of(study, self.model.spec, self.full.contrasts if self._net is not None else ())
         first = volumes[0]
         if self._net is None and self.adapted.config.see.region and region is None and not self.task.voxels:
             raise ConfigError("this run looks at a region", hint="give its mask")
         looked = tuple(self._looked(volume) for volume in volumes)
         sure = self.adapted.assurance.of_group(group_of(first.acquisition))
-        unsure = tuple(Unsaid(what="certainty", why=note) for note in sure.notes)
+        seen = self._look(volumes, region)
+        strange = self._strange(sure, seen)
         if self.marks:
-            mask = Mask(labels=self._mark(volumes), affine_ras=first.affine_ras, weights=self.weights)
+            mask = Mask(labels=self._mark(seen, first), affine_ras=first.affine_ras, weights=self.weights)
+            del seen  # measuring takes memory of its own
             found = measure(
                 mask.labels.array,
                 first.affine_ras,
@@ -250,69 +254,70 @@ class Predictor:
             )
             unsaid = (*found.unsaid, *(Unsaid(what=name, why="no voxel of it was found") for name in found.absent))
             findings = tuple(sure.sized(finding) for finding in found.findings)
-            return Predicted(findings=self._told(first, looked, findings, (*unsaid, *unsure)), mask=mask)
-        said = self._say(volumes, region)
+            told = self._told(first, looked, findings, (*unsaid, *_unsure(sure)), strange)
+            return Predicted(findings=told, mask=mask)
+        said = self._say(seen)
         if hasattr(self.task, "boxes"):
-            boxes = self.task.boxes(self.adapted.head, said, first.affine_ras, first.shape_ijk, self.weights, sure)
-            return Predicted(findings=self._told(first, looked, boxes, unsure))
-        findings = self.task.findings(self.adapted.head, said, self.weights, sure)
-        return Predicted(findings=self._told(first, looked, findings, unsure))
+            findings = self.task.boxes(self.adapted.head, said, first.affine_ras, first.shape_ijk, self.weights, sure)
+        else:
+            findings = self.task.findings(self.adapted.head, said, self.weights, sure)
+        return Predicted(findings=self._told(first, looked, findings, _unsure(sure), strange))
 
     def _told(
-        self, first: Volume, looked: tuple[Looked, ...], findings: Sequence[Finding], unsaid: Sequence[Unsaid]
+        self,
+        first: Volume,
+        looked: tuple[Looked, ...],
+        findings: Sequence[Finding],
+        unsaid: Sequence[Unsaid],
+        strange: Novelty | Unsaid,
     ) -> Findings:
+        """All of it together, every finding with how strange the scan is, or with why that is not known."""
+        novelty = strange if isinstance(strange, Novelty) else None
+        scored = dict.fromkeys(one.name for one in findings if one.certainty and one.certainty.probability is None)
+        lacking = [Unsaid(what="probability", why=f"the scores of '{name}' are not calibrated") for name in scored]
         return Findings(
             study=_key(first),
             looked=looked,
             weights=(self.weights,),
             version=__version__,
-            findings=tuple(findings),
-            unsaid=tuple(unsaid),
+            findings=tuple(replace(one, novelty=novelty) for one in findings),
+            unsaid=(*unsaid, *lacking, *([strange] if isinstance(strange, Unsaid) else [])),
+            novelty=novelty,
         )
 
-    def _seen(self, study: Study) -> tuple[Volume, ...]:
-        """The volumes that are looked at together."""
-        spec, wanted = self.model.spec, self.full.contrasts if self._net is not None else ()
-        fitting = [volume for volume in study.volumes if volume.modality == spec.modality]
-        if not fitting:
-            have = ", ".join(sorted({volume.modality for volume in study.volumes}))
-            raise IngestError(
-                f"these weights were trained on {spec.modality}, the scan is {have}",
-                code="other-modality",
-                hint=f"choose weights for {have}",
-            )
-        if not wanted:
-            if len(fitting) > 1:
-                raise IngestError(
-                    f"the study has {len(fitting)} volumes", code="several-volumes", hint="predict each by itself"
-                )
-            return (fitting[0],)
-        by_name = {volume.acquisition.contrast: volume for volume in fitting}
-        lacking = [name for name in wanted if name not in by_name]
-        if lacking:
-            raise IngestError(
-                f"the run sees {', '.join(wanted)} together, and the study has no {lacking[0]}",
-                code="lacks-contrast",
-                hint="give the whole session, with contrasts named as in the store",
-            )
-        return tuple(by_name[name] for name in wanted)
-
-    def _mark(self, volumes: Sequence[Volume]) -> LabelMap:
-        first, head = volumes[0], self.adapted.head
-        classes = dict(enumerate(head.classes, start=1))
+    def _look(self, volumes: Sequence[Volume], region: Bool[np.ndarray, "i j k"] | None) -> Features | Seen:
+        """Features of a frozen network, or the scans as a tuned one will see them."""
         if self._net is not None:
-            seen = lay_out([of_volume(volume) for volume in volumes], self.model.spec)
-            array = mark(self._net, seen, self.model.spec, self.full, first.affine_ras, first.shape_ijk)
-        else:
-            array = self.task.mark(head, self._say(volumes, None), first.affine_ras, first.shape_ijk)
-        return LabelMap(array=array.astype(np.int16, copy=False), classes=classes)
-
-    def _say(self, volumes: Sequence[Volume], region: Bool[np.ndarray, "i j k"] | None) -> Features:
-        if self._net is not None:
-            seen = lay_out([of_volume(volume) for volume in volumes], self.model.spec)
-            return say(self._net, seen, self.model.spec, self._asked, self.full)
+            return lay_out([of_volume(volume) for volume in volumes], self.model.spec)
         see = self.adapted.config.see
         return look(self.model, volumes[0], tokens=self.adapted.tokens, see=see, region=region)
+
+    def _strange(self, sure: Assurance, seen: Features | Seen) -> Novelty | Unsaid:
+        """How strange the scan is, by the one vector that a frozen network gave, or that of a tuned one's inside."""
+        why, found = "the run holds no labelled scans to compare with", None
+        try:
+            if self._net is None or not isinstance(seen, Seen):
+                assert not isinstance(seen, Seen)
+                found = sure.novelty(familiar.vector_of(seen))
+            elif sure.inside is not None:
+                found = sure.novelty_inside(vector_of(self._net, seen, self.model.spec))
+        except ValueError as error:  # of a vector that has no direction, or is no number
+            why = str(error)
+        return found or Unsaid(what="novelty", why=f"not known whether the scan is strange: {why}")
+
+    def _mark(self, seen: Features | Seen, first: Volume) -> LabelMap:
+        head = self.adapted.head
+        if self._net is not None and isinstance(seen, Seen):
+            array = mark(self._net, seen, self.model.spec, self.full, first.affine_ras, first.shape_ijk)
+        else:
+            array = self.task.mark(head, seen, first.affine_ras, first.shape_ijk)
+        return LabelMap(array=array.astype(np.int16, copy=False), classes=dict(enumerate(head.classes, start=1)))
+
+    def _say(self, seen: Features | Seen) -> Features:
+        if self._net is not None and isinstance(seen, Seen):
+            return say(self._net, seen, self.model.spec, self._asked, self.full)
+        assert not isinstance(seen, Seen)
+        return seen
 
     def _looked(self, volume: Volume) -> Looked:
         spacing = self.model.spec.grid_spacing_mm(volume.spacing_mm, volume.shape_ijk)
@@ -333,7 +338,7 @@ def _answer(
     study = source.read(repair=how.repair)
     if predictor.marks:
         check_room(math.prod(study.volumes[0].shape_ijk) * MARK_BYTES, how.max_ram_gib)
-    region = _region(how, study) if how.somewhere else None
+    region = region_of(study.volumes[0], how.region, how.box_ras_mm) if how.somewhere else None
     images = _images(source) if any(name in DICOM for name in how.formats) else ()
     predicted = predictor.predict(study, region=region, least_mm3=how.least_mm3, most_parts=how.most_parts)
     del study  # of a long scan most of the memory that is held by now, and writing takes some too
@@ -352,25 +357,6 @@ def _answer(
         findings += [predicted.findings] if mine else []
 
 
-def _region(how: PredictConfig, study: Study) -> Bool[np.ndarray, "i j k"]:
-    """Lay the box into the scan, or read the mask and see that it lies on the scan's grid."""
-    first = study.volumes[0]
-    if how.box_ras_mm is not None:
-        low, high = how.box_ras_mm
-        try:
-            return of_box(first.affine_ras, first.shape_ijk, low_ras_mm=low, high_ras_mm=high)
-        except ValueError as error:
-            raise ConfigError(
-                f"the box does not fit the scan: {error}", hint="give mm in the patient (RAS+)"
-            ) from error
-    assert how.region is not None
-    grid = read_labels(how.region)
-    apart = np.abs((grid.affine_ras - first.affine_ras) @ np.array([*first.shape_ijk, 1.0])).max()
-    if grid.array.shape != first.shape_ijk or apart > SAME_MM:
-        raise ConfigError("the mask of the region lies on another grid than the scan", hint="resample it to the scan's")
-    return grid.array > 0
-
-
 def _images(source: Source) -> tuple[Any, ...]:
     """The headers of the series that was looked at."""
     if source.kind != "dicom" or source.members:
@@ -381,6 +367,10 @@ def _images(source: Source) -> tuple[Any, ...]:
             hint="use --format nifti,json, or give the folder of the series",
         )
     return tuple(pydicom.dcmread(path, stop_before_pixels=True) for path in source.all_files())
+
+
+def _unsure(sure: Assurance) -> tuple[Unsaid, ...]:
+    return tuple(Unsaid(what="certainty", why=note) for note in sure.notes)
 
 
 def _key(volume: Volume) -> str:

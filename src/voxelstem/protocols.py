@@ -220,6 +220,16 @@ class Head:
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """Features of which some or all columns are values in units of their own, and not a network's."""
+
+    @property
+    def measured(self) -> Bool[np.ndarray, "dim"]:
+        """Which columns of `scan` these are."""
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """What is predicted from frozen features, how its head is fitted and how it is scored.
 

@@ -28,7 +28,7 @@ from voxelstem.store.labels import (
     read_labels,
     says_many,
 )
-from voxelstem.store.subjects import site_key
+from voxelstem.store.subjects import keyed_id, site_key
 from voxelstem.study import InputSpec, Survival
 from voxelstem.table import closest
 
@@ -145,7 +145,7 @@ def draw(
 
     Raises:
         ConfigError: no or fewer subjects than the budget, or a budget below the number of classes.
-        AuditError: the subjects are all of one class, or none of them has an event.
+        AuditError: the subjects are all of one class, have all one value, or none of them has an event.
     """
     train = truth.of(split)
     word = "training" if split == "train" else split
@@ -172,6 +172,8 @@ def draw(
             )
         if budget is not None and budget < kinds:
             raise ConfigError(f"budget {budget} cannot show each of {kinds} classes once", hint=f"use --budget {kinds}")
+    elif truth.values and len({truth.values[subject] for subject in order}) < 2:  # noqa: PLR2004
+        raise AuditError(f"all {len(order)} labelled {word} subjects have the same value", hint="label others too")
     if budget is not None and budget > len(order):
         raise ConfigError(
             f"budget {budget} is more than the {len(order)} labelled {word} subjects",
@@ -204,6 +206,31 @@ def _names(truth: Truth, records: Sequence[Record], *, voxels: bool) -> tuple[st
     if not shared:
         raise AuditError("the labelled scans have no structure in common", hint="name the classes in labels.json")
     return tuple(sorted(shared))
+
+
+def told_each(truth: Truth, records: Sequence[Record], classes: Sequence[str]) -> tuple[str, ...]:
+    """A digest of what is said of each subject of labelled scans, in the order of the subjects' pseudonyms.
+
+    It shows later whether labels say the same. Pseudonym and site key go into it: without the key nobody can try what
+    was said, or see of whom the same was. Of voxels it is of the structures asked for, and without the key: those are
+    no secret. Of findings only `classes` count.
+
+    Raises:
+        ConfigError: the site key cannot be read.
+    """
+    told: Mapping[str, Any] = truth.labels or truth.values or truth.survival or truth.findings
+    asked: dict[str, Any] = {}
+    for record in records:
+        if isinstance(one := told.get(record.subject), Mapping):
+            asked[record.subject] = {name: there for name, there in one.items() if name in classes}
+        elif told:
+            asked[record.subject] = [one.time, one.event] if isinstance(one, Survival) else one
+        else:
+            names = {name for name in record.classes.values() if name in truth.classes or not truth.classes}
+            asked[record.subject] = sorted(names.union(asked.get(record.subject, ())))
+    key = site_key() if told and asked else b""
+    said = ((subject, json.dumps(asked[subject], sort_keys=True)) for subject in sorted(asked))
+    return tuple(keyed_id("label", f"{subject} {words}", key) for subject, words in said)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from voxelstem.study import Acquisition
 from voxelstem.tasks.classify import Guess
 from voxelstem.tasks.detect import Detected
 from voxelstem.tasks.regress import Measured
+from voxelstem.tasks.retrieve import Retrieved
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,27 @@ def test_boxes_are_told_as_shares_of_such_boxes_that_are_right() -> None:
         assert sure.high is not None
         assert sure.low <= sure.probability <= sure.high
     assert [one.probability for one in stated] == sorted(one.probability for one in stated)
-    rare = found.present("rare", 0.4)
-    assert (rare.probability, rare.calibration, rare.low) == (0.4, "none", None)
+    assert found.box("ball", 0.5) == found.present("ball", 0.5)
+    rare = found.box("rare", 0.93)
+    assert (rare.probability, rare.score, rare.calibration, rare.low) == (None, 0.93, "none", None)
+    assert Assurance().box("ball", 0.93) == rare
+
+
+def test_shares_of_nearest_cases_are_said_not_to_be_calibrated() -> None:
+    ranked = {f"s{at}": Retrieved(truth=at % 2, shares=(0.4, 0.6), average_precision=0.5) for at in range(20)}
+    found = assure(ranked, examples(20))
+    assert found.subjects == 0
+    assert found.known is not None
+    assert found.notes == ("not calibrated: the probability of the answer is the share of the nearest labelled cases",)
+
+
+def test_what_is_inside_a_tuned_network_is_known_apart_from_what_it_says() -> None:
+    held = assure({}, examples(40))
+    tuned = replace(held, known=None, centres=None, inside=held.known)
+    back = Assurance.of(tuned.arrays())
+    assert back.novelty(np.full(6, -5.0)) is None
+    assert back.novelty_inside(np.full(6, -5.0)) == held.novelty(np.full(6, -5.0))
+    assert held.novelty_inside(np.full(6, -5.0)) is None
 
 
 def test_a_no_is_as_sure_as_the_yes_is_not() -> None:

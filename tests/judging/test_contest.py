@@ -17,14 +17,16 @@ from voxelstem.backbones.text import TowerConfig
 from voxelstem.card import Card, write_weights
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.heads.survival import Watched, kaplan_meier
-from voxelstem.judging.contest import Contest, once, remembered, zeroshot_baselines
+from voxelstem.judging.contest import Contest, Vector, mode_of, once, radiomics_features, remembered, zeroshot_baselines
 from voxelstem.model import make_model
 from voxelstem.objectives.siglip import Siglip, SiglipConfig
 from voxelstem.prompts import read_prompts
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
 from voxelstem.store.subjects import pseudonym, site_key
-from voxelstem.study import InputSpec, Survival
+from voxelstem.study import InputSpec, LabelMap, Provenance, Study, Survival, Volume
+from voxelstem.tasks.classify import Classify
+from voxelstem.tasks.retrieve import Retrieve
 from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
 from voxelstem.truth import Truth, read_truth
@@ -273,3 +275,88 @@ def test_the_floor_of_survival_is_the_labelled_subjects_curve_for_everybody(plac
         assert outcome.truth == told[subject]
         assert set(outcome.chances) <= {1.0, *curve.value.tolist()}
     assert [task.statistic(name)(list(outcomes.values())) for name in ("harrell_c", "uno_c")] == [0.5, 0.5]
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Truth]:
+    """Thirty-two scans of noise with a block in each; who has a large one is ill, and nothing else tells."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXELSTEM_KEY", str(tmp_path_factory.getbasetemp() / "shared-site.key"))
+        store = Store.create(tmp_path_factory.mktemp("lesions") / "store", fractions=FRACTIONS)
+        rng, told = np.random.default_rng(0), {}
+        for at in range(32):
+            side = 4 + at % 8
+            mask = np.zeros((20, 20, 20), dtype=np.int16)
+            mask[4 : 4 + side, 4:12, 5:11] = 1
+            volume = Volume(
+                array=rng.normal(rng.normal(0, 30), 20, size=(1, 20, 20, 20)).astype(np.float32),
+                affine_ras=np.diag([2.0, 2.0, 2.0, 1.0]),
+                modality="CT",
+                provenance=Provenance(source_format="phantom", sha256=f"{at:064d}", orientation="RAS"),
+                labels=LabelMap(array=mask, classes={1: "lesion"}),
+            )
+            sizes = {"lungs": rng.normal(4e6, 6e5), "liver": rng.normal(1.5e6, 2e5), "lesion": side * 48 * 8}
+            subject = pseudonym(f"s{at}", site_key())
+            facts = {f"volume:{name}": f"{size:.6g}" for name, size in sizes.items()}
+            write(store, Study(subject=subject, volumes=(volume,), labels=facts))
+            told[subject] = "ill" if side > 7 else "well"
+    return store, Truth(records=tuple(store), labels=told, classes=("ill", "well"))
+
+
+@pytest.mark.parametrize(
+    ("task", "mode"),
+    [(Classify(), "probe"), (Classify(), "knn"), (Classify(), "attention"), (Retrieve(), "knn"), (Retrieve(), "probe")],
+)
+def test_the_lesions_size_alone_decides_and_radiomics_and_morphometry_find_it(
+    lesions: tuple[Store, Truth], task: Classify | Retrieve, mode: str
+) -> None:
+    store, truth = lesions
+    records = sorted(truth.records, key=lambda record: record.key)
+    contest = Contest(
+        store=store,
+        truth=truth,
+        task=task,
+        mode=mode,
+        classes=truth.classes,
+        labelled=tuple(records[:20]),
+        tested=tuple(records[20:]),
+        seed=0,
+    )
+    told = radiomics_features(store, records, "lesion")
+    assert told is not None
+    sizes = contest.morphometry()
+    assert sizes is not None
+    figure = task.statistic(task.metrics[0])
+    assert figure(list(contest.fit_and_score(told, parts=False).values())) > (
+        0.75 if task.metrics[0] == "precision_at_k" else 0.85
+    )
+    assert figure(list(sizes.values())) > 0.7
+
+    # The naive twin: rows standardised by hand, by the labelled scans.
+    rows = {record.key: told(record.key).scan for record in records}
+    seen = np.stack([rows[record.key] for record in records[:20]])
+    middle, spread = seen.mean(axis=0), seen.std(axis=0)
+    by_hand = {
+        key: [(a - m) / s if s > 1e-9 * abs(m) else 0.0 for a, m, s in zip(row, middle, spread, strict=True)]
+        for key, row in rows.items()
+    }
+    twin = contest.fit_and_score(lambda key: Vector(scan=np.array(by_hand[key])), parts=False)
+    mine = contest.fit_and_score(told, parts=False)
+    for subject, outcome in twin.items():
+        scores = [one.shares if task.metrics[0] == "precision_at_k" else one.scores for one in (outcome, mine[subject])]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_values_without_parts_are_fitted_in_the_usual_mode_where_a_run_attends_to_parts() -> None:
+    assert mode_of(Classify(), "attention", parts=True) == "attention"
+    assert mode_of(Classify(), "attention", parts=False) == "probe"
+    assert mode_of(Classify(), "knn", parts=False) == "knn"
+    assert mode_of(Classify(), "full", parts=True) == "probe"
+
+
+def test_where_a_scan_lacks_a_feature_there_is_no_radiomics(
+    lesions: tuple[Store, Truth], caplog: pytest.LogCaptureFixture
+) -> None:
+    store, truth = lesions
+    assert radiomics_features(store, truth.records[:1], "spleen") is None
+    assert "no radiomics baseline" in caplog.text

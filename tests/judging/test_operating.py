@@ -9,9 +9,12 @@ from tests.fewlabelled import make_store, make_weights
 
 from voxelstem import adapt
 from voxelstem.adapted import Adapted, read_run
+from voxelstem.certainty.calibrators import Temperature
+from voxelstem.findings import Weights
+from voxelstem.judging import operating
 from voxelstem.judging.entries import enter
 from voxelstem.judging.evidence import Played
-from voxelstem.judging.operating import fix_threshold, operating_point, rates
+from voxelstem.judging.operating import Fixed, fix_threshold, operating_point, rates
 from voxelstem.store import Store
 
 # fairlearn 0.15.0, MetricFrame of scikit-learn's recall_score and precision_score (pos_label True, then False), over
@@ -116,6 +119,48 @@ def test_the_point_is_counted_at_that_threshold(one: tuple[Played, Adapted], tmp
     assert not found.by_group  # phantoms have neither sex nor scanner
 
 
+def test_what_predict_answers_is_counted_beside_on_the_same_subjects(
+    one: tuple[Played, Adapted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule is the findings' own: the class that they name, whatever the threshold is."""
+    monkeypatch.setattr(operating, "fix_threshold", lambda *_: Fixed(threshold=0.99999, on="nobody"))
+    played, adapted = one
+    said: dict[str, list[bool]] = {"yes": [], "no": []}
+    for subject, outcome in played.outcomes.items():
+        (record,) = (r for r in played.contest.tested if r.subject == subject)
+        (finding,) = played.contest.task.findings(
+            adapted.head,
+            played.features(record.key),
+            Weights(sha256="0" * 64, name="late phase", licence="mit"),
+            adapted.assurance,
+        )
+        said["yes" if outcome.truth == 1 else "no"].append(finding.answer == "yes")
+    found = operating_point(played, adapted, tmp_path)
+    assert found is not None
+    assert found.answers["sensitivity"].estimate == pytest.approx(np.mean(said["yes"]))
+    assert found.answers["specificity"].estimate == pytest.approx(1 - np.mean(said["no"]))
+    assert found.answers["sensitivity"].estimate > 0.5 > found.figures["sensitivity"].estimate
+    assert found.answers["sensitivity"].subjects == found.figures["sensitivity"].subjects == len(said["yes"])
+
+
+def test_the_threshold_is_told_on_the_scale_of_findings(one: tuple[Played, Adapted], tmp_path: Path) -> None:
+    played, adapted = one
+    plain = replace(played, assurance=replace(played.assurance, calibrator=None))
+    found = operating_point(plain, adapted, tmp_path)
+    assert found is not None
+    assert found.shown == found.threshold
+    sure = replace(played.assurance, calibrator=Temperature(temperature=0.25, classes=2, subjects=19))
+    found = operating_point(replace(played, assurance=sure), adapted, tmp_path)
+    assert found is not None
+    assert found.threshold is not None
+    stated = found.threshold
+    assert found.shown == pytest.approx(stated**4 / (stated**4 + (1 - stated) ** 4))
+    # Whoever is above the one is above the other.
+    for outcome in played.outcomes.values():
+        calibrated = sure.chances(np.array(outcome.scores))[1]
+        assert (calibrated >= found.shown) == (outcome.scores[1] >= stated)
+
+
 def test_too_few_subjects_leave_the_point_unmeasured_and_say_why(one: tuple[Played, Adapted], tmp_path: Path) -> None:
     played, adapted = one
     few = replace(played, contest=replace(played.contest, labelled=played.contest.labelled[:4]))
@@ -123,6 +168,8 @@ def test_too_few_subjects_leave_the_point_unmeasured_and_say_why(one: tuple[Play
     assert found is not None
     assert found.threshold is None
     assert "10 are needed, 3 a class" in found.why
+    assert found.shown is None
+    assert found.answers["sensitivity"].subjects  # what predict answers needs no threshold
     whole = replace(adapted, config=replace(adapted.config, mode="full"))
     told = operating_point(played, whole, tmp_path)
     assert told is not None

@@ -65,6 +65,12 @@ def test_an_interval_says_how_it_was_made_and_then_only_the_set_has_a_level(orig
     assert "venn_abers" in list(texts(one(certainty=sure)))
 
 
+def test_a_score_that_is_no_probability_is_not_called_a_certainty(origin):
+    told = made(one(certainty=Certainty(score=0.93)), origin)
+    assert numbers(told) == [("Score, no probability", pytest.approx(0.93), "1")]
+    assert ("Calibration", "none") in words(told)
+
+
 def test_the_interval_of_a_volume_stands_with_the_volume_in_its_own_unit(origin):
     place = Place(volume_mm3=7500.0, centre_ras_mm=(1.0, 2.0, 3.0))
     size = Quantity(value=7.5, unit="mL", low=6.0, high=10.0, level=0.9)

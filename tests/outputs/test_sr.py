@@ -200,12 +200,14 @@ def test_the_device_changes_with_its_weights_and_with_nothing_else():
 def test_a_report_of_nothing_says_what_was_looked_at_and_what_could_not_be_said(tmp_path):
     datasets = series()
     volume = read(tmp_path / "in", datasets)
-    done = sr.write(result(volume, datasets, mask=None, findings=findings(findings=())), tmp_path / "out")
+    nothing = findings(findings=(), novelty=Novelty(flagged=True, score=0.41021, p=1 / 18))
+    done = sr.write(result(volume, datasets, mask=None, findings=nothing), tmp_path / "out")
     one = pydicom.dcmread(done.files[0])
     told = comments(one)
     assert "not a medical device" in told[0]
     assert told[1:] == [
         "Looked at: CT at 0.6 x 0.8 x 2.5 mm, 100.0% of its voxels.",
+        "Out of distribution: yes, score 0.4102, p 0.0556.",
         "Not said: spleen, because it lies outside the scan.",
     ]
     names = [item.ConceptNameCodeSequence[0].CodeMeaning for item in one.ContentSequence]

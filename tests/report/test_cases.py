@@ -107,6 +107,7 @@ def test_the_log_loss_is_scikit_learns(truth: int, weights: list[float]) -> None
 def test_certain_errors_can_be_put_in_order() -> None:
     assert math.isfinite(log_loss(0, (0.0, 1.0)))
     assert log_loss(1, (0.0, 1.0)) == 0
+    assert math.copysign(1, log_loss(1, (0.0, 1.0))) == 1  # minus the logarithm of 1 is -0
     for truth, scores in ((2, (0.5, 0.5)), (-1, (0.5, 0.5)), (0, (1.5, 0.0)), (0, (math.nan, 1.0))):
         with pytest.raises(ValueError, match="no probability"):
             log_loss(truth, scores)
@@ -202,6 +203,15 @@ def test_probabilities_stand_beside_the_scan_with_what_is_true() -> None:
     assert len(painted(picture, cases.TRUTH)) > 50
     nothing = Case(key=KEY, figure=2.0, scan=scan(), chances={"nodule": 0.9})
     assert "True: none of the classes" in case_picture(nothing, metric="log loss", place="worst 1").caption
+
+
+@pytest.mark.parametrize(
+    ("figure", "counted", "said"),
+    [(-0.0, False, "0.000"), (1e-9, False, "0.000"), (0.00489, False, "0.00489"), (3.0, True, "3"), (0.0, True, "0")],
+)
+def test_a_figure_that_is_nothing_has_no_sign_and_a_count_no_decimals(figure: float, counted: bool, said: str) -> None:
+    case = Case(key=KEY, figure=figure, scan=scan(), said={"true": "1"}, counted=counted)
+    assert f"Best 1 of 9 by loss: {said}. Case" in case_picture(case, metric="loss", place="best 1 of 9").caption
 
 
 def test_numbers_stand_beside_the_scan_in_words() -> None:

@@ -110,6 +110,13 @@ def test_the_froc_picture_says_what_is_found_at_how_many_false_alarms() -> None:
     assert "resamples" in picture.caption
 
 
+def test_a_detector_that_misses_nothing_is_told_so_in_words_of_its_own() -> None:
+    sure = {f"s{n}": [Matched(scores=(0.9,), hits=(True,), truths=1)] for n in range(6)}
+    caption = curves.froc_picture({"run": sure}, about="nodules").caption
+    assert "run finds everything at each of these rates" in caption
+    assert "parts these subjects" not in caption
+
+
 def test_pictures_of_the_same_things_are_the_same_bytes() -> None:
     once, again = (curves.roc_picture([judged()], about="lesion") for _ in range(2))
     assert once.png == again.png

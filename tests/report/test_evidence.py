@@ -131,20 +131,32 @@ def test_an_operating_point_names_its_threshold_and_on_whom_it_was_fixed() -> No
         run="run",
         positive="yes",
         threshold=0.37,
+        shown=0.99996,
         fixed_on="31 validation subjects",
         figures=figures,
+        answers=figures | {"sensitivity": Interval(estimate=0.7, low=0.5, high=0.8, subjects=21)},
         by_group={"sex": {"F": figures, "M": figures}},
     )
     missing = OperatingPoint(run="other", positive="yes", why="too few <subjects>")
-    (part,) = evidence_sections([], [], [], [point, missing])
+    bare = replace(point, run="bare", threshold=0.25, shown=0.25)
+    (part,) = evidence_sections([], [], [], [point, missing, bare])
     assert part.title == "At a fixed threshold"
-    assert "from a stated probability of 0.370 on" in part.body
+    assert "predict answers with the more probable class, and follows no threshold" in part.body
+    # Not 1.000, which no probability reaches.
+    assert "of 0.99996, as findings show it (calibrated; 0.370 as the head states it before)" in part.body
+    assert "of 0.250, as findings show it (the head&#x27;s own, which is not calibrated)" in part.body
+    answered, ruled = part.body.index("what predict answers"), part.body.index("if that threshold were the rule")
+    assert answered < part.body.index("0.700 [0.500, 0.800] (n=21)") < ruled
     assert "31 validation subjects" in part.body
-    assert "sex: F" in part.body
+    assert "the same, sex: F" in part.body
     assert "0.800 [0.600, 0.900] (n=21)" in part.body
     assert "nobody to ask (n=0)" in part.body
     assert "nan" not in part.body
-    assert "operating point NOT MEASURED: too few &lt;subjects&gt;" in part.body
+    assert "operating point NOT MEASURED: too few &lt;subjects&gt;." in part.body
+    (told,) = evidence_sections([], [], [], [replace(missing, answers=point.answers)])
+    assert "was counted all the same" in told.body
+    assert "0.700 [0.500, 0.800] (n=21)" in told.body
+    assert "if that threshold" not in told.body
 
 
 def test_a_shift_of_prevalence_is_a_box_only_where_it_is_beyond_chance() -> None:

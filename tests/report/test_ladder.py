@@ -43,6 +43,7 @@ def test_every_rung_and_what_labels_buy_stand_on_the_page() -> None:
         assert wanted in text, wanted
     assert "10 more labelled subjects would improve auroc by" in text
     assert "<i>pays</i>" not in text
+    assert "radiomics or what is said without a look at the scan stands on the page of voxelstem evaluate" in text
 
 
 def test_without_a_curve_it_says_why() -> None:

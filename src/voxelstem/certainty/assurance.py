@@ -1,7 +1,8 @@
 """How sure a run may be of what it says: fitted to answers about subjects whom the answering head had not seen.
 
 Heads over frozen networks are cross-fitted over their own labelled subjects, which costs no further label. A network
-that was trained itself would have to be trained anew for every fold, and its answers are not calibrated.
+that was trained itself would have to be trained anew for every fold: its answers are calibrated on subjects that were
+held out of its training, or not at all (`finetune.sure`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jaxtyping import Float, Int
 from voxelstem.certainty.calibrators import Temperature, fit_temperature, log_probabilities
 from voxelstem.certainty.conformal import ConformalIntervals, ConformalSets, fit_intervals, fit_sets
 from voxelstem.certainty.crossfit import rows_of
-from voxelstem.certainty.strangeness import KnownClasses, NearestKnown, fit_classes, fit_nearest
+from voxelstem.certainty.familiar import fit_familiar
+from voxelstem.certainty.strangeness import KnownClasses, NearestKnown
 from voxelstem.certainty.vennabers import VennAbers, fit_venn_abers
 from voxelstem.certainty.volumes import rows_of_sizes
 from voxelstem.certainty.yesno import Told, YesNo, fit_yesno
@@ -29,7 +31,6 @@ LEVEL = 0.9
 """Share of new subjects for whom sets and intervals are made to hold the truth."""
 FEWEST = 10
 """Answers that a calibrator is fitted to at least; of yes and no so many of either kind."""
-NEIGHBOURS = 5
 VENN_ABERS = "venn_abers"
 HALF = 0.5
 _PARTS: Mapping[str, Any] = {
@@ -43,6 +44,7 @@ _PARTS: Mapping[str, Any] = {
     "group_intervals": ConformalIntervals,
     "known": NearestKnown,
     "centres": KnownClasses,
+    "inside": NearestKnown,
 }
 
 
@@ -70,6 +72,8 @@ class Assurance:
     """The labelled scans, to hold new ones against."""
     centres: KnownClasses | None = None
     """The means of their classes, to hold new ones against: `evaluate` shows it beside `known`."""
+    inside: NearestKnown | None = None
+    """As `known`, of a tuned network: by vectors from inside of it (`finetune.inside`), as its features are answers."""
     subjects: int = 0
     """How many unseen subjects all that was fitted to answers was fitted to."""
     notes: tuple[str, ...] = ()
@@ -155,10 +159,18 @@ class Assurance:
         yes and no weigh alike says yes of something rare before it is the more probable.
         """
         sure = self.present(name, chance)
-        if chance >= threshold:
-            return True, sure
+        if chance >= threshold or sure.probability is None:
+            return chance >= threshold, sure
         low, high = (None if end is None else 1 - end for end in (sure.high, sure.low))
         return False, replace(sure, probability=1 - sure.probability, low=low, high=high)
+
+    def box(self, name: str, score: float) -> Certainty:
+        """How sure it is that a box is right. Where boxes of this name were not calibrated, its score stays a score.
+
+        A detector is fitted to tokens of which it is made to see as many amid things as off them, and says 0.9 of boxes
+        of which one in thousands is right.
+        """
+        return self.present(name, score) if self.yesno is not None and name in self.yesno else Certainty(score=score)
 
     def quantity(self, value: float, unit: str) -> Quantity:
         """A predicted number with its interval."""
@@ -192,20 +204,25 @@ class Assurance:
         weights: Weights,
         days: Float[np.ndarray, "moment"],
         survival: Float[np.ndarray, "moment"],
-        scan: Float[np.ndarray, "dim"],
     ) -> Finding:
         """A curve as a finding: it begins after the scan, and does not rise where rounding would have it so."""
         later = days > 0
         falling = np.minimum.accumulate(np.clip(survival[later], 0.0, 1.0))
         curve = Curve(days=tuple(days[later].tolist()), survival=tuple(falling.tolist()))
-        return Finding(name=weights.name, kind="survival", weights=weights, curve=curve, novelty=self.novelty(scan))
+        return Finding(name=weights.name, kind="survival", weights=weights, curve=curve)
 
     def novelty(self, scan: Float[np.ndarray, "dim"]) -> Novelty | None:
         """Whether a scan's vector is unlike those of the labelled scans."""
-        if self.known is None:
-            return None
-        found = self.known.apply(scan[None].astype(np.float64))
-        return Novelty(flagged=bool(found.flagged[0]), score=float(found.score[0]), p=float(found.as_strange[0]))
+        return None if self.known is None else _novelty(self.known, scan)
+
+    def novelty_inside(self, vector: Float[np.ndarray, "dim"]) -> Novelty | None:
+        """The same of a vector from inside a tuned network."""
+        return None if self.inside is None else _novelty(self.inside, vector)
+
+
+def _novelty(known: NearestKnown, scan: Float[np.ndarray, "dim"]) -> Novelty:
+    found = known.apply(scan[None].astype(np.float64))
+    return Novelty(flagged=bool(found.flagged[0]), score=float(found.score[0]), p=float(found.as_strange[0]))
 
 
 def group_of(acquisition: Acquisition) -> str:
@@ -237,7 +254,7 @@ def assure(
     Args:
         outcomes: Of unseen subjects: those of a classification (`truth`, `scores`, of one class or of each), of a
             number (`truth`, `predicted`), of boxes (`by_class`) or of volumes (`volumes.Sizes`); of other tasks
-            nothing is fitted to them.
+            nothing is fitted to them, and the notes say so.
         examples: The labelled scans, to hold new ones against.
         groups: Of subjects, where it is known: what their scans have in common, such as the scanner. A group with
             enough of them gets a threshold of its own (Vovk et al. 2005, section 4.5), beside that of all together,
@@ -255,11 +272,14 @@ def assure(
         parts = _of_boxes(outcomes, said)
     elif hasattr(first, "predicted_mm3"):
         parts = _of_volumes(outcomes, said)
-    seen = [example for example in examples if example.features.scan.size]
-    known = _known(seen, said)
-    centres = None if known is None else _centres(seen, said)
+    elif hasattr(first, "shares"):
+        said.append("not calibrated: the probability of the answer is the share of the nearest labelled cases")
+    elif first is not None:
+        said.append("not calibrated: nothing is fitted to answers of this kind")
+    familiar = fit_familiar(examples, level=LEVEL)
     subjects = len(outcomes) if parts else 0
-    return Assurance(**parts, known=known, centres=centres, subjects=subjects, notes=tuple(said))
+    notes = (*said, *familiar.notes)
+    return Assurance(**parts, known=familiar.known, centres=familiar.centres, subjects=subjects, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -325,12 +345,12 @@ def _of_boxes(outcomes: Mapping[str, Any], said: list[str]) -> dict[str, Any]:
         matched = [outcomes[subject].by_class[name] for subject in sorted(outcomes) if name in outcomes[subject]]
         scores, hits = ([value for one in matched for value in getattr(one, side)] for side in ("scores", "hits"))
         told[name] = Told(chance=np.array(scores, dtype=np.float64), there=np.array(hits, dtype=np.bool_))
-    return _yesno(told, "boxes", said)
+    return _yesno(told, "boxes", said, ": their scores are no probabilities")
 
 
-def _yesno(told: Mapping[str, Told], what: str, said: list[str]) -> dict[str, Any]:
+def _yesno(told: Mapping[str, Told], what: str, said: list[str], then: str = "") -> dict[str, Any]:
     found = fit_yesno(told, fewest=FEWEST)
-    said += [f"{what} of '{name}' are not calibrated: {why}" for name, why in found.lacking.items()]
+    said += [f"{what} of '{name}' are not calibrated: {why}{then}" for name, why in found.lacking.items()]
     return {} if found.yesno is None else {"yesno": found.yesno}
 
 
@@ -367,27 +387,3 @@ def _of_numbers(outcomes: Mapping[str, Any], groups: Mapping[str, str] | None, s
         except ValueError as error:
             said.append(f"no intervals of groups: {error}")
     return parts
-
-
-def _known(seen: Sequence[Example], said: list[str]) -> NearestKnown | None:
-    if not seen:
-        return None
-    try:
-        rows = np.stack([example.features.scan for example in seen]).astype(np.float64)
-        return fit_nearest(
-            rows, [example.subject for example in seen], neighbours=min(NEIGHBOURS, max(len(seen) - 1, 1)), level=LEVEL
-        )
-    except ValueError as error:
-        said.append(f"strange scans are not told apart: {error}")
-        return None
-
-
-def _centres(seen: Sequence[Example], said: list[str]) -> KnownClasses | None:
-    """Means of classes where each scan is of one, else of all scans together."""
-    try:
-        rows = np.stack([example.features.scan for example in seen]).astype(np.float64)
-        labels = [example.label or "all" for example in seen]
-        return fit_classes(rows, labels, [example.subject for example in seen], level=LEVEL)
-    except ValueError as error:
-        said.append(f"strange scans are not told apart by the means of their classes: {error}")
-        return None

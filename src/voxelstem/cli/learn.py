@@ -185,6 +185,8 @@ class Judging:
     `always` or `never`."""
     unet_steps: int = 200
     """Of the U-Net from scratch beside frozen segmentation heads; 0 for none, which the page then says."""
+    features: str = ""
+    """Folder where embeddings rest, such as that of `adapt`'s `features=DIR`; beside the report if left out."""
     commercial: bool = False
     """Say that the use is commercial: runs over weights whose licence forbids that are refused."""
 
@@ -222,6 +224,7 @@ def evaluate(
             pretrained_on=how.pretrained_on,
             nested=how.nested,  # pyright: ignore[reportArgumentType]  # it looks for itself
             unet_steps=how.unet_steps,
+            features=how.features,
         )
     except ValueError as error:
         raise ConfigError(str(error), hint="see `voxelstem evaluate --help`") from error

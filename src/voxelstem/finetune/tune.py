@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from voxelstem.backbones.lowrank import fold
 from voxelstem.card import Card
+from voxelstem.certainty import familiar
 from voxelstem.engine.device import choose
 from voxelstem.errors import CheckpointError, ConfigError
 from voxelstem.finetune import fates
 from voxelstem.finetune.cases import Case, Seen, companions, labelled, see
 from voxelstem.finetune.config import FinetuneConfig
+from voxelstem.finetune.inside import vector_of
 from voxelstem.finetune.loop import Net, fit, in_turns, loss_of
 from voxelstem.finetune.network import Tuned, build, restore
 from voxelstem.heads.manylabels import FACTS, answers_each
 from voxelstem.model import Model
 from voxelstem.progress import progress
-from voxelstem.protocols import Head, Task
+from voxelstem.protocols import Features, Head, Task
 from voxelstem.room import left_bytes
 from voxelstem.store import Record, Store
 from voxelstem.study import InputSpec, Survival
@@ -340,8 +342,20 @@ class Speaker:
 
     def __call__(self, key: str) -> Said:
         """Look at one scan and its companions."""
+        return say(self.net, self._see(key), self.spec, self.asked, self.config)
+
+    def inside(self, key: str) -> Float[np.ndarray, " dim"]:
+        """The vector of one scan from inside the network: `inside.vector_of`."""
+        return vector_of(self.net, self._see(key), self.spec)
+
+    def _see(self, key: str) -> Seen:
         ((_, keys),) = _together(self.store, [self.store.record(key)], self.config)
-        return say(self.net, see(self.store, keys, self.spec), self.spec, self.asked, self.config)
+        return see(self.store, keys, self.spec)
+
+
+def strangeness_of(features: Callable[[str], Features], key: str) -> Float[np.ndarray, " dim"]:
+    """The vector by which a scan is held against the labelled ones: of a tuned network that from inside of it."""
+    return features.inside(key) if isinstance(features, Speaker) else familiar.vector_of(features(key))
 
 
 def _together(store: Store, records: Sequence[Record], config: FinetuneConfig) -> list[tuple[Record, tuple[str, ...]]]:

@@ -20,6 +20,7 @@ from voxelstem.answers import HALF, Answer, truth_of
 from voxelstem.heads import attending
 from voxelstem.heads.bags import bag_of, kind_of
 from voxelstem.heads.neighbours import Nearest, nearest, unit
+from voxelstem.heads.scales import laid, measured_columns, ruler
 from voxelstem.losses.binary import balanced_binary_entropy, kind_weights
 from voxelstem.protocols import Example, Features, Head
 
@@ -84,7 +85,8 @@ def fit_votes(examples: Sequence[Example], classes: tuple[str, ...], *, mode: st
         ValueError: as `truths`.
     """
     rows = np.stack([example.features.scan for example in examples])
-    arrays = {"rows": unit(rows), "truth": truths(examples, classes)}
+    how = ruler(rows, measured_columns([example.features for example in examples]))
+    arrays = how | {"rows": unit(laid(how, rows)), "truth": truths(examples, classes)}
     return Head(mode=mode, classes=classes, arrays=arrays, facts=dict(FACTS))
 
 
@@ -140,7 +142,7 @@ def chances(head: Head, features: Features, *, neighbours: int, temperature: flo
         return expit(attending.score(head, features).logits)
     row = features.scan.astype(np.float64)
     if head.mode == "knn":
-        rows, truth = head.arrays["rows"], head.arrays["truth"].T
+        rows, row, truth = head.arrays["rows"], laid(head.arrays, row), head.arrays["truth"].T
         near = [nearest(rows, row, neighbours, hidden=np.isnan(column)) for column in truth]
         return np.array([_vote(few, column, temperature) for few, column in zip(near, truth, strict=True)])
     standard = (row - head.arrays["middle"]) / head.arrays["scale"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from voxelstem import baselines, metrics, regions
 from voxelstem.adapted import AdaptConfig, SeeConfig, needs_tokens
@@ -56,6 +56,11 @@ class Vector:
     tokens: None = None
     tokens_affine_ras: None = None
 
+    @property
+    def measured(self) -> Bool[np.ndarray, " column"]:
+        """All of them have units of their own."""
+        return np.ones(len(self.scan), dtype=bool)
+
 
 MORPHOMETRY, RADIOMICS = "morphometry", "radiomics"
 INITS = 3
@@ -89,13 +94,10 @@ class Contest:
         examples = examples_of(self.store, self.tested, self.truth, features, self.task)
         return self._join((example.subject, self.task.outcome(head, example)) for example in examples)
 
-    def fit_and_score(self, features: FeaturesOf) -> Outcomes:
-        """Fit the task's head to these features of the labelled scans, then score it.
-
-        What competes with a network that was trained whole is fitted in the task's usual mode.
-        """
+    def fit_and_score(self, features: FeaturesOf, *, parts: bool = True) -> Outcomes:
+        """Fit the task's head to these features of the labelled scans, in the mode of `mode_of`, then score it."""
         examples = list(examples_of(self.store, self.labelled, self.truth, features, self.task))
-        mode = self.mode if self.mode in self.task.modes else self.task.modes[0]
+        mode = mode_of(self.task, self.mode, parts=parts)
         head = self.task.fit(examples, self.classes, mode=mode, seed=self.seed)
         return self.score(head, features)
 
@@ -163,7 +165,7 @@ class Contest:
         if not columns:
             return None
         rows = {key: Vector(scan=np.array([volumes[name] for name in columns])) for key, volumes in told.items()}
-        return self.fit_and_score(rows.__getitem__)
+        return self.fit_and_score(rows.__getitem__, parts=False)
 
     def atlas(self, spec: InputSpec, advance: Advance | None = None) -> Outcomes:
         """Carry the labels of the labelled scan with the most similar body over each held-out scan."""
@@ -251,34 +253,41 @@ def simple_baselines(contest: Contest, model: Model, region: str, advance: Advan
     found = {"intensity": once(contest.fit_and_score(counted(bright, advance, note="intensity")))}
     if voxels:
         return found | {"atlas": once(contest.atlas(model.spec, advance))}
-    told = _radiomics(contest, region)
+    told = radiomics_features(contest.store, (*contest.labelled, *contest.tested), region)
     if told is not None:
-        found[RADIOMICS] = once(told)
-    name, usual = _usual(contest)
-    found[name] = once(usual())
+        found[RADIOMICS] = once(contest.fit_and_score(told, parts=False))
+    name, said = usual(contest)
+    found[name] = once(said())
     advance(len(contest.labelled) + len(contest.tested), note=name)
     measured = contest.morphometry()
     return found | ({} if measured is None else {MORPHOMETRY: once(measured)})
 
 
-def _radiomics(contest: Contest, region: str) -> Outcomes | None:
-    """A head on first-order radiomics of the region, or of the body; None where a scan lacks one of the features."""
+def radiomics_features(store: Store, records: Iterable[Record], region: str) -> FeaturesOf | None:
+    """First-order radiomics of these scans' region, or body; None, and a warning, where one lacks a feature."""
 
     def described(key: str) -> Any:
-        volume = contest.store.volume(key)
-        labels = contest.store.labels(key) if region else None
+        volume = store.volume(key)
+        labels = store.labels(key) if region else None
         where = baselines.find_body(volume) if labels is None else regions.of_class(labels, region)
         return baselines.radiomics(volume, where)
 
     try:
-        rows = {record.key: described(record.key) for record in (*contest.labelled, *contest.tested)}
+        return {record.key: described(record.key) for record in records}.__getitem__
     except ValueError as error:
         _log.warning("no radiomics baseline: %s", error)
         return None
-    return contest.fit_and_score(rows.__getitem__)
 
 
-def _usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:
+def mode_of(task: Task, mode: str, *, parts: bool) -> str:
+    """The mode in which what a run must beat is fitted: the run's own, as far as that can be.
+
+    It is the task's usual one where the run's trains a network whole, or, of values without `parts`, attends to parts.
+    """
+    return mode if mode in task.modes and (parts or mode != "attention") else task.modes[0]
+
+
+def usual(contest: Contest) -> tuple[str, Callable[[], Outcomes]]:
     """What can be said of a scan that nobody looked at, and its name."""
     if contest.truth.survival:
         return "kaplan_meier", contest.kaplan_meier

@@ -14,7 +14,7 @@ from voxelstem.judging.contest import Beside, Contest, plain_baselines, tuned_ba
 from voxelstem.model import Model
 from voxelstem.store import Record, Store
 from voxelstem.store.leakage import common
-from voxelstem.truth import Truth, is_aligned, of_contrast, read_truth
+from voxelstem.truth import Truth, is_aligned, of_contrast, read_truth, told_each
 from voxelstem.weights.hub import load
 
 
@@ -34,6 +34,46 @@ def check_leakage(store: Store, labelled: Sequence[Record], tested: Sequence[Rec
                 f"{count} of the test {what} were also trained on: the scores would not be honest",
                 hint="make a new store with `voxelstem ingest`: it splits by subject",
             )
+
+
+def check_labels(adapted: Adapted, truth: Truth, labelled: Sequence[Record]) -> None:
+    """See that these labels say of those whom a run learned from what the run was told of them.
+
+    Otherwise baselines would be fitted to another question than the run. What a run was not told cannot be compared:
+    see `labels_line`.
+
+    Raises:
+        ConfigError: they say something else of somebody.
+    """
+    then = adapted.card.labels.told
+    if not then:
+        return
+    now = told_each(truth, labelled, adapted.head.classes)
+    if then == now:
+        return
+    other = sum(one != another for one, another in zip(then, now, strict=True)) if len(then) == len(now) else len(now)
+    if adapted.task.voxels:
+        raise ConfigError(
+            f"these labels ask for other structures than '{adapted.name}' learned",
+            hint="give the labels.json that `adapt` was given",
+        )
+    raise ConfigError(
+        f"these labels say something else of {other} of the {len(now)} subjects that '{adapted.name}' learned from",
+        hint="give the label file that `adapt` was given, or adapt again with this one: what is compared with a run "
+        "must learn from the same labels",
+    )
+
+
+def labels_line(adapted: Adapted) -> str:
+    """What is known of a run whose labels passed `check_labels`; empty where it learned from nobody."""
+    if not adapted.labelled:
+        return ""
+    if told := adapted.card.labels.told:
+        return f"{adapted.name}: these labels say the same of all {len(told)} subjects as those that it learned from"
+    return (
+        f"{adapted.name}: whether these labels are those that it learned from: NOT MEASURED, the run was made before "
+        "that was kept"
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Adapted]:
@@ -120,6 +160,7 @@ def contest_of(adapted: Adapted, store: Store, truth: Truth) -> Contest:
     if strange:
         raise ConfigError(f"test label '{strange[0]}' is none that '{adapted.name}' knows: {', '.join(classes)}")
     labelled = tuple(by_key[key] for key in adapted.labelled)
+    check_labels(adapted, truth, labelled)
     check_leakage(store, labelled, tested)
     return Contest(
         store=store,

@@ -23,6 +23,7 @@ from voxelstem.certainty.thresholds import coverage
 from voxelstem.certainty.vennabers import held_frequency
 from voxelstem.certainty.volumes import Sizes
 from voxelstem.features import FeaturesOf
+from voxelstem.finetune.tune import strangeness_of
 from voxelstem.judging.claims import FIGURES, Told, calibrated, claims_of, ends_of_each, figures_of_each
 from voxelstem.judging.contest import Contest, Outcomes, Repeats, once
 from voxelstem.judging.groups import groups_of
@@ -99,7 +100,7 @@ def sureness(played: Played) -> Sureness:
         covered=None if held is None else coverage(held.truth, subjects).overall,
         level=None if held is None else _level(sure),
         set_size=None if held is None or np.isnan(held.sizes).any() else float(held.sizes.mean()),
-        flagged=_flagged(played, played.assurance.known),
+        flagged=_flagged(played, sure.known or sure.inside),
         notes=sure.notes,
         by_group=by_group,
         **_between(sure, outcomes),
@@ -237,9 +238,12 @@ def _claimed(sure: Assurance, outcomes: Outcomes) -> _Claimed:
     if boxes and have < FEWEST_SUBJECTS:
         lacking = {"how often boxes are right that are said to be": _too_few(have)} | lacking
         return _Claimed(ends=ends, lacking=lacking)
+    after = {} if sure.yesno is None else {who: calibrated(sure, own) for who, own in told.items()}
+    if boxes and sure.yesno is not None:  # no probability is stated of boxes of the others
+        after = {who: {name: own[name] for name in own if name in sure.yesno.names} for who, own in after.items()}
     return _Claimed(
         stated=figures_of_each(told),
-        calibrated={} if sure.yesno is None else figures_of_each({who: calibrated(sure, t) for who, t in told.items()}),
+        calibrated=figures_of_each(after) if any(after.values()) else {},
         ends=ends,
         boxes=sum(len(one.chances) for own in told.values() for one in own.values()) if boxes else 0,
         lacking=lacking,
@@ -330,6 +334,7 @@ def _flagged(played: Played, known: NearestKnown | KnownClasses | None) -> Inter
     """The share of test scans, with the interval of as many answers as there are subjects."""
     if known is None:
         return None
-    rows = np.stack([played.features(record.key).scan for record in played.contest.tested]).astype(np.float64)
+    keys = [record.key for record in played.contest.tested]
+    rows = np.stack([strangeness_of(played.features, key) for key in keys]).astype(np.float64)
     strange = known.apply(rows).flagged
     return wilson_interval(float(strange.mean()), len(played.contest.subjects))

@@ -10,17 +10,24 @@ cohort, and not of the run's own head; intervals resample subjects and are too n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from voxelstem.adapted import TUNED, Adapted, needs_tokens
-from voxelstem.certainty.crossfit import CrossFitted, answering, cross_fit, seed_of
+from voxelstem.certainty.crossfit import Answer, CrossFitted, Outcomes, answering, cross_fit, seed_of
 from voxelstem.certainty.folds import Folds, asked_folds, strata_of
 from voxelstem.choosing.ladder import CANNOT
 from voxelstem.errors import IngestError
 from voxelstem.features import FeaturesOf, embedder, examples_of, in_region
-from voxelstem.judging.contest import Contest, intensity_features
+from voxelstem.judging.contest import (
+    RADIOMICS,
+    Contest,
+    intensity_features,
+    mode_of,
+    radiomics_features,
+    usual,
+)
 from voxelstem.metrics import Interval
 from voxelstem.model import Model
 from voxelstem.progress import Advance, progress
@@ -61,6 +68,15 @@ class Nested:
     scores: tuple[NestedScore, ...]
     why: str = ""
     """Why there are no scores; empty where there are some."""
+    notes: tuple[str, ...] = ()
+    """What must be known of the scores, each a sentence about the run."""
+
+
+CHOSEN = (
+    "mode auto chose how this run adapts with its labelled subjects before these folds were drawn, and did not choose "
+    "anew in each of them: its figures here are a little too good"
+)
+NO_RADIOMICS = f"{RADIOMICS}: NOT MEASURED, a scan lacks one of the features: see the log"
 
 
 def is_wanted(when: When, adapted: Adapted, contest: Contest) -> bool:
@@ -71,7 +87,10 @@ def is_wanted(when: When, adapted: Adapted, contest: Contest) -> bool:
 
 
 def nested(name: str, adapted: Adapted, contest: Contest, model: Model, folder: Path) -> Nested:
-    """Cross-fit a frozen run's way to adapt, the same network untrained, and plain intensities, in the same folds.
+    """Cross-fit a frozen run's way to adapt and what it must beat in the same folds.
+
+    That is the same network untrained, plain intensities, radiomics, and what is said without a look at the scan; where
+    voxels are labelled, the first two.
 
     Args:
         name: What the table calls the run.
@@ -86,19 +105,22 @@ def nested(name: str, adapted: Adapted, contest: Contest, model: Model, folder: 
     voxels = adapted.task.voxels
     records = _labelled(adapted, contest)
     classes = class_names(contest.truth, records, voxels=voxels)
-    makers = _contestants(name, adapted, contest, model, folder)
+    everybody = replace(contest, labelled=records, tested=records, classes=classes)
+    makers = _contestants(adapted, everybody, model, folder)
     try:
-        first = _examples(contest, records, next(iter(makers.values()))[0]())
+        first = _examples(everybody, _embedded(adapted, contest, model, folder))
         together = same_people(contest.store, records, folder)
         strata = strata_of(first, classes, together=together)
         repeats = VOXEL_REPEATS if voxels else REPEATS
         told = contest.truth.folds
         plan = asked_folds(strata, count="auto", told=told, repeats=repeats, seed=adapted.config.seed)
-        found: dict[str, CrossFitted] = {}
-        with progress(f"evaluate: {name}, cross-fitted", len(makers) * sum(len(folds.held) for folds in plan)) as step:
-            for who, several in makers.items():
-                examples = [first] if who == name else [_examples(contest, records, make()) for make in several]
-                found[who] = _repeated(adapted, classes, examples, plan, step)
+        own: Makers = {name: [lambda: answering(adapted.task, first, classes, mode=adapted.config.mode)]}
+        fits = (1 + len(makers)) * sum(len(folds.held) for folds in plan)
+        with progress(f"evaluate: {name}, cross-fitted", fits) as step:
+            found = {
+                who: _repeated(adapted, [make() for make in several], plan, step)
+                for who, several in (own | makers).items()
+            }
     except (*CANNOT, IngestError) as error:
         return _without(name, f"the labelled subjects cannot be cross-fitted: {error}")
     return Nested(
@@ -106,7 +128,8 @@ def nested(name: str, adapted: Adapted, contest: Contest, model: Model, folder: 
         subjects=len(strata.kinds),
         folds=len(plan[0].held),
         repeats=len(plan),
-        scores=tuple(_scores(adapted, found)),
+        scores=tuple(_scores(adapted, found, floor="" if voxels else usual(everybody)[0])),
+        notes=tuple(_notes(adapted, found)),
     )
 
 
@@ -129,48 +152,63 @@ def _labelled(adapted: Adapted, contest: Contest) -> tuple[Record, ...]:
     return tuple(r for r in contest.truth.records if set(contest.classes) <= set(r.classes.values()))
 
 
-def _contestants(
-    name: str, adapted: Adapted, contest: Contest, model: Model, folder: Path
-) -> Mapping[str, Sequence[Callable[[], FeaturesOf]]]:
-    """Makers of features: of the run, of untrained networks (one for each repeat), of intensities."""
-    see, tokens = adapted.config.see, needs_tokens(adapted.task, adapted.config.mode)
-    repeats = VOXEL_REPEATS if adapted.task.voxels else REPEATS
+Makers = dict[str, Sequence[Callable[[], Answer]]]
+"""Of each contestant: what makes its answers, for each repeat in turn."""
 
-    def of(network: Model) -> FeaturesOf:
-        return embedder(network, contest.store, folder, tokens=tokens, see=see)
+
+def _contestants(adapted: Adapted, everybody: Contest, model: Model, folder: Path) -> Makers:
+    """Untrained networks (one for each repeat), intensities, radiomics where all have it, and the floor."""
+    see, tokens, task = adapted.config.see, needs_tokens(adapted.task, adapted.config.mode), adapted.task
+
+    def fitted(features: Callable[[], FeaturesOf], *, parts: bool = True) -> Callable[[], Answer]:
+        mode = mode_of(task, adapted.config.mode, parts=parts)
+        return lambda: answering(task, _examples(everybody, features()), everybody.classes, mode=mode)
 
     def bright() -> FeaturesOf:
         patch_ijk = model.backbone.patch_ijk if tokens or see.region else None
-        plain = intensity_features(contest.store, model.spec, patch_ijk)
+        plain = intensity_features(everybody.store, model.spec, patch_ijk)
         if not see.region:
             return plain
-        return lambda key: in_region(plain(key), contest.store, key, see.region)
+        return lambda key: in_region(plain(key), everybody.store, key, see.region)
 
-    untrained = [lambda seed=seed: of(model.scratch(seed=seed)) for seed in range(repeats)]
-    return {name: [lambda: of(model)], "scratch": untrained, "intensity": [bright]}
+    def untrained(seed: int) -> Callable[[], FeaturesOf]:
+        return lambda: _embedded(adapted, everybody, model.scratch(seed=seed), folder)
+
+    repeats = VOXEL_REPEATS if task.voxels else REPEATS
+    found: Makers = {"scratch": [fitted(untrained(seed)) for seed in range(repeats)], "intensity": [fitted(bright)]}
+    if task.voxels:
+        return found
+    told = radiomics_features(everybody.store, everybody.labelled, see.region)
+    radiomics: Makers = {} if told is None else {RADIOMICS: [fitted(lambda: told, parts=False)]}
+    return found | radiomics | {usual(everybody)[0]: [lambda: _floor(everybody)]}
 
 
-def _examples(contest: Contest, records: Sequence[Record], features: FeaturesOf) -> list[Example]:
-    return list(examples_of(contest.store, records, contest.truth, features, contest.task))
+def _floor(everybody: Contest) -> Answer:
+    """What is said of those held out without a look at their scans: by those learned from alone, as everything is."""
 
-
-def _repeated(
-    adapted: Adapted,
-    classes: tuple[str, ...],
-    several: Sequence[Sequence[Example]],
-    plan: Sequence[Folds],
-    step: Advance,
-) -> CrossFitted:
-    """Cross-fit each repeat by itself; contestants with features of several seeds take another for each."""
-    task, config = adapted.task, adapted.config
-    mode = config.mode
-    parts = [
-        cross_fit(
-            answering(task, several[repeat % len(several)], classes, mode=mode),
-            [folds],
-            seed=seed_of(config.seed, repeat, 0),
-            advance=step,
+    def answer(kept: frozenset[str], held: frozenset[str], _: int) -> Outcomes:
+        labelled, tested = (
+            tuple(record for record in everybody.labelled if record.subject in some) for some in (kept, held)
         )
+        return usual(replace(everybody, labelled=labelled, tested=tested))[1]()
+
+    return answer
+
+
+def _embedded(adapted: Adapted, contest: Contest, network: Model, folder: Path) -> FeaturesOf:
+    tokens = needs_tokens(adapted.task, adapted.config.mode)
+    return embedder(network, contest.store, folder, tokens=tokens, see=adapted.config.see)
+
+
+def _examples(everybody: Contest, features: FeaturesOf) -> list[Example]:
+    return list(examples_of(everybody.store, everybody.labelled, everybody.truth, features, everybody.task))
+
+
+def _repeated(adapted: Adapted, several: Sequence[Answer], plan: Sequence[Folds], step: Advance) -> CrossFitted:
+    """Cross-fit each repeat by itself; contestants with features of several seeds take another for each."""
+    seeds = [seed_of(adapted.config.seed, repeat, 0) for repeat in range(len(plan))]
+    parts = [
+        cross_fit(several[repeat % len(several)], [folds], seed=seeds[repeat], advance=step)
         for repeat, folds in enumerate(plan)
     ]
     return CrossFitted(
@@ -178,7 +216,16 @@ def _repeated(
     )
 
 
-def _scores(adapted: Adapted, found: Mapping[str, CrossFitted]) -> list[NestedScore]:
+def _notes(adapted: Adapted, found: Mapping[str, CrossFitted]) -> list[str]:
+    missing = not adapted.task.voxels and RADIOMICS not in found
+    return [note for note, true in ((CHOSEN, adapted.card.chosen), (NO_RADIOMICS, missing)) if true]
+
+
+def _scores(adapted: Adapted, found: Mapping[str, CrossFitted], *, floor: str) -> list[NestedScore]:
+    """Every metric of everybody, but no correlation of a mean.
+
+    The mean of those learned from is low in a fold that holds high numbers out: over folds it would run against them.
+    """
     return [
         NestedScore(
             name=who,
@@ -189,4 +236,5 @@ def _scores(adapted: Adapted, found: Mapping[str, CrossFitted]) -> list[NestedSc
         )
         for metric in adapted.task.metrics
         for who, own in found.items()
+        if (who, metric) != (floor, "r")
     ]

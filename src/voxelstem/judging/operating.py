@@ -58,8 +58,9 @@ class Rates:
 
 
 def operating_point(played: Played, adapted: Adapted, folder: Path) -> OperatingPoint | None:
-    """Judge a run with two classes at a threshold that no test subject had a say in; None for other runs.
+    """Judge a run with two classes by what `predict` answers, and at a threshold that no test subject had a say in.
 
+    None for other runs. `predict` says the more probable class; the threshold is what might be said instead.
     The threshold is that of the best balanced accuracy on labelled validation subjects whom the head did not learn
     from; without enough of them, on the labelled subjects themselves, each answered by a head of another fold.
     """
@@ -67,11 +68,14 @@ def operating_point(played: Played, adapted: Adapted, folder: Path) -> Operating
     first = next(iter(outcomes.values()))
     if len(classes) != TWO or not isinstance(getattr(first, "truth", None), int) or not hasattr(first, "scores"):
         return None
+    rows, sure = rows_of(outcomes), played.assurance
+    there = rows.truth == 1
+    answered = np.array([sure.certainty(classes, row)[0] == classes[1] for row in rows.probabilities])
+    answers = rates(there, answered).facts()
     fixed = fix_threshold(played, adapted, folder)
     if fixed.why:
-        return OperatingPoint(run=played.name, positive=classes[1], why=fixed.why)
-    rows = rows_of(outcomes)
-    said, there = rows.probabilities[:, 1] >= fixed.threshold, rows.truth == 1
+        return OperatingPoint(run=played.name, positive=classes[1], why=fixed.why, answers=answers)
+    said = rows.probabilities[:, 1] >= fixed.threshold
     by_facet: dict[str, dict[str, Mapping[str, Interval]]] = {}
     for facet, of in groups_of(played.contest.tested).items():
         kinds = np.array([of[subject] for subject in rows.subjects])
@@ -81,8 +85,10 @@ def operating_point(played: Played, adapted: Adapted, folder: Path) -> Operating
         run=played.name,
         positive=classes[1],
         threshold=fixed.threshold,
+        shown=float(sure.chances(np.array([1 - fixed.threshold, fixed.threshold]))[1]),
         fixed_on=fixed.on,
         figures=rates(there, said).facts(),
+        answers=answers,
         by_group=by_facet,
     )
 

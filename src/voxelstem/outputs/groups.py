@@ -222,6 +222,10 @@ def _volume(volume_mm3: float, interval: Quantity | None) -> _Number:
 
 
 def _sure(certainty: Certainty) -> Iterator[_Number]:
+    if certainty.score is not None:
+        yield _Number(name=plain(private("Score, no probability")), value=float(certainty.score), unit=NUMBER)
+    if certainty.probability is None:
+        return
     scale = 100.0
     yield _Number(
         name=codes.DCM.CertaintyOfFinding,

@@ -178,6 +178,11 @@ def _comments(findings: Findings) -> Iterator[str]:
     for one in findings.looked:
         spacing = " x ".join(f"{edge:g}" for edge in one.spacing_mm)
         yield f"Looked at: {one.modality} at {spacing} mm, {one.coverage:.1%} of its voxels."
+    if findings.novelty is not None:
+        yield (
+            f"Out of distribution: {'yes' if findings.novelty.flagged else 'no'}, score {findings.novelty.score:.4g}, "
+            f"p {findings.novelty.p:.3g}."
+        )
     for one in findings.unsaid:
         yield f"Not said: {one.what}, because {one.why}."
 

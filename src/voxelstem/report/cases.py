@@ -57,6 +57,8 @@ class Case:
     figure: float
     """By which it was chosen."""
     scan: Volume
+    counted: bool = False
+    """Whether the figure counts something, and is told without decimals."""
     truth: Shaped[np.ndarray, "i j k"] | None = None
     """Voxels of what is asked, on the scan's own grid: 0 or False is background. None for a scan-level task."""
     predicted: Shaped[np.ndarray, "i j k"] | None = None
@@ -122,7 +124,7 @@ def log_loss(truth: int, scores: Sequence[float]) -> float:
     """
     if not 0 <= truth < len(scores) or not 0 <= scores[truth] <= 1:
         raise ValueError(f"class {truth} has no probability among {len(scores)} scores")
-    return -math.log(max(scores[truth], LEAST_CHANCE))
+    return abs(math.log(max(scores[truth], LEAST_CHANCE)))  # minus the logarithm of 1 would be -0
 
 
 def answers_log_loss(truth: Sequence[float], scores: Sequence[float]) -> float:
@@ -173,7 +175,7 @@ def case_picture(
         _bars(axes[2], case)
     else:
         _lines(axes[2], case)
-    heading = f"{place[:1].upper()}{place[1:]} by {metric}: {case.figure:.3g}. Case {case.short}."
+    heading = f"{place[:1].upper()}{place[1:]} by {metric}: {_figure(case)}. Case {case.short}."
     words = " ".join([_drawn(case), _in_words(case)]).strip()
     return Picture(
         png=to_png(figure),
@@ -196,6 +198,13 @@ def cases_section(
         parts.append(f"<h3>{heading}</h3>")
         parts += [page.picture(one) for one in pictures] or [page.paragraph("None: too few subjects were held out.")]
     return page.section(title, *parts)
+
+
+def _figure(case: Case) -> str:
+    """The figure as it is told: what rounds to nothing is 0.000, with no sign."""
+    if case.counted:
+        return f"{case.figure:.0f}"
+    return "0.000" if abs(case.figure) < 0.0005 else f"{case.figure:.3g}"  # noqa: PLR2004 - three decimals
 
 
 def _middle(scan: Volume, asked: Bool[np.ndarray, "i j k"] | None) -> tuple[int, int, int]:

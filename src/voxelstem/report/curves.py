@@ -31,6 +31,10 @@ _PERFECT = (
     "{} parts these subjects without an error, and so does every resample of them: an interval without width does not "
     "say how rare errors are."
 )
+_ALL_FOUND = (
+    "{} finds everything at each of these rates, and so it does in every resample of the subjects: an interval without "
+    "width does not say how rare misses are."
+)
 _AVERAGED = "The curve of a contestant with several seeds is the mean of theirs."
 
 
@@ -157,7 +161,7 @@ def froc_picture(contestants: Mapping[str, Mapping[str, Sequence[Matched]]], *, 
         f"{scans} scans of {len(some)} held-out subjects. {said}",
         caption=f"FROC of {about}: {truths} to be found in {scans} scans of {len(some)} held-out subjects. The figure "
         "in the legend is the mean sensitivity at 1/8, 1/4, 1/2, 1, 2, 4 and 8 false positives per scan. "
-        f"{_of_bands(traces)}",
+        f"{_of_bands(traces, perfect=_ALL_FOUND)}",
     )
 
 
@@ -197,7 +201,7 @@ def _seeds(trace: Trace) -> str:
     return f", mean of {trace.repeats}" if trace.repeats > 1 else ""
 
 
-def _of_bands(traces: Sequence[Trace]) -> str:
+def _of_bands(traces: Sequence[Trace], *, perfect: str = _PERFECT) -> str:
     """What the bands are and whose, or why there are none."""
     shown = [trace for trace in traces[:BANDS] if trace.band is not None]
     bare = list(dict.fromkeys(trace.area.note for trace in traces[:BANDS] if trace.band is None))
@@ -206,7 +210,7 @@ def _of_bands(traces: Sequence[Trace]) -> str:
     )
     said = said if shown else []
     said += [f"No band where there can be none ({'; '.join(bare)})."] if bare else []
-    said += [_PERFECT.format(trace.name) for trace in traces if trace.area.low == 1]
+    said += [perfect.format(trace.name) for trace in traces if trace.area.low == 1]
     return " ".join([*said, _AVERAGED] if any(trace.repeats > 1 for trace in traces) else said)
 
 

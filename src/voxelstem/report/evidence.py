@@ -131,10 +131,14 @@ class OperatingPoint:
     positive: str
     """The class that is called yes."""
     threshold: float | None = None
-    """Of its stated probability."""
+    """Of the probability as the head states it."""
+    shown: float | None = None
+    """The same threshold of the probability as findings show it: after calibration, where the run has any."""
     fixed_on: str = ""
     figures: Mapping[str, Interval] = field(default_factory=dict)
-    """`sensitivity`, `specificity`, `ppv` and `npv` on the test subjects."""
+    """`sensitivity`, `specificity`, `ppv` and `npv` on the test subjects, if that threshold were the rule."""
+    answers: Mapping[str, Interval] = field(default_factory=dict[str, Interval])
+    """The same of what `predict` answers, which is the more probable class, on the same subjects."""
     by_group: Mapping[str, Mapping[str, Mapping[str, Interval]]] = field(default_factory=dict)
     """Facet to group to the same figures."""
     why: str = ""
@@ -263,19 +267,44 @@ def _volumes(one: Sureness) -> list[str]:
 
 
 def _point(one: OperatingPoint) -> list[str]:
-    if one.threshold is None:
-        return [page.paragraph(f"{one.run}: operating point NOT MEASURED: {one.why}")]
-    told = (
-        f"{one.run}: '{one.positive}' is said from a stated probability of {one.threshold:.3f} on. That was fixed on "
-        f"{one.fixed_on}, for the best balanced accuracy, and no test subject had a say in it."
+    rows = [("what predict answers", *_rates(one.answers))] if one.answers else []
+    if one.threshold is None or one.shown is None:
+        told = f"{one.run}: operating point NOT MEASURED: {one.why}."
+        told += " What predict answers, the more probable class, was counted all the same." if rows else ""
+    else:
+        told = (
+            f"{one.run}: predict answers with the more probable class, and follows no threshold. Whoever would rather "
+            f"say '{one.positive}' from a threshold on could take a probability of '{one.positive}' of "
+            f"{_chance(one.shown)}, as findings show it ({_scales(one)}). It was fixed on {one.fixed_on}, for the best "
+            "balanced accuracy, and no test subject had a say in it."
+        )
+        rows.append(("if that threshold were the rule", *_rates(one.figures)))
+        rows += [
+            (f"the same, {facet}: {name}", *_rates(own))
+            for facet, groups in one.by_group.items()
+            for name, own in groups.items()
+        ]
+    if not rows:
+        return [page.paragraph(told)]
+    head = ("rule, on the test subjects", *(RATES[name] for name in RATES))
+    note = (
+        "Each figure has its own n: sensitivity counts those who have it, PPV those of whom it was said. Scans of one "
+        f"subject are averaged first. A finding of another class with probability p gives '{one.positive}' 1 - p."
     )
-    rows = [("all", *_rates(one.figures))]
-    rows += [
-        (f"{facet}: {name}", *_rates(own)) for facet, groups in one.by_group.items() for name, own in groups.items()
-    ]
-    head = ("test subjects", *(RATES[name] for name in RATES))
-    note = "Each figure has its own n: sensitivity counts those who have it, PPV those of whom it was said."
     return [page.paragraph(told), page.table(head, rows, caption=one.run), page.paragraph(note)]
+
+
+def _scales(one: OperatingPoint) -> str:
+    """How the threshold on findings and the head's own are related."""
+    if one.threshold == one.shown:
+        return "the head's own, which is not calibrated"
+    return f"calibrated; {_chance(one.threshold or 0.0)} as the head states it before"
+
+
+def _chance(value: float) -> str:
+    """With three decimals, or as many as tell it from 0 and 1."""
+    digits = next((count for count in range(3, 13) if 0 < round(value, count) < 1), 3)
+    return f"{value:.{digits}f}"
 
 
 def _rates(figures: Mapping[str, Interval]) -> list[str]:

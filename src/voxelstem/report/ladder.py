@@ -16,6 +16,10 @@ UNSEEN = (
     "figure of what was chosen is a little too good: what is claimed of it belongs to test subjects, by "
     "voxelstem evaluate."
 )
+BASELINES = (
+    "No rung is a baseline: whether any of them beats an untrained network, intensities, radiomics or what is said "
+    "without a look at the scan stands on the page of voxelstem evaluate."
+)
 
 
 def ladder_page(climb: Climb, curve: Curve | None, curve_of: str, why: str) -> str:
@@ -29,13 +33,15 @@ def ladder_page(climb: Climb, curve: Curve | None, curve_of: str, why: str) -> s
                 HEAD, climb.rows(), caption="Better than the best before: paired by subject, above 0 is better."
             ),
             page.paragraph(UNSEEN),
+            page.paragraph(BASELINES),
         ),
-        page.section("What labels buy", *told, *([] if curve is None else _curve(curve_of, curve))),
+        page.section("What labels buy", *told, *([] if curve is None else curve_parts(curve_of, curve))),
     ]
     return page.page("How this run was chosen", sections)
 
 
-def _curve(mode: str, curve: Curve) -> list[str]:
+def curve_parts(mode: str, curve: Curve) -> list[str]:
+    """What labels buy in a mode, as parts of a page: what to do, the curve with what lies beyond it, and its points."""
     scores = [
         Score(
             name=mode,

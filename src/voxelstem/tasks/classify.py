@@ -25,6 +25,7 @@ from voxelstem.findings import Finding, Weights
 from voxelstem.heads import attending, manylabels
 from voxelstem.heads.bags import bag_of, kind_of
 from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.scales import laid, measured_columns, ruler, standard
 from voxelstem.protocols import Example, Features, Head
 
 RULED_OUT = -1e4
@@ -89,7 +90,7 @@ class Classify:
     strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     """Candidates for C when there are enough."""
     prior: float = 10.0
-    """The spread of a feature is estimated as if this many more scans had shown the average spread of all features."""
+    """The spread of a network's column is estimated as if this many more scans had shown the average spread of them."""
     folds: int = 5
     """Folds of the choice of C; it is made only if every class has this many labelled subjects."""
     attention: attending.AttendConfig = field(default_factory=attending.AttendConfig)
@@ -121,16 +122,18 @@ class Classify:
         truth = np.array([classes.index(example.label or "") for example in examples])
         if len(np.unique(truth)) < 2:  # noqa: PLR2004
             raise ValueError("the labelled scans are all of one class")
-        if mode == "knn":
-            return Head(mode=mode, classes=classes, arrays={"rows": unit(rows), "truth": truth})
         if mode == "attention":
             return self._attend(examples, truth, classes, seed)
-        middle, scale = rows.mean(axis=0), _spread(rows, self.prior)
-        standard = (rows - middle) / scale
+        measured = measured_columns([example.features for example in examples])
+        if mode == "knn":
+            how = ruler(rows, measured)
+            return Head(mode=mode, classes=classes, arrays=how | {"rows": unit(laid(how, rows)), "truth": truth})
+        seen = standard(rows, measured, prior=self.prior)
+        rows = (rows - seen.middle) / seen.scale
         subjects = np.array([example.subject for example in examples])
-        strength = self._choose(standard, truth, subjects, seed)
-        weight, bias = _regress(standard, truth, len(classes), strength)
-        arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": bias}
+        strength = self._choose(rows, truth, subjects, seed)
+        weight, bias = _regress(rows, truth, len(classes), strength)
+        arrays = {"middle": seen.middle, "scale": seen.scale, "weight": weight, "bias": bias}
         return Head(mode=mode, classes=classes, arrays=arrays, facts={"strength": strength})
 
     def looks_at_tokens(self, mode: str) -> bool:
@@ -159,7 +162,7 @@ class Classify:
             raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         row = scan.astype(np.float64)
         if head.mode == "knn":
-            near = nearest(head.arrays["rows"], row, self.neighbours)
+            near = nearest(head.arrays["rows"], laid(head.arrays, row), self.neighbours)
             votes = np.zeros(len(head.classes))
             np.add.at(votes, head.arrays["truth"][near.places], near.shares(self.temperature))
             return votes / votes.sum()  # shares that add up to 1 may add up to a rounding more
@@ -178,7 +181,6 @@ class Classify:
                     answer=manylabels.NO_YES[there],
                     weights=weights,
                     certainty=certainty,
-                    novelty=sure.novelty(features.scan),
                 )
                 for name, there, certainty in said
             )
@@ -190,7 +192,6 @@ class Classify:
                 answer=answer,
                 weights=weights,
                 certainty=certainty,
-                novelty=sure.novelty(features.scan),
             ),
         )
 
@@ -288,17 +289,6 @@ def balanced_entropy(truth: Int[np.ndarray, "scan"]) -> attending.Loss:
 def majority(truth: Sequence[str], classes: tuple[str, ...]) -> tuple[float, ...]:
     """Share of each class among the labelled scans: what one can say about a scan without seeing it."""
     return tuple(truth.count(label) / len(truth) for label in classes)
-
-
-def _spread(rows: Float[np.ndarray, "row dim"], prior: float) -> Float[np.ndarray, "dim"]:
-    """Standard deviation of each column, shrunk towards their average; 1 if nothing varies at all.
-
-    Two labelled scans make every feature look equally telling (+1 and -1 after plain standardising).
-    """
-    variance = rows.var(axis=0)
-    shrunk = np.sqrt((len(rows) * variance + prior * variance.mean()) / (len(rows) + prior))
-    floor = 1e-6 * np.maximum(np.abs(rows).max(axis=0), 1e-6)
-    return np.where(shrunk > floor, shrunk, 1.0)
 
 
 def _regress(

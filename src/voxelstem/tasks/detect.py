@@ -149,15 +149,14 @@ class Detect:
         weights: Weights,
         sure: Assurance,
     ) -> tuple[Finding, ...]:
-        """What is said of one scan: the boxes of `predict`; calibrated, a probability is the share that are a `hit`."""
+        """The boxes of `predict`: calibrated, a probability is the share that are a `hit`; else there is a score."""
         return tuple(
             Finding(
                 name=box.name,
                 kind="box",
                 weights=weights,
                 place=Place(low_ras_mm=box.low_ras_mm, high_ras_mm=box.high_ras_mm),
-                certainty=sure.present(box.name, box.score),
-                novelty=sure.novelty(features.scan),
+                certainty=sure.box(box.name, box.score),
             )
             for box in self.predict(head, features, affine_ras, shape_ijk)
         )

@@ -18,6 +18,7 @@ from voxelstem.findings import Finding, Weights
 from voxelstem.heads import attending
 from voxelstem.heads.bags import bag_of, kind_of
 from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.scales import laid, measured_columns, ruler, standard
 from voxelstem.protocols import Example, Features, Head
 
 
@@ -77,13 +78,14 @@ class Regress:
         if mode == "attention":
             return self._attend(examples, values, classes, seed)
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
+        measured = measured_columns([example.features for example in examples])
         if mode == "knn":
-            return Head(mode=mode, classes=classes, arrays={"rows": unit(rows), "values": values})
+            how = ruler(rows, measured)
+            return Head(mode=mode, classes=classes, arrays=how | {"rows": unit(laid(how, rows)), "values": values})
         rows, values = _by_subject([example.subject for example in examples], rows, values)
-        middle, scale = rows.mean(axis=0), rows.std(axis=0)
-        scale = np.where(scale > 1e-9 * np.maximum(np.abs(rows).max(axis=0), 1e-9), scale, 1.0)
-        weight, strength = ridge((rows - middle) / scale, values - values.mean(), self.strengths)
-        arrays = {"middle": middle, "scale": scale, "weight": weight, "bias": np.array([values.mean()])}
+        seen, bias = standard(rows, measured, prior=0.0), values.mean()
+        weight, strength = ridge((rows - seen.middle) / seen.scale, values - bias, self.strengths)
+        arrays = {"middle": seen.middle, "scale": seen.scale, "weight": weight, "bias": np.array([bias])}
         return Head(mode=mode, classes=classes, arrays=arrays, facts={"strength": strength})
 
     def looks_at_tokens(self, mode: str) -> bool:
@@ -109,7 +111,7 @@ class Regress:
         if head.mode == "attention":
             raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         if head.mode == "knn":
-            near = nearest(head.arrays["rows"], scan, self.neighbours)
+            near = nearest(head.arrays["rows"], laid(head.arrays, scan), self.neighbours)
             return float(near.shares(self.temperature) @ head.arrays["values"][near.places])
         row = (scan.astype(np.float64) - head.arrays["middle"]) / head.arrays["scale"]
         return float(row @ head.arrays["weight"] + head.arrays["bias"][0])
@@ -144,7 +146,6 @@ class Regress:
                 kind="value",
                 quantity=quantity,
                 weights=weights,
-                novelty=sure.novelty(features.scan),
             ),
         )
 

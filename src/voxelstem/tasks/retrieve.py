@@ -18,6 +18,7 @@ from voxelstem import metrics
 from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import LONGEST_NAME, Finding, Quantity, Weights
 from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.scales import laid, measured_columns, ruler
 from voxelstem.protocols import Example, Features, Head
 
 LEAST_SHRUNK = 0.01
@@ -93,7 +94,8 @@ class Retrieve:
         if len(np.unique(truth)) < 2:  # noqa: PLR2004
             raise ValueError("the labelled scans are all of one class")
         rows = np.stack([example.features.scan for example in examples]).astype(np.float64)
-        metric = whitening(rows, truth) if mode == "probe" else {}
+        metric = ruler(rows, measured_columns([example.features for example in examples]))
+        metric |= whitening(laid(metric, rows), truth) if mode == "probe" else {}
         arrays = metric | {
             "rows": unit(_seen(metric, rows)),
             "truth": truth,
@@ -115,10 +117,7 @@ class Retrieve:
         near = self.alike(head, features.scan)
         shares = np.array([sum(one.label == name for one in near) / len(near) for name in head.classes])
         answer, certainty = sure.certainty(head.classes, shares)
-        novelty = sure.novelty(features.scan)
-        most = Finding(
-            name=weights.name, kind="class", answer=answer, weights=weights, certainty=certainty, novelty=novelty
-        )
+        most = Finding(name=weights.name, kind="class", answer=answer, weights=weights, certainty=certainty)
         cases = (
             Finding(
                 name=f"like case {one.key}: {one.label}"[:LONGEST_NAME].strip(),
@@ -200,9 +199,10 @@ def whitening(rows: Float[np.ndarray, "scan dim"], truth: Int[np.ndarray, "scan"
 
 def _seen(metric: dict[str, np.ndarray], rows: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row dim"]:
     """Rows as a head compares them."""
+    rows = laid(metric, rows)
     if "turn" not in metric:
         return rows
-    about = rows.astype(np.float64) - metric["middle"]
+    about = rows - metric["middle"]
     return metric["plain"] * about + (about @ metric["turn"].T) * (metric["stretch"] - metric["plain"]) @ metric["turn"]
 
 

@@ -30,6 +30,7 @@ from voxelstem.heads.risks import (
     judged_by,
     minimised,
 )
+from voxelstem.heads.scales import Standard, laid, measured_columns, ruler, standard
 from voxelstem.heads.survival import (
     Curve,
     Watched,
@@ -135,12 +136,14 @@ class Survive:
         if len(watched) < 2 or not (watched.event & (watched.time > 0)).any():  # noqa: PLR2004 - compared to another
             raise ValueError("survival needs at least two subjects, and an event after time 0")
         facts: dict[str, float | str] = {"kind": self.kind}
+        measured = measured_columns([example.features for example in examples])
         if mode == "knn":
-            arrays, facts["kind"] = {"rows": unit(rows), "time": watched.time, "event": watched.event}, "knn"
+            how, facts["kind"] = ruler(rows, measured), "knn"
+            arrays = how | {"rows": unit(laid(how, rows)), "time": watched.time, "event": watched.event}
         elif mode == "attention":
             arrays = self._attend(examples, watched, seed, facts)
         else:
-            arrays = self._line(rows, watched, seed, facts)
+            arrays = self._line(standard(rows, measured, prior=0.0), rows, watched, seed, facts)
         return Head(
             mode=mode,
             classes=classes,
@@ -149,18 +152,21 @@ class Survive:
         )
 
     def _line(
-        self, rows: Float[np.ndarray, "subject dim"], watched: Watched, seed: int, facts: dict[str, float | str]
+        self,
+        how: Standard,
+        rows: Float[np.ndarray, "subject dim"],
+        watched: Watched,
+        seed: int,
+        facts: dict[str, float | str],
     ) -> dict[str, np.ndarray]:
         """A linear risk of standardised columns, under the penalty that serves best."""
-        middle, scale = rows.mean(axis=0), rows.std(axis=0)
-        scale = np.where(scale > 1e-9 * np.maximum(np.abs(rows).max(axis=0), 1e-9), scale, 1.0)
         # A squared norm does not change when the axes are turned: as few columns as there are subjects are enough.
-        left, sizes, right = np.linalg.svd((rows - middle) / scale, full_matrices=False)
+        left, sizes, right = np.linalg.svd((rows - how.middle) / how.scale, full_matrices=False)
         seen = Seen.of(left * sizes, watched)
         model = Cox(ties=self.ties) if self.kind == "cox" else Hazard.of(watched, self.intervals, own=self.by_interval)
         facts["strength"] = strength = self._choose(model, seen, seed)
         found = minimised(model, seen, strength)
-        return {"middle": middle, "scale": scale} | model.arrays(found, seen, right)
+        return {"middle": how.middle, "scale": how.scale} | model.arrays(found, seen, right)
 
     def _attend(
         self, examples: Sequence[Example], watched: Watched, seed: int, facts: dict[str, float | str]
@@ -268,7 +274,7 @@ class Survive:
             raise ValueError("a head in mode attention looks at blocks or patches, not at the scan's one vector")
         arrays = head.arrays
         if head.facts["kind"] == "knn":
-            near = nearest(arrays["rows"], scan, self.neighbours)
+            near = nearest(arrays["rows"], laid(arrays, scan), self.neighbours)
             counts = np.zeros(len(arrays["time"]))
             counts[near.places] = near.shares(self.temperature)
             return _expected(head, beran(Watched(time=arrays["time"], event=arrays["event"]), counts))
@@ -289,7 +295,7 @@ class Survive:
     def findings(self, head: Head, features: Features, weights: Weights, sure: Assurance) -> tuple[Finding, ...]:
         """What is said of one scan: its curve."""
         curve = self.answer(head, features).curve
-        return (sure.outlook(weights, curve.time * self.days, curve.value, features.scan),)
+        return (sure.outlook(weights, curve.time * self.days, curve.value),)
 
     def outcome(self, head: Head, example: Example) -> Foretold:
         """Predict one scan and keep its truth beside.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from voxelstem.backbones.unet import UNetConfig, resenc
-from voxelstem.card import NOT_STATED, README, Card, digest, read_card, read_tensors, write_weights
+from voxelstem.card import NOT_STATED, README, Card, digest, read_card, read_tensors, trained_where, write_weights
 from voxelstem.config import flatten, overlay
 from voxelstem.errors import CheckpointError
 from voxelstem.study import INPUT_SPECS, InputSpec
@@ -373,7 +373,7 @@ def _save(path: Path, state: Mapping[str, Tensor], plan: Mapping[str, Any], card
         {
             WEIGHTS: dict(state),
             PLAN: dict(plan),
-            "init_args": {"licence": card.licence, "origin": card.origin or "trained with voxelstem"},
+            "init_args": {"licence": card.licence, "origin": card.origin or trained_where(trained=bool(card.trained))},
             "trainer_name": "voxelstem",
             "citations": [{"type": "weights", "name": card.recipe, "apa_citations": cited}] if cited else [],
         },
