@@ -34,6 +34,7 @@ from voxelstem.artefact import seal
 from voxelstem.backbones.sizes import sized
 from voxelstem.card import Card, write_weights
 from voxelstem.certainty.assurance import Assurance
+from voxelstem.certainty.strangeness import NearestKnown, fit_nearest
 from voxelstem.config import flatten
 from voxelstem.finetune.config import FinetuneConfig
 from voxelstem.finetune.network import build
@@ -122,13 +123,20 @@ def _linear(dim: int, count: int, sub: int = 2) -> Arrays:
             "bias": np.zeros(out, np.float32)}  # fmt: skip
 
 
+def known(dim: int) -> NearestKnown:
+    """Vectors of twenty scans, so that a prediction also says how strange its scan is (cls and mean patch)."""
+    rows = np.random.default_rng(0).normal(size=(20, dim))
+    return fit_nearest(rows, [str(row) for row in range(20)], neighbours=5, level=0.9)
+
+
 def token_run(folder: Path, classes: tuple[str, ...], name: str) -> None:
     """A head on frozen tokens: linear (`probe`) or queries (`attention`) on 12 mm at 3 mm, linear on wide networks."""
     spec = INPUT_SPECS["ct-stage2"] if name in WIDE else COARSE
     architecture = {"name": "scan_vit"} | dict(flatten(sized(WIDE[name]))) if name in WIDE else VIT
     model = make_model(Card(architecture=architecture, spec=spec), seed=0)
     card = write_weights(folder / "weights", model.backbone.state_dict(), model.card)
-    arrays, facts = _linear(model.backbone.dim, len(classes)), {"sub": 2.0}
+    arrays = _linear(model.backbone.dim, len(classes))
+    facts: dict[str, float | str] = {"sub": 2.0}
     mode = "attention" if name == "attention" else "probe"
     if mode == "attention":
         set_ = queries.QueryConfig()
@@ -138,7 +146,8 @@ def token_run(folder: Path, classes: tuple[str, ...], name: str) -> None:
         arrays, facts = drawn | arrays, facts | {"heads": float(set_.heads)}
     head = Head(mode=mode, classes=classes, arrays=arrays, facts=facts)
     config = resolve("segment", mode, budget=None, settings={})
-    write_run(folder, config, Made(head=head, records=(), assurance=Assurance()), card)
+    sure = Assurance(known=known(2 * model.backbone.dim))
+    write_run(folder, config, Made(head=head, records=(), assurance=sure), card)
 
 
 def tuned_run(folder: Path, classes: tuple[str, ...], name: str) -> None:
@@ -152,7 +161,8 @@ def tuned_run(folder: Path, classes: tuple[str, ...], name: str) -> None:
     arrays = {"middle": np.zeros(count), "scale": np.ones(count), "weight": np.eye(count), "bias": np.zeros(count)}
     arrays |= {OWN + key: tensor.numpy() for key, tensor in net.own().items()}
     head = Head(mode="full", classes=classes, arrays=arrays, facts={"sub": 1.0})
-    write_run(folder, config, Made(head=head, records=(), assurance=Assurance()), card)
+    sure = Assurance(inside=known(2 * net.backbone.dim))
+    write_run(folder, config, Made(head=head, records=(), assurance=sure), card)
 
 
 RUNS: Mapping[str, Callable[[Path, tuple[str, ...], str], None]] = {
