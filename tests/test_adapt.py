@@ -221,7 +221,12 @@ def unet_weights(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("task", "labels"), [("segment", "labels.json"), ("classify", "contrast.csv"), ("regress", "ages.csv")]
+    ("task", "labels"),
+    [
+        pytest.param("segment", "labels.json", marks=pytest.mark.slow),
+        ("classify", "contrast.csv"),
+        ("regress", "ages.csv"),
+    ],
 )
 def test_a_whole_network_is_trained_kept_and_scored_beside_itself_from_scratch(
     place: Path, tmp_path: Path, task: str, labels: str

@@ -93,7 +93,10 @@ def test_a_scan_level_run_stands_beside_scratch_intensity_and_majority(place: Pa
     assert {score.value.subjects for score in found.scores} == {found.test_subjects}
 
 
-@pytest.mark.parametrize(("run", "labels"), [("contrast", "contrast.csv"), ("organs", "labels.json")])
+@pytest.mark.parametrize(
+    ("run", "labels"),
+    [("contrast", "contrast.csv"), pytest.param("organs", "labels.json", marks=pytest.mark.slow)],
+)
 def test_every_scan_that_is_scored_moves_a_bar(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, labels: str
 ) -> None:

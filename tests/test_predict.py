@@ -399,7 +399,7 @@ def test_a_box_that_was_not_calibrated_has_a_score_and_no_probability(place: Pat
     assert of_json(to_json(found)) == found
 
 
-@pytest.mark.parametrize("beside", ["intensity", "radiomics"])
+@pytest.mark.parametrize("beside", [pytest.param("intensity", marks=pytest.mark.slow), "radiomics"])
 def test_a_lesion_is_asked_about_in_its_region_and_only_there(place: Path, tmp_path: Path, beside: str) -> None:
     out = adapt.run(
         weights=place / "weights",

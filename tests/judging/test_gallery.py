@@ -50,11 +50,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("task", "labels", "wanted"),
     [
-        ("classify", "contrast.csv", ("ROC", "recall", "Worst and best cases", "log loss")),
+        pytest.param(
+            "classify", "contrast.csv", ("ROC", "recall", "Worst and best cases", "log loss"), marks=pytest.mark.slow
+        ),
         ("regress", "ages.csv", ("agreement", "Worst and best cases", "absolute error")),
         ("survive", "times.csv", ("risk", "Worst and best cases", "s part of the integrated Brier score", "none by ")),
-        ("detect", "labels.json", ("FROC of one: liver", "Worst and best cases: one", "false boxes", "Found: ")),
-        ("segment", "labels.json", ("Dice", "Worst and best cases", "mean Dice")),
+        pytest.param(
+            "detect",
+            "labels.json",
+            ("FROC of one: liver", "Worst and best cases: one", "false boxes", "Found: "),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("segment", "labels.json", ("Dice", "Worst and best cases", "mean Dice"), marks=pytest.mark.slow),
     ],
 )
 def test_a_page_shows_how_its_task_went_and_what_was_not_measured(
