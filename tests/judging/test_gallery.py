@@ -54,7 +54,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "classify", "contrast.csv", ("ROC", "recall", "Worst and best cases", "log loss"), marks=pytest.mark.slow
         ),
         ("regress", "ages.csv", ("agreement", "Worst and best cases", "absolute error")),
-        ("survive", "times.csv", ("risk", "Worst and best cases", "s part of the integrated Brier score", "none by ")),
+        pytest.param(
+            "survive",
+            "times.csv",
+            ("risk", "Worst and best cases", "s part of the integrated Brier score", "none by "),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "detect",
             "labels.json",
