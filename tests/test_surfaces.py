@@ -4,6 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics.surface_dice import compute_surface_dice
 
 from voxelstem.surfaces import surface_dice
 
@@ -38,6 +42,35 @@ def test_surface_dice_equals_deepmind_s_on_anisotropic_grids(
     one, other = two_balls()
     assert surface_dice(one, other, asked[0], tolerance_mm=asked[1]) == pytest.approx(value, abs=1e-6)
     assert surface_dice(other, one, asked[0], tolerance_mm=asked[1]) == pytest.approx(value, abs=1e-6)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    share=st.sampled_from([0.002, 0.05, 0.5, 0.98]),
+    spacing=st.tuples(*[st.floats(0.3, 5.0)] * 3),
+    tolerance=st.floats(0.1, 8.0),
+)
+@settings(max_examples=25, deadline=None)
+def test_scattered_marks_are_scored_as_monai_scores_them(
+    seed: int, share: float, spacing: tuple[float, float, float], tolerance: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = two_balls()
+    other = other ^ (rng.random(other.shape) < share)
+    masks = [torch.from_numpy(np.pad(mask, 1).astype(np.float32))[None, None] for mask in (one, other)]
+    wanted = compute_surface_dice(
+        masks[0], masks[1], [tolerance], include_background=True, spacing=list(spacing), use_subvoxels=True
+    )
+    assert surface_dice(one, other, spacing, tolerance_mm=tolerance) == pytest.approx(float(wanted[0, 0]), abs=2e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_whole_voxels_away_is_within_as_many_millimetres_though_sizes_are_rounded(steps: int) -> None:
+    one = np.zeros((12, 3, 3), dtype=bool)
+    one[1, 1, 1] = True
+    for size in (0.7, 0.7 * (1 + 1e-9), 0.7 * (1 - 1e-9)):
+        value = surface_dice(one, np.roll(one, steps, 0), (size, 3.0, 3.0), tolerance_mm=0.7 * steps)
+        assert value == 1.0
 
 
 def test_a_mask_at_the_scan_s_edge_has_a_surface_there() -> None:
