@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from tests.draws import counts_of
 
 from voxelstem.answers import Answer, Figure, best_threshold, shares, truth_of
 from voxelstem.metrics import averaged
@@ -58,7 +59,7 @@ def test_a_class_of_one_kind_only_is_not_defined_and_does_not_count() -> None:
 def test_a_draw_is_the_figure_of_the_picked(seed: int) -> None:
     sample, picks = answers(12, seed=seed), np.random.default_rng(seed).integers(0, 12, (3, 12))
     for kind in ("auroc", "balanced_accuracy", "ece"):
-        quick = Figure(kind=kind).resampled(sample, picks)
+        quick = Figure(kind=kind).of_draws(sample, counts_of(picks, 12))
         slow = [Figure(kind=kind)([sample[pick] for pick in row]) for row in picks.tolist()]
         np.testing.assert_allclose(quick, slow, atol=1e-12)
     pairs = list(zip(sample, sample[::-1], strict=True))

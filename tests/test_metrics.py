@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as oracle
+from tests.draws import counts_of
 
 from voxelstem import metrics
 from voxelstem.metrics import (
@@ -19,7 +20,6 @@ from voxelstem.metrics import (
     balanced_accuracy,
     bootstrap_interval,
     effective_rank,
-    macro_auroc,
     mean,
     paired_difference,
 )
@@ -48,6 +48,10 @@ def test_accuracies_agree_with_scikit_learn(rows: list[tuple[int, int]]) -> None
         assert balanced_accuracy(truth, predicted) == pytest.approx(recall)
     else:
         assert math.isnan(balanced_accuracy(truth, predicted))
+
+
+def macro_auroc(truth: np.ndarray, scores: np.ndarray) -> float:
+    return float(metrics.counted_macro_auroc(np.ones((1, len(truth))), truth, scores)[0])
 
 
 def test_macro_auroc_agrees_with_scikit_learn() -> None:
@@ -211,8 +215,14 @@ def test_equal_rows_have_no_direction_and_break_nothing():
     assert effective_rank(np.ones((5, 3))) == pytest.approx(1.0, abs=1e-3)
 
 
-def counts_of(picks: np.ndarray, rows: int) -> np.ndarray:
-    return np.stack([np.bincount(row, minlength=rows) for row in picks]).astype(float)
+def pairs_won(there: np.ndarray, score: np.ndarray) -> float:
+    won = [(a > b) + (a == b) / 2 for a in score[there] for b in score[~there]]
+    return float(np.mean(won)) if won else math.nan
+
+
+def mean_recall(kinds: np.ndarray, said: np.ndarray) -> float:
+    recalls = [np.mean(said[kinds == kind] == kind) for kind in set(kinds.tolist())]
+    return float(np.mean(recalls)) if len(recalls) > 1 else math.nan
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -239,8 +249,8 @@ def test_figures_of_all_draws_at_once_are_those_of_each_draw(seed: int) -> None:
         return total / len(chance)
 
     for got, wanted in (
-        (metrics.counted_auroc(counts, truth, score), [metrics.auroc(truth[p], score[p]) for p in picks]),
-        (metrics.counted_balance(counts, kinds, said), [metrics.balanced_accuracy(kinds[p], said[p]) for p in picks]),
+        (metrics.counted_auroc(counts, truth, score), [pairs_won(truth[p], score[p]) for p in picks]),
+        (metrics.counted_balance(counts, kinds, said), [mean_recall(kinds[p], said[p]) for p in picks]),
         (metrics.counted_f1(counts, truth, score > 0.5), [f1(truth[p], score[p] > 0.5) for p in picks]),
         (
             metrics.counted_calibration_error(counts, truth, score, bins=bins),
@@ -248,3 +258,16 @@ def test_figures_of_all_draws_at_once_are_those_of_each_draw(seed: int) -> None:
         ),
     ):
         np.testing.assert_allclose(got, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("statistic", [MeanOf(float), lambda sample: float(np.mean(sample))])
+def test_any_statistic_of_a_draw_is_that_of_the_picked(statistic: metrics.Statistic[float]) -> None:
+    values = np.random.default_rng(5).normal(size=9).tolist()
+    picks = np.random.default_rng(6).integers(0, 9, (30, 9))
+    wanted = [float(np.mean([values[at] for at in row])) for row in picks.tolist()]
+    assert metrics.of_draws(statistic, values, counts_of(picks, 9)) == pytest.approx(wanted)
+
+
+def test_draws_are_those_of_numpy_s_generator_counted() -> None:
+    picks = np.random.default_rng([3, 5]).integers(0, 7, (200, 7))
+    np.testing.assert_array_equal(metrics.drawn(7, draws=200, seed=[3, 5]), counts_of(picks, 7))

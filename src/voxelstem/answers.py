@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from voxelstem import metrics
 from voxelstem.protocols import Example
@@ -34,8 +33,8 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A figure over subjects, computed for all draws of a bootstrap at once."""
+class Figure(metrics.Counted):
+    """A figure over subjects who each have an `Answer`."""
 
     kind: str
     only: str = ""
@@ -43,29 +42,20 @@ class Figure:
     one: bool = False
     """One of the classes is true."""
     bins: int = 10
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Answer]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(answers, counts) for answers in repeats], axis=1), 1)
-
-    def _of(self, answers: Sequence[Answer], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
-        truth = np.array([answer.truth for answer in answers])
-        scores = np.array([answer.scores for answer in answers])
+    def counted(
+        self, outcomes: Sequence[Answer], counts: Float[np.ndarray, "draw subject"]
+    ) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw."""
+        truth = np.array([answer.truth for answer in outcomes])
+        scores = np.array([answer.scores for answer in outcomes])
         best, true = scores.argmax(axis=1), truth.argmax(axis=1)
         if self.one and not self.only and self.kind == "balanced_accuracy":
             return metrics.counted_balance(counts, true, best)
         if self.one and not self.only and self.kind == "ece":
             return metrics.counted_calibration_error(counts, true == best, scores.max(axis=1), bins=self.bins)
-        said = np.eye(scores.shape[1])[best] > 0 if self.one else scores >= np.array(answers[0].thresholds)
-        places = [answers[0].classes.index(self.only)] if self.only else range(scores.shape[1])
+        said = np.eye(scores.shape[1])[best] > 0 if self.one else scores >= np.array(outcomes[0].thresholds)
+        places = [outcomes[0].classes.index(self.only)] if self.only else range(scores.shape[1])
         each = [self._of_class(truth[:, at], scores[:, at], said[:, at], counts) for at in places]
         return metrics.defined_mean(np.stack(each, axis=1), 1)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -19,9 +20,6 @@ FEWEST_SUBJECTS = 3
 """Below this number of subjects no interval is given."""
 FEW_SUBJECTS = 10
 """Below this number an interval is given and called rough."""
-
-FEW_ROWS = 64
-"""Up to this many rows, comparing all pairs is faster than ranking."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,36 +73,43 @@ def mean(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class MeanOf:
-    """A statistic that is the mean of a value of each subject: resampled all at once instead of draw by draw."""
+class Counted(ABC):
+    """A statistic that is computed for all draws of a bootstrap at once, of how often each subject was drawn."""
+
+    repeated: bool = field(default=False, kw_only=True)
+    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
+
+    def __call__(self, sample: Sequence[Any]) -> float:
+        """Compute the figure of everybody, each once; NaN without subjects."""
+        return float(self.of_draws(sample, np.ones((1, len(sample))))[0]) if sample else math.nan
+
+    def of_draws(self, sample: Sequence[Any], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure of each draw, averaged over the repeats in which it is defined."""
+        return defined_mean(self.by_repeat(sample, counts), 1)
+
+    def by_repeat(
+        self, sample: Sequence[Any], counts: Float[np.ndarray, "draw subject"]
+    ) -> Float[np.ndarray, "draw repeat"]:
+        """Compute the figure of each repeat in each draw."""
+        repeats = list(zip(*sample, strict=True)) if self.repeated else [sample]
+        return np.stack([self.counted(outcomes, counts) for outcomes in repeats], axis=1)
+
+    @abstractmethod
+    def counted(self, outcomes: Sequence[Any], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure of one outcome for each subject, each of whom stands `counts` times in a draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeanOf(Counted):
+    """The mean of a value of each subject, of those that are defined."""
 
     each: Callable[[Any], float]
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the mean is taken within every repeat, then over them."""
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the mean of the values that are defined."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the statistic of each row of picked subjects."""
-        rows = [[self.each(value) for value in (held if self.repeated else (held,))] for held in sample]
-        return defined_mean(defined_mean(np.array(rows, dtype=np.float64)[picks], 1), 1)
-
-
-@runtime_checkable
-class Resampled(Protocol):
-    """A statistic that is computed for all draws at once. A dataclass, like `MeanOf`."""
-
-    repeated: bool
-
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the statistic."""
-        ...
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the statistic of each row of picked subjects."""
-        ...
+    def counted(self, outcomes: Sequence[Any], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the mean in each draw."""
+        values = np.array([self.each(outcome) for outcome in outcomes], dtype=np.float64)
+        defined = ~np.isnan(values)
+        return _share(counts @ np.where(defined, values, 0.0), counts @ defined)
 
 
 MEAN = MeanOf(float)
@@ -118,10 +123,7 @@ def accuracy(truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "ro
 
 def balanced_accuracy(truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "row"]) -> float:
     """Mean recall over the classes that occur in the truth; NaN if fewer than two occur."""
-    classes = np.unique(truth)
-    if len(classes) < 2:  # noqa: PLR2004 - one class says nothing about telling classes apart
-        return math.nan
-    return float(np.mean([(predicted[truth == label] == label).mean() for label in classes]))
+    return float(counted_balance(np.ones((1, len(truth))), truth, predicted)[0])
 
 
 def auroc(truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]) -> float:
@@ -129,37 +131,33 @@ def auroc(truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]) -> fl
 
     Hanley & McNeil 1982: the Mann-Whitney U statistic divided by the number of pairs.
     """
-    positives = int(truth.sum())
-    negatives = len(truth) - positives
-    if positives == 0 or negatives == 0:
-        return math.nan
-    if len(truth) <= FEW_ROWS:
-        gaps = np.subtract.outer(score[truth], score[~truth])
-        return float(((gaps > 0).sum() + (gaps == 0).sum() / 2) / gaps.size)
-    from scipy.stats import rankdata  # takes a second to import
-
-    rank_sum = rankdata(score)[truth].sum()
-    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def macro_auroc(truth: Int[np.ndarray, "row"], scores: Float[np.ndarray, "row classes"]) -> float:
-    """Mean one-against-the-rest AUROC over the classes for which it is defined.
-
-    With two classes this is the AUROC of class 1. NaN if fewer than two classes occur.
-    """
-    if scores.shape[1] == 2:  # noqa: PLR2004 - the usual yes or no
-        return auroc(truth == 1, scores[:, 1] - scores[:, 0])
-    return mean([auroc(truth == label, scores[:, label]) for label in range(scores.shape[1])])
+    return float(counted_auroc(np.ones((1, len(truth))), truth, score)[0])
 
 
 def counted_auroc(
     counts: Float[np.ndarray, "draw row"], truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]
 ) -> Float[np.ndarray, "draw"]:
-    """`auroc` of each draw in which a row stands `counts` times."""
-    wins = np.subtract.outer(score[truth], score[~truth])
-    wins = (wins > 0) + 0.5 * (wins == 0)
-    there, gone = counts[:, truth], counts[:, ~truth]
-    return _share(((there @ wins) * gone).sum(axis=1), there.sum(axis=1) * gone.sum(axis=1))
+    """`auroc` of each draw in which a row stands `counts` times; work grows with rows, not with their pairs."""
+    if not len(score):
+        return np.full(len(counts), math.nan)
+    order = np.argsort(score, kind="stable")
+    levels = np.flatnonzero(np.diff(score[order], prepend=np.nan))  # where a higher score begins
+    there, gone = (np.add.reduceat((counts * of)[:, order], levels, axis=1) for of in (truth, ~truth))
+    below = np.cumsum(gone, axis=1) - gone
+    return _share((there * (below + gone / 2)).sum(axis=1), there.sum(axis=1) * gone.sum(axis=1))
+
+
+def counted_macro_auroc(
+    counts: Float[np.ndarray, "draw row"], truth: Int[np.ndarray, "row"], scores: Float[np.ndarray, "row classes"]
+) -> Float[np.ndarray, "draw"]:
+    """Mean one-against-the-rest AUROC over the classes for which it is defined, in each draw.
+
+    With two classes this is the AUROC of class 1. NaN if fewer than two classes occur.
+    """
+    if scores.shape[1] == 2:  # noqa: PLR2004 - the usual yes or no
+        return counted_auroc(counts, truth == 1, scores[:, 1] - scores[:, 0])
+    each = [counted_auroc(counts, truth == label, scores[:, label]) for label in range(scores.shape[1])]
+    return defined_mean(np.stack(each, axis=1), 1)
 
 
 def counted_balance(
@@ -202,7 +200,7 @@ def averaged(statistic: Statistic[Any]) -> Statistic[Any]:
     Each subject then holds a sequence of values, one for each repeat (another seed, another draw of
     labels); the statistic is computed within every repeat and averaged over them.
     """
-    if isinstance(statistic, Resampled):
+    if isinstance(statistic, Counted):
         return dataclasses.replace(cast(Any, statistic), repeated=True)
 
     def over_repeats(sample: Sequence[Sequence[Any]]) -> float:
@@ -231,7 +229,7 @@ def bootstrap_interval(
     """
     sample = [by_subject[subject] for subject in sorted(by_subject)]
     return _percentiles(
-        lambda picks: _resampled(statistic, sample, picks), len(sample), level=level, draws=draws, seed=seed
+        lambda counts: of_draws(statistic, sample, counts), len(sample), level=level, draws=draws, seed=seed
     )
 
 
@@ -254,7 +252,7 @@ def paired_difference(
     subjects = sorted(a_by_subject)
     a, b = ([side[subject] for subject in subjects] for side in (a_by_subject, b_by_subject))
     return _percentiles(
-        lambda picks: _resampled(statistic, a, picks) - _resampled(statistic, b, picks),
+        lambda counts: of_draws(statistic, a, counts) - of_draws(statistic, b, counts),
         len(subjects),
         level=level,
         draws=draws,
@@ -272,12 +270,21 @@ def effective_rank(rows: Float[np.ndarray, "row dim"]) -> float:
     return float(np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum()))
 
 
-def _resampled(
-    statistic: Statistic[Any], sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]
+def of_draws(
+    statistic: Statistic[Any], sample: Sequence[Any], counts: Float[np.ndarray, "draw subject"]
 ) -> Float[np.ndarray, "draw"]:
-    if isinstance(statistic, Resampled):
-        return statistic.resampled(sample, picks)
-    return np.array([statistic([sample[index] for index in row]) for row in picks.tolist()])
+    """Compute any statistic in each draw, in which a subject of the sample stands `counts` times."""
+    if isinstance(statistic, Counted):
+        return statistic.of_draws(sample, counts)
+    rows = [np.repeat(np.arange(len(sample)), row.astype(np.int64)).tolist() for row in counts]
+    return np.array([statistic([sample[index] for index in row]) for row in rows], dtype=np.float64)
+
+
+def drawn(subjects: int, *, draws: int, seed: int | Sequence[int]) -> Float[np.ndarray, "draw subject"]:
+    """How often each subject stands in each draw of a bootstrap: as many as there are, with replacement."""
+    picks = np.random.default_rng(seed).integers(0, subjects, (draws, subjects))
+    places = (picks + subjects * np.arange(draws)[:, None]).ravel()
+    return np.bincount(places, minlength=draws * subjects).reshape(draws, subjects).astype(np.float64)
 
 
 def _share(part: Float[np.ndarray, "draw"], whole: Float[np.ndarray, "draw"]) -> Float[np.ndarray, "draw"]:
@@ -294,7 +301,7 @@ def defined_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarra
 
 
 def _percentiles(
-    measure: Callable[[Int[np.ndarray, "draw pick"]], Float[np.ndarray, "draw"]],
+    measure: Callable[[Float[np.ndarray, "draw subject"]], Float[np.ndarray, "draw"]],
     count: int,
     *,
     level: float,
@@ -305,14 +312,14 @@ def _percentiles(
         raise ValueError("no subjects to resample")
     if not 0 < level < 1 or draws < 100:  # noqa: PLR2004 - fewer draws have no 2.5 % tail
         raise ValueError(f"level must lie in (0, 1) and draws be at least 100, got {level} and {draws}")
-    estimate = float(measure(np.arange(count)[None])[0])
+    estimate = float(measure(np.ones((1, count)))[0])
 
     def without(note: str) -> Interval:
         return Interval(estimate=estimate, low=None, high=None, subjects=count, level=level, note=note)
 
     if count < FEWEST_SUBJECTS:
         return without(f"n={count}, no interval")
-    values = measure(np.random.default_rng(seed).integers(0, count, (draws, count)))
+    values = measure(drawn(count, draws=draws, seed=seed))
     defined = values[~np.isnan(values)]
     if len(defined) <= draws / 2:
         return without("undefined in most resamples, no interval")

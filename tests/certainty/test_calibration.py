@@ -13,6 +13,7 @@ from scipy.special import expit
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
+from tests.draws import counts_of
 
 from voxelstem import metrics
 from voxelstem.certainty.calibration import (
@@ -212,7 +213,7 @@ def test_figures_of_all_draws_at_once_are_those_of_each_draw(seed: int) -> None:
     rng = np.random.default_rng(seed)
     truth, chance = rng.random(15) < 0.5, np.round(rng.random(15), 1)
     picks = rng.integers(0, 15, (60, 15))
-    counts = np.stack([np.bincount(row, minlength=15) for row in picks]).astype(float)
+    counts = counts_of(picks, 15)
     each = [recalibration(truth[row], chance[row]) for row in picks]
     np.testing.assert_allclose(
         counted_recalibration(counts, truth, chance), [[r.intercept, r.slope] for r in each], rtol=1e-5, atol=1e-6

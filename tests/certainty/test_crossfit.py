@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.draws import counts_of
 from tests.madeup import Counting, Memory, Seen, classed, example
 
 from voxelstem import metrics
@@ -254,7 +255,7 @@ def test_a_figure_within_folds_equals_loops() -> None:
     sample = list(found.by_subject.values())
     picks = np.random.default_rng(1).integers(0, 14, (25, 14))
     slow = [naive([sample[index] for index in row], task.statistic("auroc")) for row in picks.tolist()]
-    assert figure.resampled(sample, picks) == pytest.approx(np.array(slow), nan_ok=True)
+    assert figure.of_draws(sample, counts_of(picks, 14)) == pytest.approx(np.array(slow), nan_ok=True)
     assert figure(sample) == pytest.approx(naive(sample, task.statistic("auroc")))
     assert math.isnan(figure([]))
 

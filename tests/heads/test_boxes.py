@@ -13,6 +13,7 @@ from monai.apps.detection.metrics.matching import matching_batch
 from monai.data import box_utils
 from monai.metrics.froc import compute_froc_curve_data, compute_froc_score
 from scipy.spatial.transform import Rotation
+from tests.draws import counts_of
 
 from voxelstem.heads import boxes
 from voxelstem.heads.boxes import RATES, Box, Hit, Matched, Sweep, centre_distance, iou, match, of_labels, suppress
@@ -372,7 +373,7 @@ def test_froc_never_falls_and_stays_within_0_and_1(seed: int, ties: bool) -> Non
 def test_counting_a_subject_twice_is_the_same_as_having_it_twice(seed: int, ties: bool) -> None:
     sample = some_matches(seed, ties=ties)
     picks = np.random.default_rng(seed).integers(0, len(sample), (3, len(sample)))
-    counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(float)
+    counts = counts_of(picks, len(sample))
     sweep, once = Sweep.of(sample), np.ones((1, len(sample)))
     for row, at, precision in zip(
         picks, sweep.sensitivity_at(counts, RATES), sweep.average_precision(counts), strict=True

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index
+from tests.draws import counts_of
 
 from voxelstem import metrics
 from voxelstem.heads import survival
@@ -239,7 +240,7 @@ def test_times_without_anybody_watched_are_needed_by_nobody() -> None:
 
 def test_counting_a_draw_is_the_same_as_drawing() -> None:
     picks = np.random.default_rng(3).integers(0, len(TEST), (20, len(TEST)))
-    counts = np.stack([np.bincount(row, minlength=len(TEST)) for row in picks]).astype(float)
+    counts = counts_of(picks, len(TEST))
     weights = uno_weights(TEST, uncensored=KNOWN, tau=9.0)
     found = counted_concordance(counts, TEST, RISK, weights)
     drawn_one_by_one = [

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.draws import counts_of
 from tests.fewlabelled import make_store, make_weights
 
 from voxelstem import adapt, evaluate
@@ -81,16 +82,16 @@ def test_figures_of_boxes_are_those_of_all_boxes_of_a_class_and_draws_take_whole
     assert figure(sample) == pytest.approx(naive(kind, sample), abs=1e-6)
     picks = np.random.default_rng(1).integers(0, 30, (20, 30))
     slow = [naive(kind, [sample[at] for at in row]) for row in picks.tolist()]
-    assert figure.resampled(sample, picks) == pytest.approx(slow, abs=1e-6, nan_ok=True)
+    assert figure.of_draws(sample, counts_of(picks, 30)) == pytest.approx(slow, abs=1e-6, nan_ok=True)
 
 
 def test_many_boxes_are_counted_in_parts_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = list(told(boxes(20, 5)).values())
-    picks = np.random.default_rng(1).integers(0, 20, (40, 20))
+    counts = counts_of(np.random.default_rng(1).integers(0, 20, (40, 20)), 20)
     figure = CalibrationOfEach(figure=CalibrationFigure(kind="slope"))
-    whole = figure.resampled(sample, picks)
+    whole = figure.of_draws(sample, counts)
     monkeypatch.setattr(claims, "AT_ONCE", 100)
-    assert figure.resampled(sample, picks) == pytest.approx(whole, abs=1e-7, nan_ok=True)
+    assert figure.of_draws(sample, counts) == pytest.approx(whole, abs=1e-7, nan_ok=True)
 
 
 def test_repeats_are_measured_one_by_one_and_averaged() -> None:
@@ -108,7 +109,7 @@ def answer(*truth: float) -> Answer:
 def test_draws_in_which_nobody_of_a_class_is_leave_that_class_out() -> None:
     sample = [claims_of(answer(1.0, 0.0 if at % 2 else math.nan, math.nan)) for at in range(4)]
     figure = CalibrationOfEach(figure=CalibrationFigure(kind="brier"))
-    found = figure.resampled(sample, np.array([[0, 1, 2, 3], [0, 0, 2, 2]]))
+    found = figure.of_draws(sample, np.array([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 2.0, 0.0]]))
     assert found == pytest.approx([(0.8**2 + 0.7**2) / 2, 0.8**2])
     assert math.isnan(figure([{}, {}]))
     assert math.isnan(figure([]))

@@ -370,8 +370,7 @@ def test_scans_of_a_subject_are_put_together_and_rates_are_per_scan() -> None:
 def test_a_subject_in_whom_a_class_was_not_looked_for_has_no_say_in_it() -> None:
     sample = [outcome((0.9,), (True,), 1), outcome((0.95,), (False,), 1, name="brick")]
     assert SMALL.statistic("froc:ball")(sample) == 1.0
-    picks = np.array([[0, 1], [1, 1]])
-    found = SMALL.statistic("froc:ball").resampled(sample, picks)
+    found = SMALL.statistic("froc:ball").of_draws(sample, np.array([[1.0, 1.0], [0.0, 2.0]]))
     assert found[0] == 1.0
     assert math.isnan(found[1])
 

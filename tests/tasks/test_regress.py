@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from tests.draws import counts_of
 
 from voxelstem.heads.attending import AttendConfig, score
 from voxelstem.protocols import Example
@@ -229,3 +230,17 @@ def test_scans_of_one_subject_do_not_choose_the_penalty_for_each_other() -> None
     # Nothing can be learned here: the strongest penalty is right, and near-equal scans would vote for the weakest.
     assert many.facts["strength"] == one.facts["strength"] == max(Regress().strengths)
     assert many.arrays["weight"] == pytest.approx(one.arrays["weight"], abs=1e-4)
+
+
+def test_correlation_of_all_draws_at_once_is_that_of_each_draw() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.normal(size=6).round()
+    said = truth + rng.normal(size=6)
+    sample = [Measured(truth=float(a), predicted=float(b)) for a, b in zip(truth, said, strict=True)]
+    picks = rng.integers(0, 6, (60, 6))
+    picks[0] = 2
+    found = Regress().statistic("r").of_draws(sample, counts_of(picks, 6))  # pyright: ignore[reportFunctionMemberAccess]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        wanted = [np.corrcoef(truth[row], said[row])[0, 1] if np.ptp(truth[row]) else math.nan for row in picks]
+    assert math.isnan(found[0])
+    np.testing.assert_allclose(found, wanted, atol=1e-9)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from lifelines import CoxPHFitter
+from tests.draws import counts_of
 
 from voxelstem import adapt, evaluate, metrics
 from voxelstem.adapted import read_run
@@ -313,8 +314,8 @@ def test_figures_of_draws_are_those_of_drawn_subjects_and_repeats_are_averaged()
     picks = np.random.default_rng(6).integers(0, 20, (15, 20))
     for name in task.metrics:
         plain, repeated = task.statistic(name), metrics.averaged(task.statistic(name))
-        assert isinstance(repeated, metrics.Resampled)
-        drawn = repeated.resampled(both, picks)
+        assert isinstance(repeated, metrics.Counted)
+        drawn = repeated.of_draws(both, counts_of(picks, 20))
         for row, found in zip(picks, drawn, strict=True):
             each = [plain([both[i][k] for i in row]) for k in range(2)]
             assert found == pytest.approx(np.mean(each))

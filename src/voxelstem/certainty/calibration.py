@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -71,7 +71,7 @@ class ReliabilityBin:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationFigure:
+class CalibrationFigure(metrics.Counted):
     """A figure of calibration over subjects, for `metrics.bootstrap_interval` and `metrics.paired_difference`.
 
     Of two classes it is measured on the probability of class 1; of more, on that of the most probable class and
@@ -81,8 +81,6 @@ class CalibrationFigure:
     kind: Kind
     """`ece` and `adaptive_ece` are `calibration_error`'s, `slope` and `in_the_large` those of `recalibration`."""
     bins: int = 10
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
 
     def __post_init__(self) -> None:
         """Guard the number of bins.
@@ -92,28 +90,14 @@ class CalibrationFigure:
         """
         _check_bins(self.bins)
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure; NaN without subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects.
-
-        Raises:
-            ValueError: scores that are no probabilities.
-        """
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Guessed]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self.counted(guesses, counts) for guesses in repeats], axis=1), 1)
-
-    def counted(self, guesses: Sequence[Guessed], counts: Float[np.ndarray, "draw row"]) -> Float[np.ndarray, "draw"]:
+    def counted(self, outcomes: Sequence[Guessed], counts: Float[np.ndarray, "draw row"]) -> Float[np.ndarray, "draw"]:
         """Compute the figure of each draw, in which a guess stands `counts` times; NaN or 0/0 where none stands.
 
         Raises:
             ValueError: scores that are no probabilities.
         """
-        scores = check_probabilities(np.array([guess.scores for guess in guesses], dtype=np.float64))
-        truth = check_labels(np.array([guess.truth for guess in guesses]), scores)
+        scores = check_probabilities(np.array([guess.scores for guess in outcomes], dtype=np.float64))
+        truth = check_labels(np.array([guess.truth for guess in outcomes]), scores)
         if self.kind == "brier" and scores.shape[1] > 2:  # noqa: PLR2004 - yes and no
             return counts @ ((scores - np.eye(scores.shape[1])[truth]) ** 2).sum(axis=1) / counts.sum(axis=1)
         there, chance = truth == 1, scores[:, 1]

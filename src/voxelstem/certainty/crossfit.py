@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from voxelstem import metrics
 from voxelstem.certainty.calibration import Guessed
 from voxelstem.certainty.folds import Folds
-from voxelstem.metrics import Interval, Resampled, Statistic
+from voxelstem.metrics import Interval, Statistic
 from voxelstem.progress import Advance
 from voxelstem.protocols import Example, Task
 
@@ -231,12 +231,12 @@ def rows_of(outcomes: Mapping[str, Guessed]) -> Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(metrics.Counted):
     """A metric of subjects that were held out: within folds if it ranks them, else over all; averaged over repeats."""
 
     statistic: Statistic[Any]
     within_folds: bool
-    repeated: bool = True
+    repeated: bool = field(default=True, kw_only=True)
     """Each subject holds its repeats, always."""
 
     @classmethod
@@ -248,35 +248,22 @@ class Figure:
         """
         return cls(task.statistic(metric), scale_of(metric).of_pairs)
 
-    def __call__(self, sample: Sequence[tuple[Unseen, ...]]) -> float:
-        """Compute the figure; NaN without subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(
-        self, sample: Sequence[tuple[Unseen, ...]], picks: Int[np.ndarray, "draw pick"]
+    def counted(
+        self, outcomes: Sequence[Unseen], counts: Float[np.ndarray, "draw subject"]
     ) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        return metrics.defined_mean(self.by_repeat(sample, picks), 1)
-
-    def by_repeat(
-        self, sample: Sequence[tuple[Unseen, ...]], picks: Int[np.ndarray, "draw pick"]
-    ) -> Float[np.ndarray, "draw repeat"]:
-        """Compute the figure of each repeat in each row of picked subjects."""
-        return np.stack([self._of(column, picks) for column in zip(*sample, strict=True)], axis=1)
-
-    def _of(self, column: Sequence[Unseen], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        outcomes = [one.outcome for one in column]
+        """Compute the figure of one repeat in each draw; a fold counts by those of it who were drawn."""
+        plain = [one.outcome for one in outcomes]
         if not self.within_folds:
-            if isinstance(self.statistic, Resampled):
-                return self.statistic.resampled(outcomes, picks)
-            return np.array([self.statistic([outcomes[index] for index in row]) for row in picks.tolist()])
-        folds = np.array([one.fold for one in column])
-        values, weights = (np.full((len(picks), folds.max() + 1), math.nan) for _ in range(2))
-        for draw, row in enumerate(picks):
-            for fold in range(values.shape[1]):
-                chosen = row[folds[row] == fold].tolist()
-                weights[draw, fold] = len(chosen)
-                values[draw, fold] = self.statistic([outcomes[index] for index in chosen]) if chosen else math.nan
+            return metrics.of_draws(self.statistic, plain, counts)
+        folds = np.array([one.fold for one in outcomes])
+        values, weights = np.full((2, len(counts), folds.max() + 1), math.nan)
+        for fold in range(folds.max() + 1):
+            own = np.flatnonzero(folds == fold)
+            weights[:, fold] = counts[:, own].sum(axis=1)
+            there = weights[:, fold] > 0
+            if there.any():
+                sample = [plain[at] for at in own]
+                values[there, fold] = metrics.of_draws(self.statistic, sample, counts[np.ix_(there, own)])
         weights[np.isnan(values)] = 0.0
         total = weights.sum(axis=1)
         return np.where(total > 0, (weights * np.nan_to_num(values)).sum(axis=1) / np.maximum(total, 1.0), math.nan)

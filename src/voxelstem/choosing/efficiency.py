@@ -21,7 +21,7 @@ from jaxtyping import Float
 from voxelstem.certainty.crossfit import Answer, Figure, Outcomes, Scale, as_facts, cross_fit, scale_of, seed_of
 from voxelstem.certainty.folds import Folds, Strata
 from voxelstem.choosing.powerlaw import PowerLaws, fit_power_laws
-from voxelstem.metrics import FEWEST_SUBJECTS, Interval, defined_mean
+from voxelstem.metrics import FEWEST_SUBJECTS, Interval, defined_mean, drawn
 from voxelstem.progress import Advance
 from voxelstem.protocols import Task
 
@@ -142,13 +142,13 @@ def label_curve(
     sizes, everybody = sizes_of(strata, plan, config), sorted(strata.kinds)
     figure, scale = Figure.of(task, metric), scale_of(metric)
     # The first row is everybody, once each; then come the resamples.
-    picks = np.random.default_rng([config.seed, 53]).integers(0, len(everybody), (config.draws, len(everybody)))
-    picks = np.concatenate([np.arange(len(everybody))[None], picks])
+    resamples = drawn(len(everybody), draws=config.draws, seed=[config.seed, 53])
+    counts = np.concatenate([np.ones((1, len(everybody))), resamples])
     points: list[Point] = []
     tables: list[Float[np.ndarray, "draw repeat"]] = []
     for size in sizes:
         few = cross_fit(_with_few(answer, strata, size), plan, seed=config.seed, advance=advance)
-        tables.append(figure.by_repeat([few.by_subject[subject] for subject in everybody], picks))
+        tables.append(figure.by_repeat([few.by_subject[subject] for subject in everybody], counts))
         points.append(Point(subjects=size, score=few.figure(task, metric), each=tuple(tables[-1][0].tolist())))
     curve = Curve(
         metric=metric,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -262,24 +262,15 @@ def hazards_of(watched: Watched, intervals: int) -> Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Concordance:
-    """Harrell's or Uno's C of subjects, which is computed for all draws at once."""
+class Concordance(metrics.Counted):
+    """Harrell's or Uno's C of subjects."""
 
     uno: bool
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Foretold]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(outcomes, counts) for outcomes in repeats], axis=1), 1)
-
-    def _of(self, outcomes: Sequence[Foretold], counts: Float[np.ndarray, "draw subject"]) -> np.ndarray:
+    def counted(
+        self, outcomes: Sequence[Foretold], counts: Float[np.ndarray, "draw subject"]
+    ) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw."""
         watched = Watched.of(outcome.truth for outcome in outcomes)
         risk = np.array([outcome.risk for outcome in outcomes])
         weights = np.array([outcome.weight if self.uno else 1.0 for outcome in outcomes])

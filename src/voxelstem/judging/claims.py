@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from voxelstem import metrics
 from voxelstem.answers import HALF, Answer
@@ -52,31 +51,19 @@ Told = Mapping[str, Claims]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationOfEach:
+class CalibrationOfEach(metrics.Counted):
     """A figure of calibration of claims about many classes: of each class by its claims, averaged over classes."""
 
     figure: CalibrationFigure
 
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
-
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure; NaN without subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects, each of whom is `Told`; NaN where no class has one.
+    def counted(self, outcomes: Sequence[Told], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw; NaN where no class has a claim.
 
         Raises:
             ValueError: chances that are no probabilities.
         """
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Told]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(several, counts) for several in repeats], axis=1), 1)
-
-    def _of(self, several: Sequence[Told], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
-        names = dict.fromkeys(name for told in several for name in told)
-        each = [self._of_class([told.get(name) for told in several], counts) for name in names]
+        names = dict.fromkeys(name for told in outcomes for name in told)
+        each = [self._of_class([told.get(name) for told in outcomes], counts) for name in names]
         return metrics.defined_mean(np.stack([np.full(len(counts), math.nan), *each], axis=1), 1)
 
     def _of_class(
@@ -105,19 +92,14 @@ class _YesOrNo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Share:
+class _Share(metrics.Counted):
     """How many of all claims are true, each subject holding whether its own are."""
 
-    repeated: bool = False
-
-    def __call__(self, sample: Sequence[Sequence[bool]]) -> float:
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0])
-
-    def resampled(
-        self, sample: Sequence[Sequence[bool]], picks: Int[np.ndarray, "draw pick"]
+    def counted(
+        self, outcomes: Sequence[Sequence[bool]], counts: Float[np.ndarray, "draw subject"]
     ) -> Float[np.ndarray, "draw"]:
-        true, all_ = (np.array([count(one) for one in sample], dtype=np.float64) for count in (sum, len))
-        return true[picks].sum(axis=1) / all_[picks].sum(axis=1)
+        true, all_ = (np.array([count(one) for one in outcomes], dtype=np.float64) for count in (sum, len))
+        return (counts @ true) / (counts @ all_)
 
 
 def claims_of(outcome: Answer | Detected) -> dict[str, Claims]:

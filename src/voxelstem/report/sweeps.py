@@ -244,19 +244,15 @@ def reliability(judged: Judged, *, bins: int = 10) -> Reliability:
 
 
 @dataclass(frozen=True, slots=True)
-class Recounted:
+class Recounted(metrics.Counted):
     """A figure that is computed of how often each subject was drawn; for `metrics.bootstrap_interval`."""
 
     measure: Callable[[Float[np.ndarray, "draw subject"]], Float[np.ndarray, "draw"]]
-    repeated: bool = False
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure of all subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0])
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        return self.measure(_counts(picks, len(sample)))
+    def counted(self, outcomes: Sequence[Any], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw."""
+        del outcomes  # `measure` knows them
+        return self.measure(counts)
 
 
 def interval_of(
@@ -272,7 +268,7 @@ def interval_of(
 
 def draws_of(subjects: int) -> Float[np.ndarray, "draw subject"]:
     """How often each subject stands in each draw: the draws of `metrics.bootstrap_interval` with its own settings."""
-    return _counts(np.random.default_rng(0).integers(0, subjects, (DRAWS, subjects)), subjects)
+    return metrics.drawn(subjects, draws=DRAWS, seed=0)
 
 
 def band_of(places: Float[np.ndarray, "place"], values: Float[np.ndarray, "draw place"], subjects: int) -> Band | None:
@@ -282,10 +278,6 @@ def band_of(places: Float[np.ndarray, "place"], values: Float[np.ndarray, "draw 
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return Band(x=places, low=low, high=high)
-
-
-def _counts(picks: Int[np.ndarray, "draw pick"], subjects: int) -> Float[np.ndarray, "draw subject"]:
-    return np.stack([np.bincount(row, minlength=subjects) for row in picks]).astype(np.float64)
 
 
 def _check_both(truth: Bool[np.ndarray, "row"]) -> None:

@@ -5,7 +5,6 @@ One of several classes is true of a scan (`subject,label`), or each of many is t
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,32 +41,21 @@ class Guess:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(metrics.Counted):
     """A figure over subjects, of guesses or of answers about many classes."""
 
     metric: str
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure; NaN without subjects."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        repeats = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        if isinstance(repeats[0][0], Answer):  # all draws at once
+    def counted(self, outcomes: Sequence[Any], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw."""
+        if isinstance(outcomes[0], Answer):
             kind, _, only = self.metric.partition(":")
-            return Figure(kind=kind, only=only, repeated=self.repeated).resampled(sample, picks)
-        figures = [[self._of_guesses([one[pick] for pick in row]) for row in picks.tolist()] for one in repeats]
-        return metrics.defined_mean(np.array(figures, dtype=np.float64), 0)
-
-    def _of_guesses(self, sample: Sequence[Guess]) -> float:
-        truth = np.array([guess.truth for guess in sample])
-        scores = np.array([guess.scores for guess in sample])
+            return Figure(kind=kind, only=only).counted(outcomes, counts)
+        truth = np.array([guess.truth for guess in outcomes])
+        scores = np.array([guess.scores for guess in outcomes])
         if self.metric == "auroc":
-            return metrics.macro_auroc(truth, scores)
-        return metrics.balanced_accuracy(truth, scores.argmax(axis=1))
+            return metrics.counted_macro_auroc(counts, truth, scores)
+        return metrics.counted_balance(counts, truth, scores.argmax(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

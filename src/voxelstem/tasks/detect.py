@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -263,26 +263,17 @@ class Detect:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figure:
-    """A figure over subjects, computed for all draws of a bootstrap at once."""
+class Figure(metrics.Counted):
+    """A figure over subjects; NaN where nothing is there to be found."""
 
     kind: str
     only: str = ""
     """The one class that counts; the mean over all if empty."""
-    repeated: bool = False
-    """Each subject holds a sequence of repeats: the figure is taken within every repeat, then averaged over them."""
 
-    def __call__(self, sample: Sequence[Any]) -> float:
-        """Compute the figure; NaN where nothing is there to be found."""
-        return float(self.resampled(sample, np.arange(len(sample))[None])[0]) if sample else math.nan
-
-    def resampled(self, sample: Sequence[Any], picks: Int[np.ndarray, "draw pick"]) -> Float[np.ndarray, "draw"]:
-        """Compute the figure of each row of picked subjects."""
-        counts = np.stack([np.bincount(row, minlength=len(sample)) for row in picks]).astype(np.float64)
-        repeats: Sequence[Sequence[Detected]] = list(zip(*sample, strict=True)) if self.repeated else [sample]
-        return metrics.defined_mean(np.stack([self._of(outcomes, counts) for outcomes in repeats], axis=1), 1)
-
-    def _of(self, outcomes: Sequence[Detected], counts: Float[np.ndarray, "draw subject"]) -> Float[np.ndarray, "draw"]:
+    def counted(
+        self, outcomes: Sequence[Detected], counts: Float[np.ndarray, "draw subject"]
+    ) -> Float[np.ndarray, "draw"]:
+        """Compute the figure in each draw."""
         every = dict.fromkeys(name for outcome in outcomes for name in outcome.by_class)
         each = [np.full(len(counts), math.nan)]
         for name in [self.only] if self.only else every:

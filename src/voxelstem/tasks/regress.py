@@ -167,9 +167,7 @@ class Regress:
         """`mae` (mean absolute error, in the label's unit) or `r` (Pearson's correlation), over subjects."""
         if metric == "mae":
             return metrics.MeanOf(lambda outcome: abs(outcome.truth - outcome.predicted))
-        return lambda sample: pearson(
-            np.array([outcome.truth for outcome in sample]), np.array([outcome.predicted for outcome in sample])
-        )
+        return Correlation()
 
 
 def huber(values: Float[np.ndarray, "scan"]) -> attending.Loss:
@@ -189,12 +187,37 @@ def _by_subject(
     return means / counts[:, None], np.bincount(places, weights=values) / counts
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Correlation(metrics.Counted):
+    """Pearson's correlation of what was predicted and what is true, over subjects."""
+
+    def counted(
+        self, outcomes: Sequence[Measured], counts: Float[np.ndarray, "draw subject"]
+    ) -> Float[np.ndarray, "draw"]:
+        """Compute it in each draw."""
+        truth, predicted = (np.array([getattr(one, side) for one in outcomes]) for side in ("truth", "predicted"))
+        return counted_pearson(counts, truth, predicted)
+
+
 def pearson(one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]) -> float:
     """Linear correlation; NaN where one side does not vary."""
-    a, b = one - one.mean(), other - other.mean()
-    # Rounding alone makes a spread of equal numbers; how large it is goes with the numbers.
-    vary = all(np.abs(gap).max() > 1e-9 * np.abs(side).max() for gap, side in ((a, one), (b, other)))
-    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) if vary else math.nan
+    return float(counted_pearson(np.ones((1, len(one))), one, other)[0])
+
+
+def counted_pearson(
+    counts: Float[np.ndarray, "draw row"], one: Float[np.ndarray, "row"], other: Float[np.ndarray, "row"]
+) -> Float[np.ndarray, "draw"]:
+    """`pearson` of each draw in which a row stands `counts` times."""
+    there, total = counts > 0, counts.sum(axis=1)
+    gaps, vary = [], np.ones(len(counts), np.bool_)
+    for side in (one, other):
+        gap = there * (side - (counts @ side / total)[:, None])
+        # Rounding alone makes a spread of equal numbers; how large it is goes with the numbers.
+        vary &= np.abs(gap).max(axis=1) > 1e-9 * (there * np.abs(side)).max(axis=1)
+        gaps.append(gap)
+    a, b = gaps
+    spread = np.sqrt((counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1))
+    return np.where(vary, (counts * a * b).sum(axis=1) / np.where(vary, spread, 1.0), math.nan)
 
 
 def ridge(
