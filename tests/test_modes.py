@@ -68,7 +68,7 @@ def settings_of(task: str, mode: str) -> dict[str, object]:
     if mode in TUNED:
         found["full.steps"] = 2
     if mode == "attention" and task != "segment":
-        found |= {"head.attention.few_steps": 5, "head.attention.most": 40}
+        found |= {"head.attention.steps": 20, "head.attention.few_steps": 5, "head.attention.most": 40}
     if task == "survive":
         found |= {"head.folds": 2, "head.intervals": 3}
     return found

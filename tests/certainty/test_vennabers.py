@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -105,20 +104,6 @@ def test_one_pass_says_what_an_isotonic_regression_for_each_score_and_answer_say
             rows, hits = np.bincount(of).astype(np.float64), np.bincount(of, there)
             rows[at], hits[at] = rows[at] + 1, hits[at] + answer
             assert side[at] == pytest.approx(isotonic_regression(hits / rows, weights=rows).x[at], abs=1e-12)
-
-
-def test_twice_as_many_scores_take_about_twice_as_long() -> None:
-    def seconds(count: int) -> float:
-        stated, there = drawn(count, 0)
-        took = []
-        for _ in range(5):
-            begun = time.process_time()
-            steps_of([(stated, there)])
-            took.append(time.process_time() - begun)
-        return min(took)
-
-    # Four times with time that grows by the square of the scores: 16.
-    assert seconds(16_000) < 8 * seconds(4_000)
 
 
 def test_no_of_two_classes_is_yes_of_the_other() -> None:

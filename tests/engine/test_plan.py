@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,11 +96,8 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused_with_the_numbers(
 @pytest.fixture(scope="module")
 def large(phantoms: Store) -> Plan:
     """338 M parameters trained, as many in the teacher, heads of 65,536."""
-    began = time.monotonic()
     config = overlay(named("ct.spectre_stage1_paper"), {"parallel.kind": "fsdp", "parallel.recompute": True})
-    found = plan_of(config, phantoms, fleet=Fleet(gpus=32))
-    assert time.monotonic() - began < 120
-    return found
+    return plan_of(config, phantoms, fleet=Fleet(gpus=32))
 
 
 @pytest.mark.slow

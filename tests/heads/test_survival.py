@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -253,14 +252,6 @@ def test_pairs_that_are_compared_in_parts_are_all_compared(monkeypatch: pytest.M
     whole = harrell_c(TEST, RISK)
     monkeypatch.setattr(survival, "BLOCK", 2 * len(TEST))
     assert harrell_c(TEST, RISK) == pytest.approx(whole, abs=1e-14)
-
-
-def test_a_thousand_draws_of_three_hundred_subjects_take_no_time() -> None:
-    watched, risk, _ = drawn(300, 4)
-    counts = np.random.default_rng(5).multinomial(300, np.full(300, 1 / 300), 1000).astype(float)
-    began = time.process_time()
-    counted_concordance(counts, watched, risk, np.ones(300))
-    assert time.process_time() - began < 2.0
 
 
 def test_the_integrated_score_is_a_mean_over_subjects_that_can_be_resampled() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -175,15 +174,6 @@ def test_real_mr_passes_as_mr_and_not_as_ct(name):
         for airless in (False, True):
             with pytest.raises(IngestError):
                 gates.check_hu(array, airless=airless)
-
-
-def test_a_gate_costs_little_on_a_large_scan():
-    large = np.empty((512, 512, 300), np.float32)
-    large[:] = np.linspace(-120, 130, 300, dtype=np.float32)
-    large[:150] = -1000
-    start = time.process_time()
-    gates.check_hu(large)
-    assert time.process_time() - start < 1.0  # 0.1 s on an idle core
 
 
 def test_air_makes_a_ct():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -320,17 +319,6 @@ def test_figures_of_draws_are_those_of_drawn_subjects_and_repeats_are_averaged()
             each = [plain([both[i][k] for i in row]) for k in range(2)]
             assert found == pytest.approx(np.mean(each))
         assert repeated(both) == pytest.approx(np.mean([plain([pair[k] for pair in both]) for k in range(2)]))
-
-
-def test_three_hundred_subjects_are_resampled_in_a_moment() -> None:
-    task, seen = Survive(strengths=(10.0,)), people(360)
-    head = fitted(task, seen[:60])
-    outcomes = {one.subject: (task.outcome(head, one),) for one in seen[60:]}
-    began = time.process_time()
-    for name in task.metrics:
-        found = metrics.bootstrap_interval(outcomes, metrics.averaged(task.statistic(name)))
-        assert found.low is not None
-    assert time.process_time() - began < 6.0
 
 
 def test_without_a_comparable_pair_there_is_no_figure() -> None:
