@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from voxelstem.store import Store
     from voxelstem.study import InputSpec, LabelMap, Study, Volume
 
-__version__ = "0.12.0"
+__version__ = "0.12.1"
 
 __all__ = [
     "AdaptedModel",
