@@ -18,6 +18,7 @@ from voxelstem.errors import AuditError, ConfigError
 from voxelstem.features import FeaturesOf, embedder
 from voxelstem.judging.contest import Contest
 from voxelstem.judging.entries import contest_of
+from voxelstem.judging.rival import CAVEAT
 from voxelstem.model import make_model
 from voxelstem.sources.phantom import PhantomConfig, phantom
 from voxelstem.store import Fractions, Store, write
@@ -340,6 +341,7 @@ def test_a_u_net_from_scratch_stands_beside_every_segmentation_and_is_trained_on
     html = (tmp_path / "report" / "index.html").read_text()
     assert "What it took" in html
     assert "M parameters, 2 steps" in html
+    assert CAVEAT in html
 
 
 def test_no_steps_are_no_u_net_and_the_page_says_so(place: Path, tmp_path: Path) -> None:
@@ -348,7 +350,9 @@ def test_no_steps_are_no_u_net_and_the_page_says_so(place: Path, tmp_path: Path)
     assert "unet" not in {score.name for score in found.scores}
     (line,) = [line for line in found.checked if line.startswith("U-Net")]
     assert "NOT MEASURED: 0 steps" in line
-    assert line.replace("'", "&#x27;") in (out / "index.html").read_text()
+    html = (out / "index.html").read_text()
+    assert line.replace("'", "&#x27;") in html
+    assert CAVEAT not in html
 
 
 def test_a_store_that_pretraining_saw_is_held_against_the_test_subjects(place: Path, tmp_path: Path) -> None:

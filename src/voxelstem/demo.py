@@ -30,6 +30,7 @@ from voxelstem.errors import ConfigError, StoreError, VoxelstemError
 from voxelstem.features import embedder
 from voxelstem.ingest import IngestReport, ingest
 from voxelstem.intake import IntakeConfig
+from voxelstem.judging.rival import caveats
 from voxelstem.manifest import write_whole
 from voxelstem.metrics import Score
 from voxelstem.model import Model, load
@@ -295,7 +296,8 @@ def tell(
         "The model is tiny and saw few scans for minutes. It shows that the machinery works, not what a model of "
         "useful size can do."
     )
-    sections.append(page.limits_section(evaluation.test_subjects, phantoms=True, remarks=(small, *gathered.remarks)))
+    remarks = (small, *caveats(score.name for score in evaluation.scores), *gathered.remarks)
+    sections.append(page.limits_section(evaluation.test_subjects, phantoms=True, remarks=remarks))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     sections.append(
         page.environment_section(

@@ -32,7 +32,7 @@ from voxelstem.judging.exposure import Exposure, expose, told_by_card
 from voxelstem.judging.gallery import gallery
 from voxelstem.judging.nested import Nested, is_wanted, nested
 from voxelstem.judging.operating import operating_point
-from voxelstem.judging.rival import UNET, resting_rival, rival_config
+from voxelstem.judging.rival import UNET, caveats, resting_rival, rival_config
 from voxelstem.judging.scoring import REFERENCES, few_label_table, table_of
 from voxelstem.judging.volumes import sizes_of
 from voxelstem.manifest import write_whole
@@ -363,7 +363,7 @@ def _write(out: Path, evaluation: Evaluation, pictures: Sequence[page.Section]) 
         *([costs_section(evaluation.costs)] if evaluation.costs else []),
         page.section("What was checked", page.bullets(evaluation.checked)),
         verdict_section(evaluation.measured),
-        page.limits_section(evaluation.test_subjects),
+        page.limits_section(evaluation.test_subjects, remarks=caveats(score.name for score in evaluation.scores)),
     ]
     try:
         out.mkdir(parents=True, exist_ok=True)

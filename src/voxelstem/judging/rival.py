@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ from voxelstem.whole import write_whole
 
 UNET = "unet"
 STEPS = 200
-"""Of the U-Net beside frozen heads: some minutes on two cores with blocks of 64 voxels, seconds on a GPU. nnU-Net takes
-a thousand times as many, so what this one cannot do in so few says nothing of what it could."""
+"""Of the U-Net beside frozen heads: some minutes on two cores with blocks of 64 voxels, seconds on a GPU."""
+CAVEAT = (
+    "The U-Net from scratch (unet) had a small part of the 250,000 steps that nnU-Net takes: what it cannot do here "
+    "says nothing of what such a network can."
+)
 VERSION = 1
 """Of what rests on disk: raised whenever the same request would get other outcomes."""
 
@@ -43,6 +47,11 @@ class Rival:
     steps: int
     parameters: int
     spent: Spent
+
+
+def caveats(contestants: Iterable[str]) -> tuple[str, ...]:
+    """What a page must say of the contestants in its tables: of the U-Net, that it had little time."""
+    return (CAVEAT,) if UNET in contestants else ()
 
 
 def rival_config(config: AdaptConfig, steps: int = STEPS) -> FinetuneConfig:
