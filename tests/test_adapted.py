@@ -125,6 +125,18 @@ def test_layers_are_counted_from_one_and_named_once(layers: tuple[int, ...]) -> 
         SeeConfig(layers=layers)
 
 
+def test_what_a_setting_may_be_is_said_with_the_next_step() -> None:
+    with pytest.raises(ConfigError, match="budget must be at least 1") as caught:
+        resolve("classify", "probe", budget=0, settings={})
+    assert "--budget 1 or more" in caught.value.hint
+    with pytest.raises(ConfigError, match="unknown must be one of 'refused', 'left_out'") as caught:
+        resolve("classify", "probe", budget=None, settings={"unknown": "leave_out"})
+    assert caught.value.hint == "did you mean 'left_out'?"
+    with pytest.raises(ConfigError, match=r"auto\.rungs must be a list such as '\[\"") as caught:
+        resolve("classify", "auto", budget=None, settings={"auto.rungs": "knn"})
+    assert "tuple" not in str(caught.value)
+
+
 def test_what_stands_beside_is_one_of_a_few(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="beside"):
         resolve("classify", "probe", budget=None, settings={"see.beside": "texture"})

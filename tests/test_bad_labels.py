@@ -116,7 +116,7 @@ def test_a_subject_in_two_folds(place: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "cells", "said"),
     [
-        ("classify", ["no"] * 12, "have the same label: nothing to tell apart"),
+        ("classify", ["no"] * 12, "subjects have the same label, 'no': nothing to tell apart"),
         ("regress", ["2.5"] * 12, "have the same value"),
         ("each", ["1"] * 12, "of 'cyst' all"),
         ("survive", ["5,0"] * 12, "are censored, and none has an event"),

@@ -38,6 +38,8 @@ class Run:
     limit: float | None = None
     size: tuple[int, int, int] = (8, 8, 8)
     scales: tuple[float, ...] = (0.5, 1.0)
+    names: tuple[str, ...] = ()
+    kinds: tuple[Literal["near"], ...] | None = None
     optim: Optim = field(default_factory=Optim)
     cooldown: Warmup | None = field(default_factory=Warmup)
 
@@ -126,9 +128,12 @@ def test_an_optional_setting_is_switched_off_by_the_word_none():
         ("optim.lr=fast", "^optim.lr must be float, got 'fast'$"),
         ("optim.lr=true", "^optim.lr must be float, got True$"),
         ("note=3", "^note must be str, got 3$"),
-        ("optim.name=adam", "^optim.name must be one of 'adamw', 'sgd', got 'adam'$"),
+        ("optim.name=adam", "^optim.name must be one of 'adamw', 'sgd', got 'adam'\n  hint: did you mean 'adamw'[?]$"),
         ("size=[1, 2]", r"^size must have 3 values, got 2: \[1, 2\]$"),
-        ("size=[1, 2, x]", r"^size must be tuple\[int, int, int\], got "),
+        ("size=[1, 2, x]", r"^size must be a list such as '\[1, 1, 1\]', got '\[1, 2, x\]'$"),
+        ("scales=1", r"^scales must be a list such as '\[0.5, 0.5\]', got 1$"),
+        ("names=knn", r"^names must be a list such as '\[\"NAME\", \"NAME\"\]', got 'knn'$"),
+        ("kinds=far", r"^kinds must be a list such as '\[\"near\", \"near\"\]' or none, got 'far'$"),
         ("size=[1, 2, 0.5]", r"^size\[2\] must be int, got 0.5$"),
         ("limit=high", "^limit must be float or none, got 'high'$"),
         (
@@ -136,12 +141,43 @@ def test_an_optional_setting_is_switched_off_by_the_word_none():
             "^'optim' is a group of settings, got 'adamw'\n  hint: set one: optim.lr, optim.name, optim.warmup$",
         ),
         ("steps.lr=1", "^'steps' is one value, not a group, so 'steps.lr' is unknown$"),
-        ("optim.lr=-1", "^optim: lr must be positive, got -1.0$"),
+        (
+            "optim.lr=-1",
+            "^optim: lr must be positive, got -1.0\n  hint: give 'optim.lr' another value, or leave it out$",
+        ),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_sentence(assignment: str, message: str):
     with pytest.raises(ConfigError, match=message):
         overlay(Run(), parse_assignments([assignment]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ends:
+    low: int = 0
+    high: int = 9
+
+    def __post_init__(self) -> None:
+        if self.low < 0:
+            raise ValueError(f"low must not be negative, got {self.low}")
+        if self.low > self.high:
+            raise ValueError("the ends are swapped")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "hint"),
+    [
+        (["low=-1"], "give 'low' another value, or leave it out"),
+        (["high=5", "low=-1"], "give 'low' another value, or leave it out"),
+        (["low=10"], "give 'low' another value, or leave it out"),
+        # Which of the two it was nobody knows.
+        (["high=5", "low=6"], ""),
+    ],
+)
+def test_a_value_that_a_config_refuses_is_named_where_that_is_known(assignments: list[str], hint: str):
+    with pytest.raises(ConfigError) as caught:
+        overlay(Ends(), parse_assignments(assignments))
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def resolve(task: str, mode: str, *, budget: int | None, settings: Mapping[str, 
         full = FinetuneConfig(changes=tuning_of(mode)) if mode in (*TUNED, AUTO) else None
         config = AdaptConfig(task=task, mode=mode, budget=budget, full=full, head=kind())
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error), hint="use --budget 1 or more, or leave it out to use all") from error
     config = overlay(config, settings)
     if config.full is not None and mode in TUNED and config.full.changes != tuning_of(mode):
         raise ConfigError("full.changes is set by --mode", hint="use --mode adapters or --mode full")

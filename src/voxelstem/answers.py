@@ -56,8 +56,9 @@ class Figure(metrics.Counted):
             return metrics.counted_calibration_error(counts, true == best, scores.max(axis=1), bins=self.bins)
         said = np.eye(scores.shape[1])[best] > 0 if self.one else scores >= np.array(outcomes[0].thresholds)
         places = [outcomes[0].classes.index(self.only)] if self.only else range(scores.shape[1])
-        each = [self._of_class(truth[:, at], scores[:, at], said[:, at], counts) for at in places]
-        return metrics.defined_mean(np.stack(each, axis=1), 1)
+        return metrics.over_classes(
+            lambda few, at: self._of_class(truth[:, at], scores[:, at], said[:, at], few), places, counts
+        )
 
     def _of_class(
         self, truth: np.ndarray, scores: np.ndarray, said: np.ndarray, counts: np.ndarray

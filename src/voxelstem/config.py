@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -64,7 +64,15 @@ def _overlay(config: Any, changes: Mapping[str, Any], prefix: str) -> Any:
     try:
         return dataclasses.replace(config, **fitted)
     except ValueError as error:
-        raise ConfigError(f"{prefix.rstrip('.')}: {error}" if prefix else str(error)) from error
+        problem = f"{prefix.rstrip('.')}: {error}" if prefix else str(error)
+        raise ConfigError(problem, hint=_another(prefix, list(fitted), str(error))) from error
+
+
+def _another(prefix: str, names: Sequence[str], problem: str) -> str:
+    """What to do where a config refuses what was set; of several settings the message may say which one it was."""
+    said = re.split(r"[^\w.]", problem, maxsplit=1)[0].rpartition(".")[2]
+    name = said if said in names else names[0] if len(names) == 1 else ""
+    return f"give '{prefix}{name}' another value, or leave it out" if name else ""
 
 
 def _fit(name: str, kind: Any, value: Any) -> Any:
@@ -75,7 +83,8 @@ def _fit(name: str, kind: Any, value: Any) -> Any:
     if origin is Literal:
         if value not in inner or isinstance(value, bool) not in {isinstance(option, bool) for option in inner}:
             options = ", ".join(map(repr, inner))
-            raise ConfigError(f"{name} must be one of {options}, got {value!r}")
+            hint = closest(str(value), [str(option) for option in inner])
+            raise ConfigError(f"{name} must be one of {options}, got {value!r}", hint=hint)
         return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
@@ -108,7 +117,22 @@ def _fit_any(name: str, kind: Any, value: Any) -> Any:
 def _spell(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_spell(option) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        # Whoever types a setting knows no tuples; the quotes keep a shell's hands off the brackets.
+        return f"a list such as '{_write_value(_example(kind))}'"
     return "none" if kind is NoneType else kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+
+
+def _example(kind: Any) -> Any:
+    """A value that a list or one of its parts could have."""
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        return tuple(map(_example, inner[:1] * 2 if inner[1:] == (...,) else inner))
+    if get_origin(kind) in (Union, types.UnionType):
+        return _example(next(option for option in inner if option is not NoneType))
+    if get_origin(kind) is Literal:
+        return inner[0]
+    return {bool: True, int: 1, float: 0.5}.get(kind, "NAME")
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -116,11 +116,6 @@ MEAN = MeanOf(float)
 """The mean of plain numbers, one for each subject."""
 
 
-def accuracy(truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "row"]) -> float:
-    """Share of rows that are right; NaN without rows."""
-    return float((truth == predicted).mean()) if len(truth) else math.nan
-
-
 def balanced_accuracy(truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "row"]) -> float:
     """Mean recall over the classes that occur in the truth; NaN if fewer than two occur."""
     return float(counted_balance(np.ones((1, len(truth))), truth, predicted)[0])
@@ -137,11 +132,18 @@ def auroc(truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]) -> fl
 def counted_auroc(
     counts: Float[np.ndarray, "draw row"], truth: Bool[np.ndarray, "row"], score: Float[np.ndarray, "row"]
 ) -> Float[np.ndarray, "draw"]:
-    """`auroc` of each draw in which a row stands `counts` times; work grows with rows, not with their pairs."""
+    """`auroc` of each draw in which a row stands `counts` times; work grows with rows, not with their pairs.
+
+    Raises:
+        ValueError: a score that is no number.
+    """
+    if np.isnan(score).any():
+        raise ValueError("scores that are ranked must be numbers")
     if not len(score):
         return np.full(len(counts), math.nan)
     order = np.argsort(score, kind="stable")
-    levels = np.flatnonzero(np.diff(score[order], prepend=np.nan))  # where a higher score begins
+    falling = score[order]
+    levels = np.flatnonzero(np.append(True, falling[1:] != falling[:-1]))  # where a higher score begins
     there, gone = (np.add.reduceat((counts * of)[:, order], levels, axis=1) for of in (truth, ~truth))
     below = np.cumsum(gone, axis=1) - gone
     return _share((there * (below + gone / 2)).sum(axis=1), there.sum(axis=1) * gone.sum(axis=1))
@@ -152,22 +154,23 @@ def counted_macro_auroc(
 ) -> Float[np.ndarray, "draw"]:
     """Mean one-against-the-rest AUROC over the classes for which it is defined, in each draw.
 
-    With two classes this is the AUROC of class 1. NaN if fewer than two classes occur.
+    With two classes this is the AUROC of class 1. NaN if fewer than two classes occur, as by `over_classes`.
     """
     if scores.shape[1] == 2:  # noqa: PLR2004 - the usual yes or no
         return counted_auroc(counts, truth == 1, scores[:, 1] - scores[:, 0])
-    each = [counted_auroc(counts, truth == label, scores[:, label]) for label in range(scores.shape[1])]
-    return defined_mean(np.stack(each, axis=1), 1)
+    return over_classes(
+        lambda few, label: counted_auroc(few, truth == label, scores[:, label]), range(scores.shape[1]), counts
+    )
 
 
 def counted_balance(
     counts: Float[np.ndarray, "draw row"], truth: Shaped[np.ndarray, "row"], predicted: Shaped[np.ndarray, "row"]
 ) -> Float[np.ndarray, "draw"]:
-    """`balanced_accuracy` of each draw in which a row stands `counts` times."""
+    """`balanced_accuracy` of each draw in which a row stands `counts` times; NaN where it leaves a class out."""
     kinds = [truth == kind for kind in np.unique(truth)]
-    recalls = [_share(counts @ (of & (predicted == truth)), counts @ of) for of in kinds]
-    recalls = np.stack(recalls, axis=1) if kinds else np.full((len(counts), 1), math.nan)
-    return np.where((~np.isnan(recalls)).sum(axis=1) > 1, defined_mean(recalls, 1), math.nan)
+    if len(kinds) < 2:  # noqa: PLR2004 - one class says nothing about telling classes apart
+        return np.full(len(counts), math.nan)
+    return np.mean([_share(counts @ (of & (predicted == truth)), counts @ of) for of in kinds], axis=0)
 
 
 def counted_f1(
@@ -290,6 +293,26 @@ def drawn(subjects: int, *, draws: int, seed: int | Sequence[int]) -> Float[np.n
 def _share(part: Float[np.ndarray, "draw"], whole: Float[np.ndarray, "draw"]) -> Float[np.ndarray, "draw"]:
     """`part` / `whole`; NaN where there is nothing."""
     return np.where(whole > 0, part / np.maximum(whole, 1e-300), math.nan)
+
+
+def over_classes(
+    figure: Callable[[Float[np.ndarray, "draw row"], Any], Float[np.ndarray, "draw"]],
+    classes: Iterable[Any],
+    counts: Float[np.ndarray, "draw row"],
+) -> Float[np.ndarray, "draw"]:
+    """Mean of a figure of each class, in each draw, over the classes for which it is defined where everybody counts.
+
+    NaN where a draw leaves one of these undefined: the mean over the rest would be another figure, and the spread
+    between the two no uncertainty of either.
+
+    Args:
+        figure: Takes counts and a class.
+        classes: The classes.
+        counts: How often each row stands in each draw.
+    """
+    whole = np.concatenate([np.ones((1, counts.shape[1])), counts])
+    each = [values for values in (figure(whole, one) for one in classes) if not math.isnan(values[0])]
+    return np.mean(each, axis=0)[1:] if each else np.full(len(counts), math.nan)
 
 
 def defined_mean(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from voxelstem.allowed import LONGEST_NAME, check_name
-from voxelstem.certainty.turns import check_kinds, show_both, spread_events, take_turns
+from voxelstem.certainty.turns import check_kinds, show_both, show_classes, spread_events
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.prompts import Prompts
 from voxelstem.protocols import Task
@@ -163,15 +163,7 @@ def draw(
     elif truth.survival:
         order = spread_events(order, truth.survival, budget, word)
     elif truth.labels and not voxels:
-        order = take_turns(order, truth.labels)
-        kinds = len({truth.labels[subject] for subject in order})
-        if kinds < 2:  # noqa: PLR2004
-            raise AuditError(
-                f"all {len(order)} labelled {word} subjects have the same label: nothing to tell apart",
-                hint="label subjects of another class too",
-            )
-        if budget is not None and budget < kinds:
-            raise ConfigError(f"budget {budget} cannot show each of {kinds} classes once", hint=f"use --budget {kinds}")
+        order = show_classes(order, truth.labels, truth.classes, budget, word)
     elif truth.values and len({truth.values[subject] for subject in order}) < 2:  # noqa: PLR2004
         raise AuditError(f"all {len(order)} labelled {word} subjects have the same value", hint="label others too")
     if budget is not None and budget > len(order):

@@ -32,5 +32,6 @@ def test_it_gives_each_layer_s_tokens_in_the_order_asked_for() -> None:
 @pytest.mark.parametrize("layers", [(), (0,), (1, 1), (4,)])
 def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...]) -> None:
     backbone = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0).backbone
-    with pytest.raises(ConfigError, match="from 1 to 3"):
+    with pytest.raises(ConfigError, match="from 1 to 3") as caught:
         Layered(backbone, layers)
+    assert "see.layers='[3]'" in caught.value.hint

@@ -255,6 +255,14 @@ def test_boxes_are_told_as_shares_of_such_boxes_that_are_right() -> None:
     assert Assurance().box("ball", 0.93) == rare
 
 
+def test_a_temperature_that_labels_did_not_determine_is_told() -> None:
+    # Who says yes has no: the best is to say nothing, as far as that can be searched.
+    sure = (0.01, 0.99)
+    wrong = {f"s{at:02d}": Guess(truth=at % 2, scores=sure if at % 2 == 0 else sure[::-1]) for at in range(40)}
+    found = assure(wrong, examples(40))
+    assert any("the temperature 20 lies at the end of what is searched" in note for note in found.notes)
+
+
 def test_shares_of_nearest_cases_are_said_not_to_be_calibrated() -> None:
     ranked = {f"s{at}": Retrieved(truth=at % 2, shares=(0.4, 0.6), average_precision=0.5) for at in range(20)}
     found = assure(ranked, examples(20))

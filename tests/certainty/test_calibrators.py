@@ -355,3 +355,32 @@ def test_a_temperature_far_from_one_is_the_best_of_many() -> None:
     assert 1 / best_temperature(logits, truth, lowest=math.exp(-7), highest=math.exp(7)) == pytest.approx(
         min(grid, key=loss), rel=0.02
     )
+
+
+def test_a_modest_temperature_is_the_best_for_targets_that_few_subjects_show() -> None:
+    logits, truth = classes_said(20, boldness=2.5)
+    classes = logits.shape[1]
+    found = fit_temperature(logits, truth, modest=True).temperature
+
+    def naive(temperature: float) -> float:
+        total = 0.0
+        for row, label in zip(softmax(logits / temperature, axis=1), truth, strict=True):
+            own = int((truth == label).sum())
+            for kind in range(classes):
+                target = ((own if kind == label else 0) + 1) / (own + classes)
+                total -= target * math.log(row[kind])
+        return total
+
+    assert all(naive(found) <= naive(found * factor) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0))
+    plain = fit_temperature(*classes_said(20_000, boldness=2.5)).temperature
+    assert fit_temperature(*classes_said(20_000, boldness=2.5), modest=True).temperature == pytest.approx(
+        plain, rel=5e-3
+    )
+
+
+def test_a_dozen_right_answers_make_no_later_one_certain() -> None:
+    truth = np.array([0, 1] * 6)
+    votes = np.where(np.eye(2)[truth] > 0, 11 / 12, 1 / 12)  # five neighbours of five, softened
+    sure = fit_temperature(log_probabilities(votes), truth, modest=True).apply(votes)
+    assert sure.max() == pytest.approx(7 / 8)  # six of six: (6 + 1) / (6 + 2)
+    assert fit_temperature(log_probabilities(votes), truth).apply(votes).max() > 0.999

@@ -144,11 +144,13 @@ def test_folds_depend_on_seed_and_repeat_and_not_on_the_order_of_scans() -> None
 
 def test_too_few_of_a_class_are_counted_for_the_reader() -> None:
     strata = strata_of(classed(benign=9, malignant=1), ())
-    with pytest.raises(ValueError, match="5 asked for, 10 subjects, 9 of 'benign', 1 of 'malignant'"):
+    with pytest.raises(
+        ValueError, match="two folds are the least: 5 planned, 10 subjects, 9 of 'benign', 1 of 'malignant'"
+    ):
         draw_folds(strata, count=5, seed=0)
-    with pytest.raises(ValueError, match="1 asked for, 8 subjects, 4 of 'no', 4 of 'yes'"):
+    with pytest.raises(ValueError, match="1 planned, 8 subjects, 4 of 'no', 4 of 'yes'"):
         draw_folds(strata_of(classed(no=4, yes=4), ()), count=1, seed=0)
-    with pytest.raises(ValueError, match="5 asked for, 4 subjects, 1 of 'event'"):
+    with pytest.raises(ValueError, match="5 planned, 4 subjects, 1 of 'event'"):
         draw_folds(strata_of(timed(1, 3), ()), count=5, seed=0)
 
 

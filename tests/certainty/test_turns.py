@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxelstem.certainty.turns import check_kinds, show_both, spread_events, take_turns
+from voxelstem.certainty.turns import check_kinds, show_both, show_classes, spread_events, take_turns
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.study import Survival
 
@@ -15,6 +15,24 @@ CLASSES = ("cyst", "stone", "gas")
 def test_classestake_turns_even_when_one_runs_out() -> None:
     labels = {"a": "x", "b": "x", "c": "x", "d": "y"}
     assert take_turns(["a", "b", "c", "d"], labels) == ["a", "d", "b", "c"]
+
+
+def test_a_class_that_is_nobody_s_here_is_refused_and_one_of_a_single_subject_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels = {"a": "no", "b": "no", "c": "yes", "d": "yess", "e": "yes"}
+    with pytest.raises(AuditError, match="no labelled training subject is 'yess', and 1 of the other splits is") as met:
+        show_classes("abc", labels, ("no", "yes", "yess"), None, "training")
+    assert "slip" in str(met.value.hint)
+    assert show_classes("abc", labels, ("no", "yes"), None, "training") == ["a", "c", "b"]
+    assert not caplog.records or "'yes'" in caplog.text
+    caplog.clear()
+    assert show_classes("abcde", labels, ("no", "yes", "yess"), None, "training") == ["a", "c", "d", "b", "e"]
+    assert caplog.messages == ["of 5 labelled training subjects one alone is 'yess': is it a slip?"]
+    with pytest.raises(ConfigError, match="budget 2 cannot show each of 3 classes once"):
+        show_classes("abcde", labels, ("no", "yes", "yess"), 2, "training")
+    with pytest.raises(AuditError, match="all 2 labelled training subjects have the same label, 'no'"):
+        show_classes("ab", labels, ("no",), None, "training")
 
 
 def made_up(count: int, seed: int) -> dict[str, dict[str, bool]]:

@@ -411,6 +411,44 @@ def read(
             "the curve falls: from 2 to 32 labelled subjects auroc got better by -0.050 [-0.080, -0.020]: "
             "more labels of this kind would buy little",
         ),
+        # Nothing went wrong at any size: neither the rise nor the last figure says how rare errors are.
+        (
+            replace(
+                read(said(0.0, 0.0, 0.0)),
+                points=(Point(subjects=32, score=said(1.0, 1.0, 1.0), each=(1.0, 1.0)),),
+                flat=True,
+                law=None,
+                gains=(),
+                rise=Gain(have=2, then=32, value=said(0.0, 0.0, 0.0)),
+            ),
+            "too few to say: by auroc no error was seen among 40 subjects, and an interval without width does not say "
+            "how rare errors are: more labels or more test subjects would tell",
+        ),
+        # Nothing more can go right at the last size, and a size of which nothing is known says nothing either.
+        (
+            replace(
+                read(said(0.002, 0.0, 0.004)),
+                points=(
+                    Point(subjects=31, score=said(1.0, 1.0, 1.0), each=(1.0, 1.0)),
+                    Point(subjects=32, score=said(math.nan, None, None, "undefined"), each=(math.nan, math.nan)),
+                ),
+            ),
+            "too few to say: by auroc no error was seen among 40 subjects, and an interval without width does not say "
+            "how rare errors are: more labels or more test subjects would tell",
+        ),
+        # A head that says the same at all sizes.
+        (
+            replace(
+                read(said(0.0, 0.0, 0.0)),
+                flat=True,
+                law=None,
+                gains=(),
+                rise=Gain(have=2, then=32, value=said(0.0, 0.0, 0.0)),
+            ),
+            "too few to say: all resamples of 40 subjects say from 2 to 32 labelled subjects auroc got better by "
+            "0.000 [0.000, 0.000], and an interval without width does not say how rare errors are: more labels or "
+            "more test subjects would tell",
+        ),
     ],
 )
 def test_what_is_recommended_word_by_word(curve: Curve, words: str) -> None:

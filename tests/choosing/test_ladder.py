@@ -89,12 +89,31 @@ def test_when_a_rung_pays(difference: Interval, taken: bool, why: str) -> None:
         # The last rungs fail: nothing is left to stop.
         ([0.5, 0.4, 0.4], "knn", 3, "there is no rung above"),
         # Nothing that matters is left to gain.
-        ([0.5, 0.985, 1.0], "probe", 2, "probe leaves 0.015 to gain at most, which is within the margin of 0.02"),
-        ([1.0, 1.0], "knn", 1, "knn leaves 0 to gain at most, which is within the margin of 0.02"),
+        (
+            [0.5, flat(0.985, spread=0.015), 1.0],
+            "probe",
+            2,
+            "probe leaves 0.015 to gain at most, which is within the margin of 0.02",
+        ),
+        # An interval without width does not say how much is left.
+        (
+            [0.5, 0.985, 1.0],
+            "probe",
+            2,
+            "nothing better than probe can be measured here: all resamples of 40 subjects say dice 0.985, and an "
+            "interval without width does not say how rare errors are: more labels or more test subjects would tell",
+        ),
+        (
+            [1.0, 1.0],
+            "knn",
+            1,
+            "nothing better than knn can be measured here: by dice no error was seen among 40 subjects, and an "
+            "interval without width does not say how rare errors are: more labels or more test subjects would tell",
+        ),
         ([0.3], "knn", 1, "there is no rung above"),
     ],
 )
-def test_how_a_ladder_is_climbed(figures: list[float], chosen: str, tried: int, stopped: str) -> None:
+def test_how_a_ladder_is_climbed(figures: list[float | CrossFitted], chosen: str, tried: int, stopped: str) -> None:
     stairs = Stairs(*figures)
     found = stairs.climb()
     assert found.chosen == chosen
@@ -139,7 +158,9 @@ def test_where_less_is_better_a_margin_is_a_share_of_the_first_figure() -> None:
     assert [step.against for step in found.steps] == ["", "knn", "knn", "attention"]
     assert found.steps[2].gain is not None
     assert found.steps[2].gain.estimate == pytest.approx(1.5)
-    assert Stairs(50.0, 0.4, 0.0).climb(metric="mae").stopped.startswith("probe leaves 0.4 to gain at most")
+    near = Stairs(50.0, flat(0.4, spread=0.1), 0.0).climb(metric="mae")
+    assert near.stopped.startswith("probe leaves 0.4 to gain at most")
+    assert "by mae no error was seen among 40 subjects" in Stairs(50.0, 0.0, 0.0).climb(metric="mae").stopped
 
 
 def test_two_subjects_are_too_few_to_climb() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.neighbours import nearest, softened, unit
 
 
 def naive(rows: np.ndarray, asked: np.ndarray, count: int, hidden: list[int]) -> list[tuple[float, int]]:
@@ -55,3 +55,12 @@ def test_what_cannot_be_asked_is_refused() -> None:
         nearest(rows, np.ones(2), 0)
     with pytest.raises(ValueError, match="must be positive"):
         nearest(rows, np.ones(2), 1).shares(0.0)
+
+
+def test_votes_of_few_are_never_certain_and_keep_their_order() -> None:
+    shares = np.sort(np.random.default_rng(0).random(20))
+    for voters in (1, 3, 5, 50):
+        soft = [softened(np.array([1 - share, share]), voters) for share in shares]
+        assert all(pair.sum() == pytest.approx(1) and 0 < pair.min() for pair in soft)
+        assert np.argsort([pair[1] for pair in soft]).tolist() == list(range(20))
+        assert softened(np.array([0.0, 1.0, 0.0]), voters).max() == pytest.approx((voters + 1 / 3) / (voters + 1))

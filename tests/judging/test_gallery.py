@@ -21,6 +21,7 @@ from voxelstem.report.figures import Picture
 from voxelstem.study import Survival
 from voxelstem.tasks.classify import Classify
 from voxelstem.tasks.detect import Detect, Detected
+from voxelstem.tasks.regress import Regress
 from voxelstem.tasks.retrieve import Retrieve
 from voxelstem.tasks.survive import Survive
 from voxelstem.tasks.zeroshot import Zeroshot
@@ -167,3 +168,17 @@ def test_beside_a_case_stands_what_came_and_what_was_foretold_of_it(
     head: Any = SimpleNamespace(arrays={"moments": np.array([0.0, 10.0, 20.0])})
     outcome = SimpleNamespace(truth=Survival(time=time, event=event), chances=(1.0, 0.5, 0.2), risk=0.5)
     assert room._foretold(outcome, head) == said
+
+
+@pytest.mark.parametrize(
+    ("unit", "predicted", "bias"), [("1", "17.81", "bias -2 [-2, -2], "), ("cm", "17.81 cm", "bias -2 [-2, -2] cm, ")]
+)
+def test_a_number_without_a_unit_is_not_followed_by_a_one(unit: str, predicted: str, bias: str) -> None:
+    task, key = Regress(unit=unit), "0123456789abcdef"
+    outcome = SimpleNamespace(truth=34.5, predicted=17.81)
+    store = SimpleNamespace(volume=lambda _: None)
+    played: Any = SimpleNamespace(contest=SimpleNamespace(task=task, store=store), outcomes={"s0": outcome})
+    record: Any = SimpleNamespace(key=key, subject="s0")
+    assert room._case(played, None, record, 16.69).said == {"true": "34.5", "predicted": predicted}
+    text = shown(task, [SimpleNamespace(truth=float(at), predicted=at - 2.0) for at in range(3)])
+    assert bias in text

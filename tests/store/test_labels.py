@@ -82,8 +82,9 @@ def test_a_column_called_fold_says_who_is_held_out_together(table):
     ],
 )
 def test_folds_that_are_none_are_refused(table, rows, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as caught:
         read_labels(table(f"subject,fold,label\n{rows}"), "classify", KEY)
+    assert caught.value.hint
 
 
 def plain(columns):
@@ -174,6 +175,7 @@ def test_errors_name_the_row_and_never_the_subject(table, text, kind, said):
     with pytest.raises(ConfigError, match=said) as caught:
         read_labels(table(text), kind, KEY)
     assert "Miller" not in str(caught.value)
+    assert caught.value.hint
 
 
 def test_an_absent_file_is_named(tmp_path):

@@ -30,7 +30,10 @@ class Layered:
         if not depth:
             raise ConfigError("this backbone does not show its layers", hint="leave see.layers out")
         if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(1, depth + 1)):
-            raise ConfigError(f"see.layers are different numbers from 1 to {depth}, got {tuple(layers)}")
+            raise ConfigError(
+                f"see.layers are different numbers from 1 to {depth}, got {tuple(layers)}",
+                hint=f"name layers that this network has, such as see.layers='[{depth}]', or leave it out",
+            )
         self.backbone, self.layers = backbone, tuple(layers)
         self.config, self.patch_ijk = backbone.config, backbone.patch_ijk
         self.dim = backbone.dim * len(self.layers)

@@ -307,8 +307,13 @@ def _of_classes(outcomes: Mapping[str, Any], groups: Mapping[str, str] | None, s
     parts: dict[str, Any] = {"between": fit_venn_abers(rows.probabilities, rows.truth)}
     probabilities = rows.probabilities
     try:
-        calibrator = fit_temperature(log_probabilities(probabilities), rows.truth)
+        calibrator = fit_temperature(log_probabilities(probabilities), rows.truth, modest=True)
         parts["calibrator"], probabilities = calibrator, calibrator.apply(probabilities)
+        if calibrator.at_bound:
+            said.append(
+                f"the temperature {calibrator.temperature:g} lies at the end of what is searched: these labels did not "
+                "determine it, and probabilities say little"
+            )
     except ValueError as error:
         said.append(f"not calibrated: {error}")
     try:

@@ -135,11 +135,17 @@ class Platt:
         return cls(scale=scale, shift=shift, positives=int(positives), negatives=int(negatives))
 
 
-def fit_temperature(logits: Float[np.ndarray, "row classes"], truth: Int[np.ndarray, "row"]) -> Temperature:
+def fit_temperature(
+    logits: Float[np.ndarray, "row classes"], truth: Int[np.ndarray, "row"], *, modest: bool = False
+) -> Temperature:
     """Find the temperature of the smallest log loss on held-out subjects (Guo et al. 2017, section 4.2).
 
     It lies between `LOWEST` and `HIGHEST`: see `Temperature.at_bound`. The log loss has one minimum, as it is convex in
     the inverse of the temperature. From probabilities: `fit_temperature(log_probabilities(probabilities), truth)`.
+
+    `modest` takes nothing for sure that so few subjects show: of n of a class, n + 1 of n + K are taken to be of it and
+    one is of each other class, for K classes, which for two is Platt's own rule (1999, section 2.2). Without it a few
+    answers that are all right would make every later one certain.
 
     Raises:
         ValueError: fewer than ten subjects, one class among them only, logits that are not finite or the same for all
@@ -156,7 +162,7 @@ def fit_temperature(logits: Float[np.ndarray, "row classes"], truth: Int[np.ndar
     if not np.ptp(rows, axis=1).any():
         raise ValueError(f"logits of all classes are the same in all {len(rows)} rows: no temperature changes that")
 
-    temperature = best_temperature(rows, truth)
+    temperature = best_temperature(rows, truth, modest=modest)
     return Temperature(temperature=temperature, classes=rows.shape[1], subjects=len(rows))
 
 
@@ -190,14 +196,19 @@ def best_temperature(
     *,
     lowest: float = LOWEST,
     highest: float = HIGHEST,
+    modest: bool = False,
 ) -> float:
     """The temperature of the smallest log loss among those searched, however few rows there are.
 
-    `fit_temperature` asks first whether they are enough.
+    `fit_temperature` asks first whether they are enough, and says what `modest` is.
     """
+    wanted = np.eye(logits.shape[1])[truth]
+    if modest:
+        own = wanted.sum(axis=0)[truth, None]
+        wanted = (wanted * own + 1) / (own + logits.shape[1])
 
     def loss(power: float) -> float:
-        return -float(log_softmax(logits / math.exp(power), axis=1)[np.arange(len(truth)), truth].mean())
+        return -float((wanted * log_softmax(logits / math.exp(power), axis=1)).sum(axis=1).mean())
 
     ends = (math.log(lowest), math.log(highest))
     found = cast(Any, minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-9}))

@@ -135,7 +135,7 @@ def draw_folds(strata: Strata, *, count: int, seed: int, repeat: int = 0) -> Fol
     if parts < 2 or alone:  # noqa: PLR2004 - somebody is held out, and somebody learned from
         short = {kind: needed[kind] for kind in alone} or ({} if strata.both_ways else needed)
         raise ValueError(
-            f"two folds are the least: {count} asked for, {len(units)} subjects"
+            f"two folds are the least: {count} planned, {len(units)} subjects"
             + "".join(f", {there} of '{kind}'" for kind, there in short.items())
         )
     rng = np.random.default_rng([seed, repeat, 41])

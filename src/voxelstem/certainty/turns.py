@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from voxelstem.errors import AuditError, ConfigError
 from voxelstem.study import Survival
+
+_log = logging.getLogger(__name__)
 
 
 def take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:
@@ -13,6 +17,40 @@ def take_turns(order: Sequence[str], labels: Mapping[str, str]) -> list[str]:
     queues = {name: [s for s in order if labels[s] == name] for name in sorted({labels[s] for s in order})}
     longest = max((len(queue) for queue in queues.values()), default=0)
     return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
+
+
+def show_classes(
+    order: Sequence[str], labels: Mapping[str, str], classes: Sequence[str], budget: int | None, word: str
+) -> list[str]:
+    """Reorder subjects by `take_turns`; a class that one of them alone has is warned of, as it may be a slip.
+
+    Raises:
+        AuditError: all are of one class, or a class of the labels is nobody's here: it could not be learned.
+        ConfigError: a budget below the number of classes.
+    """
+    order = take_turns(order, labels)
+    count = Counter(labels[subject] for subject in order)
+    others = f"label {word} subjects of another class too; a subject's hash decides which split it is in"
+    if len(count) < 2:  # noqa: PLR2004
+        raise AuditError(
+            f"all {len(order)} labelled {word} subjects have the same label, '{labels[order[0]]}': "
+            "nothing to tell apart",
+            hint=others,
+        )
+    if unseen := [name for name in classes if not count[name]]:
+        elsewhere = sum(label == unseen[0] for label in labels.values())
+        raise AuditError(
+            f"no labelled {word} subject is '{unseen[0]}', and {elsewhere} of the other splits "
+            f"{'is' if elsewhere == 1 else 'are'}: it cannot be learned",
+            hint="correct it if it is a slip; else label more subjects of it, or leave its rows out",
+        )
+    if budget is not None and budget < len(count):
+        raise ConfigError(
+            f"budget {budget} cannot show each of {len(count)} classes once", hint=f"use --budget {len(count)}"
+        )
+    for name in sorted(name for name, subjects in count.items() if subjects == 1):
+        _log.warning("of %d labelled %s subjects one alone is '%s': is it a slip?", len(order), word, name)
+    return order
 
 
 def spread_events(order: Sequence[str], told: Mapping[str, Survival], budget: int | None, word: str) -> list[str]:

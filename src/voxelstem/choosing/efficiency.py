@@ -21,6 +21,7 @@ from jaxtyping import Float
 from voxelstem.certainty.crossfit import Answer, Figure, Outcomes, Scale, as_facts, cross_fit, scale_of, seed_of
 from voxelstem.certainty.folds import Folds, Strata
 from voxelstem.choosing.powerlaw import PowerLaws, fit_power_laws
+from voxelstem.choosing.unseen import has_width, not_seen
 from voxelstem.metrics import FEWEST_SUBJECTS, Interval, defined_mean, drawn
 from voxelstem.progress import Advance
 from voxelstem.protocols import Task
@@ -214,23 +215,36 @@ def draw_order(strata: Strata, subjects: frozenset[str], seed: int) -> list[str]
 def recommend(curve: Curve) -> str:
     """Say in a sentence what more labels would buy, by the numbers of the curve alone."""
     scale = scale_of(curve.metric)
-    little = "more labels of this kind would buy little"
     if curve.rise is not None and curve.flat:
         falls = curve.rise.value.high is not None and curve.rise.value.high < 0
-        return f"the curve {'falls' if falls else 'is flat'}: {_risen(curve.rise, curve.metric)}: {little}"
+        risen = _risen(curve.rise, curve.metric)
+        return _little(curve, curve.rise.value, risen, f"the curve {'falls' if falls else 'is flat'}: {risen}")
     if curve.law is None:
         return f"too few to say: {curve.why}"
     if not curve.gains:
         return f"too few to say: the curve ends at half of the {curve.labelled} labelled subjects"
     near, far = curve.gains[0], curve.gains[-1]
     if far.value.high is not None and far.value.high < curve.margin:
-        most = _number(near.value.high or 0.0, scale)
-        return f"the curve is flat: {_would(near, curve.metric)} no more than {most}: {little}"
+        most = f"{_would(near, curve.metric)} no more than {_number(near.value.high or 0.0, scale)}"
+        promised = f"{_would(far, curve.metric)} {_in_words(far.value, scale)}"
+        return _little(curve, far.value, promised, f"the curve is flat: {most}")
     # Where a few more are too few to be noticed, what is told is what twice as many would buy.
     gain = near if near.value.estimate >= curve.margin else far
     words = f"by this curve {_would(gain, curve.metric)} {_in_words(gain.value, scale)}"
     sure = gain.value.low is not None and gain.value.low > 0 and gain.value.estimate >= curve.margin
     return words if sure else f"too few to say: {words}"
+
+
+def _little(curve: Curve, gain: Interval, alike: str, verdict: str) -> str:
+    """The verdict that more labels would buy little, unless nothing shows how rare errors are.
+
+    The best figure there can be has no errors to resample: it bounds neither the rise nor what a law promises.
+    """
+    # Where the figure of the largest size is undefined, the curve was read without it.
+    last = next(point.score for point in reversed(curve.points) if not math.isnan(point.score.estimate))
+    if has_width(gain) and has_width(last):
+        return f"{verdict}: more labels of this kind would buy little"
+    return f"too few to say: {not_seen(last, curve.metric, alike=alike if has_width(last) else '')}"
 
 
 def _read(curve: Curve, table: Float[np.ndarray, "draw repeat size"], scale: Scale, config: CurveConfig) -> Curve:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from voxelstem.certainty.crossfit import CrossFitted, as_facts, scale_of
+from voxelstem.choosing.unseen import has_width, not_seen
 from voxelstem.errors import AuditError, ConfigError, VoxelstemError
 from voxelstem.metrics import Interval
 from voxelstem.protocols import Task
@@ -177,7 +178,7 @@ def climb(
     for rung in rungs[1:]:
         left = abs(scale.best - chosen.figure.estimate)
         if left <= margin:
-            stopped = f"{chosen.mode} leaves {left:.3g} to gain at most, which is within the margin of {margin:.3g}"
+            stopped = _nothing_left(chosen, metric, left=left, margin=margin)
             break
         if failed > config.grace:
             stopped = "one rung did not pay" if failed == 1 else f"{failed} rungs in a row did not pay"
@@ -203,6 +204,13 @@ def climb(
         stopped=stopped,
         left_out=left_out or {},
     )
+
+
+def _nothing_left(chosen: Step, metric: str, *, left: float, margin: float) -> str:
+    """Why the climb ends where nothing better that matters can be measured."""
+    if not has_width(chosen.figure):
+        return f"nothing better than {chosen.mode} can be measured here: {not_seen(chosen.figure, metric)}"
+    return f"{chosen.mode} leaves {left:.3g} to gain at most, which is within the margin of {margin:.3g}"
 
 
 def _begun(mode: str, figure: Interval, seconds: float) -> Step:

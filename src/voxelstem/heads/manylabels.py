@@ -19,7 +19,7 @@ from torch import Tensor
 from voxelstem.answers import HALF, Answer, truth_of
 from voxelstem.heads import attending
 from voxelstem.heads.bags import bag_of, kind_of
-from voxelstem.heads.neighbours import Nearest, nearest, unit
+from voxelstem.heads.neighbours import SOFTENED, Nearest, nearest, softened, unit
 from voxelstem.heads.scales import laid, measured_columns, ruler
 from voxelstem.losses.binary import balanced_binary_entropy, kind_weights
 from voxelstem.protocols import Example, Features, Head
@@ -87,7 +87,7 @@ def fit_votes(examples: Sequence[Example], classes: tuple[str, ...], *, mode: st
     rows = np.stack([example.features.scan for example in examples])
     how = ruler(rows, measured_columns([example.features for example in examples]))
     arrays = how | {"rows": unit(laid(how, rows)), "truth": truths(examples, classes)}
-    return Head(mode=mode, classes=classes, arrays=arrays, facts=dict(FACTS))
+    return Head(mode=mode, classes=classes, arrays=arrays, facts=FACTS | {SOFTENED: 1.0})
 
 
 def fit_attention(
@@ -144,7 +144,12 @@ def chances(head: Head, features: Features, *, neighbours: int, temperature: flo
     if head.mode == "knn":
         rows, row, truth = head.arrays["rows"], laid(head.arrays, row), head.arrays["truth"].T
         near = [nearest(rows, row, neighbours, hidden=np.isnan(column)) for column in truth]
-        return np.array([_vote(few, column, temperature) for few, column in zip(near, truth, strict=True)])
+        voted = np.array([_vote(few, column, temperature) for few, column in zip(near, truth, strict=True)])
+        if SOFTENED not in head.facts:
+            return voted
+        return np.array(
+            [softened(np.array([1 - v, v]), len(few.places))[1] for v, few in zip(voted, near, strict=True)]
+        )
     standard = (row - head.arrays["middle"]) / head.arrays["scale"]
     return expit((head.arrays["weight"] * standard).sum(axis=-1) + head.arrays["bias"])
 

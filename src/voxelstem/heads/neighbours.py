@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+SOFTENED = "softened"
+"""A fact of heads whose votes are softened: those of 0.12.0 and before were not, and were calibrated as they were."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Nearest:
@@ -26,6 +29,17 @@ class Nearest:
             raise ValueError(f"the temperature of votes must be positive, got {temperature}")
         votes = np.exp((self.cosines - self.cosines[:1]) / temperature)
         return votes / votes.sum()
+
+
+def softened(shares: Float[np.ndarray, "class"], voters: int) -> Float[np.ndarray, "class"]:
+    """Shares of votes, with one voter more who gives every class the same: so few are never certain.
+
+    The rule of succession, made to weigh one vote in all (Cestnik 1990). The order of two scans stays what it is.
+
+    >>> softened(np.array([1.0, 0.0]), 4).tolist()
+    [0.9, 0.1]
+    """
+    return (voters * shares + 1 / len(shares)) / (voters + 1)
 
 
 def unit(rows: Float[np.ndarray, "row dim"]) -> Float[np.ndarray, "row dim"]:

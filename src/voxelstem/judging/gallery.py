@@ -93,7 +93,7 @@ def _answers(played: Played, some: Mapping[str, Repeats], table: Sequence[Score]
             Estimated.of(name, {s: [(o.truth, o.predicted) for o in own] for s, own in one.items()})
             for name, one in some.items()
         ]
-        pictures = [agreement_picture(several, about=played.name, unit=task.unit)]
+        pictures = [agreement_picture(several, about=played.name, unit=_unit(task))]
     elif isinstance(task, Survive):
         pictures = [_of_times(played, head)]
     elif isinstance(task, Segment):
@@ -255,8 +255,13 @@ def _case(played: Played, head: Any, record: Record, value: float) -> Case:
     elif isinstance(task, Survive):
         said = _foretold(outcome, head)
     else:
-        said = {"true": f"{outcome.truth:.4g}", "predicted": f"{outcome.predicted:.4g} {task.unit}"}
+        said = {"true": f"{outcome.truth:.4g}", "predicted": f"{outcome.predicted:.4g} {_unit(task)}".rstrip()}
     return Case(key=record.key, figure=value, scan=scan, said=said)
+
+
+def _unit(task: Regress) -> str:
+    """The unit as it is told: a plain number has none, and "17.81 1" would be read as two."""
+    return "" if task.unit == "1" else task.unit
 
 
 def _foretold(outcome: Any, head: Any) -> dict[str, str]:

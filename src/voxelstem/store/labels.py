@@ -34,7 +34,6 @@ _NOTHING = ("nan", "+nan", "-nan", "inf", "+inf", "-inf", "nat", "null", "<na>",
 # As the OWASP page on CSV injection lists them, the wide forms too.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
-
 Label = str | float | Survival
 Told = TypeVar("Told")
 
@@ -225,13 +224,9 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, Mapping[str | None, st
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file '{path.name}'", hint="check the path") from error
     except OSError as error:
-        raise ConfigError(
-            f"{path.name} cannot be read: {error.strerror}", hint="check the path and its rights"
-        ) from error
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}", hint="check its rights") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(
-            f"{path.name} cannot be read as CSV: {error}", hint="save it as CSV, UTF-8, commas"
-        ) from error
+        raise ConfigError(f"{path.name} cannot be read as CSV: {error}", hint="save as CSV, UTF-8, commas") from error
 
 
 class _Rows(Generic[Told]):
@@ -252,7 +247,8 @@ class _Rows(Generic[Told]):
         where = f"{self.path.name}: rows {self.rows.get(subject)} and {row}"
         if fold is not None and not (fold.isascii() and fold.isdecimal()):
             raise ConfigError(
-                f"{self.path.name}: row {row}: '{FOLD}' must be a whole number from 0 upwards, got '{fold[:20]}'"
+                f"{self.path.name}: row {row}: '{FOLD}' must be a whole number from 0 upwards, got '{fold[:20]}'",
+                hint="number the folds 0, 1, 2, or leave the column out: folds are then drawn",
             )
         if subject not in self.rows:
             self.labels[subject], self.rows[subject] = label, row
@@ -342,7 +338,10 @@ def _label(cells: Mapping[str, str], kind: Kind, row: int, path: Path) -> Label:
     event = _EVENTS.get(cells["event"].lower().removesuffix(".0"))  # as pandas writes it beside empty cells
     if time < 0 or event is None:
         name, wanted = ("time", "a number >= 0") if time < 0 else ("event", "0 or 1")
-        raise ConfigError(f"{path.name}: row {row}: '{name}' must be {wanted}, got '{cells[name][:20]}'")
+        raise ConfigError(
+            f"{path.name}: row {row}: '{name}' must be {wanted}, got '{cells[name][:20]}'",
+            hint="`time` counts from the scan on; `event` is 1 if it came at that time, 0 if not until then",
+        )
     return Survival(time=time, event=event)
 
 

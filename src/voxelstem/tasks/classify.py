@@ -23,7 +23,7 @@ from voxelstem.certainty.assurance import Assurance
 from voxelstem.findings import Finding, Weights
 from voxelstem.heads import attending, manylabels
 from voxelstem.heads.bags import bag_of, kind_of
-from voxelstem.heads.neighbours import nearest, unit
+from voxelstem.heads.neighbours import SOFTENED, nearest, softened, unit
 from voxelstem.heads.scales import laid, measured_columns, ruler, standard
 from voxelstem.protocols import Example, Features, Head
 
@@ -115,7 +115,12 @@ class Classify:
         measured = measured_columns([example.features for example in examples])
         if mode == "knn":
             how = ruler(rows, measured)
-            return Head(mode=mode, classes=classes, arrays=how | {"rows": unit(laid(how, rows)), "truth": truth})
+            return Head(
+                mode=mode,
+                classes=classes,
+                arrays=how | {"rows": unit(laid(how, rows)), "truth": truth},
+                facts={SOFTENED: 1.0},
+            )
         seen = standard(rows, measured, prior=self.prior)
         rows = (rows - seen.middle) / seen.scale
         subjects = np.array([example.subject for example in examples])
@@ -153,7 +158,8 @@ class Classify:
             near = nearest(head.arrays["rows"], laid(head.arrays, row), self.neighbours)
             votes = np.zeros(len(head.classes))
             np.add.at(votes, head.arrays["truth"][near.places], near.shares(self.temperature))
-            return votes / votes.sum()  # shares that add up to 1 may add up to a rounding more
+            votes /= votes.sum()  # shares that add up to 1 may add up to a rounding more
+            return softened(votes, len(near.places)) if SOFTENED in head.facts else votes
         logits = head.arrays["weight"] @ ((row - head.arrays["middle"]) / head.arrays["scale"]) + head.arrays["bias"]
         return softmax(logits)
 

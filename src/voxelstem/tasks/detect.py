@@ -275,15 +275,15 @@ class Figure(metrics.Counted):
     ) -> Float[np.ndarray, "draw"]:
         """Compute the figure in each draw."""
         every = dict.fromkeys(name for outcome in outcomes for name in outcome.by_class)
-        each = [np.full(len(counts), math.nan)]
-        for name in [self.only] if self.only else every:
+
+        def of_class(few: Float[np.ndarray, "draw subject"], name: str) -> Float[np.ndarray, "draw"]:
             sweep = Sweep.of(_having(outcomes, name))
-            asked = counts[:, [name in outcome for outcome in outcomes]]
+            asked = few[:, [name in outcome for outcome in outcomes]]
             if self.kind == "froc":
-                each.append(sweep.sensitivity_at(asked, boxes.RATES).mean(axis=1))
-            else:
-                each.append(sweep.average_precision(asked))
-        return metrics.defined_mean(np.stack(each, axis=1), 1)
+                return sweep.sensitivity_at(asked, boxes.RATES).mean(axis=1)
+            return sweep.average_precision(asked)
+
+        return metrics.over_classes(of_class, [self.only] if self.only else every, counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
