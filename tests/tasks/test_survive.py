@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from lifelines import CoxPHFitter
 from tests.draws import counts_of
+from tests.fewlabelled import settle_key
 
 from voxelstem import adapt, evaluate, metrics
 from voxelstem.adapted import read_run
@@ -33,7 +34,7 @@ from voxelstem.model import make_model
 from voxelstem.protocols import Example, Head
 from voxelstem.sources.cohort import CohortConfig, cohort, write_survival
 from voxelstem.store import Fractions, Store, write
-from voxelstem.store.subjects import pseudonym, site_key
+from voxelstem.store.subjects import pseudonym
 from voxelstem.study import InputSpec, Survival
 from voxelstem.tasks.survive import Foretold, Survive
 
@@ -589,7 +590,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store = Store.create(folder / "store", fractions=Fractions(train=0.6, validation=0.0, test=0.4))
         known = []
         for study in cohort(CohortConfig(spacing_mm=(14.0, 14.0, 14.0)), range(30)):
-            write(store, replace(study, subject=pseudonym(study.subject, site_key())))
+            write(store, replace(study, subject=pseudonym(study.subject, settle_key())))
             known.append(replace(study, volumes=()))
         write_survival(folder / "survival.csv", known)
         model = make_model(Card(architecture=ARCHITECTURE, spec=SPEC), seed=0)
