@@ -142,8 +142,8 @@ def counted_auroc(
     if not len(score):
         return np.full(len(counts), math.nan)
     order = np.argsort(score, kind="stable")
-    falling = score[order]
-    levels = np.flatnonzero(np.append(True, falling[1:] != falling[:-1]))  # where a higher score begins
+    rising = score[order]
+    levels = np.flatnonzero(np.append(True, rising[1:] != rising[:-1]))  # where a higher score begins
     there, gone = (np.add.reduceat((counts * of)[:, order], levels, axis=1) for of in (truth, ~truth))
     below = np.cumsum(gone, axis=1) - gone
     return _share((there * (below + gone / 2)).sum(axis=1), there.sum(axis=1) * gone.sum(axis=1))
